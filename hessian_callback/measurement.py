@@ -1,0 +1,213 @@
+"""One measurement of a training run: an entry of ``PowerLawHessianCallback.history``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import torch
+
+from hessian_callback.spectrum import Spectrum
+
+if TYPE_CHECKING:
+    from hessian_callback.power_law import PowerLawFit
+
+__all__ = ["Measurement", "When"]
+
+When = Literal["fit_start", "epoch", "step", "fit_end", "validate"]
+
+_SPECTRUM_TENSORS = ("eigenvalues", "error_bounds", "converged", "ritz_values")
+
+
+@dataclass(frozen=True, eq=False)
+class Measurement:
+    r"""What one measurement saw, and where in the run it was made.
+
+    A measurement that failed, or whose slope may not be compared with the others, is an entry like any
+    other: ``reason`` says in plain text why no slope was logged, and what could be computed is there.
+
+    Attributes:
+        epoch: the trainer's ``current_epoch``.
+        step: optimizer steps taken before the measurement.
+        when: ``"fit_start"`` (before the first step), ``"epoch"``, ``"step"``, ``"fit_end"`` or
+            ``"validate"``.
+        spectrum: the largest eigenvalues, without eigenvectors; ``None`` if the measurement failed.
+        fit: the power law fitted to the leading resolved eigenvalues; ``None`` if none could be fitted.
+        reason: why no slope was logged; ``None`` if one was.
+        seconds: wall time that training stood still for it.
+        num_parameters: size ``P`` of the Hessian; ``None`` if the measurement failed before it was known.
+        num_samples: held-out samples over all ranks; ``None`` likewise.
+        loss: mean loss over the held-out samples, the function whose Hessian was measured.
+        engine: which engine formed the Hessian-vector products.
+        world_size: number of ranks that shared the work.
+
+    Example:
+        >>> failed = Measurement(epoch=3, step=120, when="epoch", spectrum=None, fit=None,
+        ...                      reason="the loss is NaN", seconds=0.2)
+        >>> failed.logged, failed.slope
+        (False, None)
+        >>> Measurement.from_state(failed.to_state()) == failed
+        True
+        >>> print(failed.summary())
+        epoch 3, step 120: no slope (the loss is NaN), 0.2 s
+    """
+
+    epoch: int
+    step: int
+    when: When
+    spectrum: Spectrum | None
+    fit: PowerLawFit | None
+    reason: str | None
+    seconds: float
+    num_parameters: int | None = None
+    num_samples: int | None = None
+    loss: float | None = None
+    engine: str | None = None
+    world_size: int = 1
+
+    @property
+    def logged(self) -> bool:
+        """Whether this measurement's slope went to the logger."""
+        return self.reason is None
+
+    @property
+    def slope(self) -> float | None:
+        r"""Power-law slope :math:`\hat s` of the fitted eigenvalues, logged or not."""
+        return None if self.fit is None else float(self.fit.slope)
+
+    @property
+    def slope_stderr(self) -> float | None:
+        """Standard error of the slope."""
+        return None if self.fit is None else float(self.fit.slope_stderr)
+
+    @property
+    def density_exponent(self) -> float | None:
+        r"""Exponent :math:`\hat\beta = 1 + 1/\hat s` of the eigenvalue density."""
+        return None if self.fit is None else float(self.fit.density_exponent)
+
+    @property
+    def fit_error(self) -> float | None:
+        """Kolmogorov-Smirnov distance of the fit."""
+        return None if self.fit is None else float(self.fit.fit_error)
+
+    @property
+    def num_fitted(self) -> int | None:
+        """Number ``K`` of eigenvalues that the fit used."""
+        return None if self.fit is None else int(self.fit.num_eigenvalues)
+
+    @property
+    def lambda_max(self) -> float | None:
+        """Largest eigenvalue, if it converged."""
+        if self.spectrum is None or not self.spectrum.converged[:1].any():
+            return None
+        return float(self.spectrum.eigenvalues[0])
+
+    @property
+    def num_hvps(self) -> int | None:
+        """Hessian-vector products spent."""
+        return None if self.spectrum is None else self.spectrum.num_hvps
+
+    def scalars(self) -> dict[str, float]:
+        """Return what is logged, by its name behind the prefix; what is not known is not in it.
+
+        The quantities of the fit are there only if they were logged: a slope at another ``K`` must
+        not stand in a curve beside the others.
+        """
+        values: dict[str, float | None] = {
+            "lambda_max": self.lambda_max,
+            "num_fitted": self.num_fitted,
+            "num_hvps": self.num_hvps,
+            "seconds": self.seconds,
+        }
+        if self.logged:
+            values |= {
+                "slope": self.slope,
+                "fit_error": self.fit_error,
+                "slope_stderr": self.slope_stderr,
+                "density_exponent": self.density_exponent,
+            }
+        return {name: float(value) for name, value in values.items() if value is not None}
+
+    def summary(self) -> str:
+        """Return the measurement as one line of text."""
+        where = f"epoch {self.epoch}, step {self.step}"
+        cost = f"{self.num_hvps} HVPs, {self.seconds:.1f} s" if self.spectrum else f"{self.seconds:.1f} s"
+        if self.fit is None:
+            return f"{where}: no slope ({self.reason}), {cost}"
+        fitted = (
+            f"slope {self.slope:.3f} ± {self.slope_stderr:.3f}, fit error {self.fit_error:.3f}, "
+            f"K = {self.num_fitted}, {cost}"
+        )
+        return f"{where}: {fitted}" if self.logged else f"{where}: {fitted}; not logged ({self.reason})"
+
+    # -- checkpoints -----------------------------------------------------------------------------
+
+    def to_state(self) -> dict[str, Any]:
+        """Return Python scalars, dictionaries and tensors that ``torch.load(weights_only=True)`` accepts.
+
+        The fit is not among them: it is made again from the eigenvalues, ``num_fitted`` says from how many.
+        """
+        state: dict[str, Any] = {
+            "epoch": int(self.epoch),
+            "step": int(self.step),
+            "when": str(self.when),
+            "reason": self.reason,
+            "seconds": float(self.seconds),
+            "num_parameters": self.num_parameters,
+            "num_samples": self.num_samples,
+            "loss": self.loss,
+            "engine": self.engine,
+            "world_size": int(self.world_size),
+            "num_fitted": self.num_fitted,
+            "spectrum": None,
+        }
+        if self.spectrum is not None:
+            # Cloned, because a saved view takes the whole storage behind it along.
+            state["spectrum"] = {
+                **{name: getattr(self.spectrum, name).detach().cpu().clone() for name in _SPECTRUM_TENSORS},
+                "missed_probability": float(self.spectrum.missed_probability),
+                "num_hvps": int(self.spectrum.num_hvps),
+                "stopped": str(self.spectrum.stopped),
+                "rounding": float(self.spectrum.rounding),
+                "symmetry_defect": float(self.spectrum.symmetry_defect),
+            }
+        return state
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> Measurement:
+        """Restore a measurement from what `to_state` returned.
+
+        Raises:
+            ValueError: if the state is not one of a measurement.
+        """
+        fields = dict(state)
+        if fields.get("when") not in get_args(When):
+            raise ValueError(f"not the state of a measurement: 'when' is {fields.get('when')!r}")
+        num_fitted = fields.pop("num_fitted")
+        saved = fields.pop("spectrum")
+        spectrum = None if saved is None else Spectrum(**saved)
+        fit = None
+        if spectrum is not None and num_fitted is not None:
+            from hessian_callback.power_law import fit_power_law
+
+            fit = fit_power_law(spectrum.eigenvalues[:num_fitted])
+        return cls(spectrum=spectrum, fit=fit, **fields)
+
+    def __eq__(self, other: object) -> bool:
+        """Compare by value; eigenvalues and bounds bit for bit, wall time included."""
+        if not isinstance(other, Measurement):
+            return NotImplemented
+        return _equal(self.to_state(), other.to_state())
+
+    def __hash__(self) -> int:
+        """Hash by where in the run the measurement was made."""
+        return hash((self.epoch, self.step, self.when))
+
+
+def _equal(one: Any, other: Any) -> bool:
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(_equal(one[key], other[key]) for key in one)
+    return bool(one == other)
