@@ -40,7 +40,7 @@ def take_first_if_equal(gathered: Tensor) -> Tensor:
     for rank, other in enumerate(gathered):
         if not torch.equal(first, other):
             raise ValueError(
-                f"rank {rank} holds other eigenvalues than rank 0, where one replicated spectrum is expected; "
+                f"rank {rank} holds other eigenvalues than rank 0, where one replicated spectrum is meant; "
                 "compute the spectrum over all ranks together, or do not sync and read each rank's own value"
             )
     return first
@@ -96,6 +96,10 @@ class SpectrumMetric(Metric):
         # float32, so that the empty default can move to any device.
         self.add_state("eigenvalues", default=torch.empty(0), dist_reduce_fx=take_first_if_equal)
 
+    @property
+    def _state_dtype(self) -> torch.dtype:
+        return torch.float64 if _has_float64(self.device) else torch.float32
+
     def update(self, eigenvalues: Eigenvalues) -> None:
         """Replace the spectrum by ``eigenvalues``, ``(n,)``."""
         values = as_float64(eigenvalues)
@@ -103,8 +107,7 @@ class SpectrumMetric(Metric):
             raise ValueError(
                 "eigenvalues are empty; pass a spectrum of shape (n,) with at least one eigenvalue"
             )
-        dtype = torch.float64 if _has_float64(self.device) else torch.float32
-        self.eigenvalues = torch.tensor(values, dtype=dtype, device=self.device)
+        self.eigenvalues = torch.tensor(values, dtype=self._state_dtype, device=self.device)
 
     def compute(self) -> Tensor:
         """The metric of the latest spectrum, a scalar."""
@@ -148,7 +151,9 @@ class SpectrumMetric(Metric):
         process_group: Any | None = None,
     ) -> None:
         def gather(state: Tensor, group: Any | None = None) -> list[Tensor]:
-            gathered = dist_sync_fn(state, group=group)
+            # A rank without a spectrum holds the float32 default, and ranks that send different numbers of
+            # bytes end the process.
+            gathered = dist_sync_fn(state.to(self._state_dtype), group=group)
             sizes = [other.numel() for other in gathered]
             if len(set(sizes)) > 1:
                 raise ValueError(

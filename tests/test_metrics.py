@@ -1,0 +1,214 @@
+"""The metrics by torchmetrics' own habits, and what replication over ranks asks of them."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor
+from torchmetrics import Metric, MetricCollection
+
+from hessian_callback import metrics
+from hessian_callback.metrics import PowerLawFitError, PowerLawSlope, SpectrumMetric, take_first_if_equal
+from hessian_callback.power_law import fit_power_law
+
+SPECTRUM = 2.0 * torch.arange(1, 51, dtype=torch.float64) ** -1.3
+OTHER = torch.exp(-torch.arange(1, 31, dtype=torch.float64) / 10)
+
+
+def value_of(metric: Metric, spectrum: Tensor, **options: int) -> float:
+    fit = fit_power_law(spectrum, **options)
+    return {"PowerLawSlope": fit.slope, "PowerLawFitError": fit.fit_error}[type(metric).__name__]
+
+
+@pytest.fixture(params=[PowerLawSlope, PowerLawFitError])
+def metric(request: pytest.FixtureRequest) -> SpectrumMetric:
+    return request.param()
+
+
+def test_metric_is_the_value_of_the_latest_spectrum(metric: SpectrumMetric) -> None:
+    metric.update(OTHER)
+    metric.update(SPECTRUM)
+    assert metric.compute().dtype == torch.float64
+    assert metric.compute().shape == ()
+    assert metric.compute().item() == value_of(metric, SPECTRUM)
+
+
+def test_forward_returns_and_keeps_the_same_value(metric: SpectrumMetric) -> None:
+    assert metric(OTHER).item() == value_of(metric, OTHER)
+    assert metric(SPECTRUM).item() == value_of(metric, SPECTRUM)
+    assert metric.compute().item() == value_of(metric, SPECTRUM)
+
+
+def test_options_reach_the_fit() -> None:
+    slope = PowerLawSlope(num_eigenvalues=20, drop_first=3)
+    slope.update(SPECTRUM)
+    assert slope.compute().item() == value_of(slope, SPECTRUM, num_eigenvalues=20, drop_first=3)
+
+
+def test_pickle_keeps_the_spectrum(metric: SpectrumMetric) -> None:
+    metric.update(SPECTRUM)
+    restored = pickle.loads(pickle.dumps(metric))
+    assert torch.equal(restored.eigenvalues, SPECTRUM)
+    assert restored.compute() == metric.compute()
+    restored.update(OTHER)
+    assert restored.compute().item() == value_of(metric, OTHER)
+
+
+def test_clone_is_independent(metric: SpectrumMetric) -> None:
+    metric.update(SPECTRUM)
+    clone = metric.clone()
+    clone.update(OTHER)
+    assert metric.compute().item() == value_of(metric, SPECTRUM)
+    assert clone.compute().item() == value_of(metric, OTHER)
+
+
+def test_caller_may_reuse_its_tensor(metric: SpectrumMetric) -> None:
+    buffer = SPECTRUM.clone()
+    metric.update(buffer)
+    buffer.zero_()
+    assert metric.compute().item() == value_of(metric, SPECTRUM)
+
+
+@pytest.mark.filterwarnings("ignore:The ``compute`` method of metric")
+def test_compute_without_a_spectrum_says_what_to_call(metric: SpectrumMetric) -> None:
+    with pytest.raises(RuntimeError, match=r"call update\(eigenvalues\) before compute\(\)"):
+        metric.compute()
+    metric.update(SPECTRUM)
+    metric.reset()
+    with pytest.raises(RuntimeError, match=r"after every reset\(\)"):
+        metric.compute()
+
+
+def test_unfittable_spectrum_raises_instead_of_a_sentinel(metric: SpectrumMetric) -> None:
+    metric.update(torch.tensor([1.0, -1.0, -2.0]))
+    with pytest.raises(ValueError, match="compute more eigenvalues"):
+        metric.compute()
+    with pytest.raises(ValueError, match="check that the loss"):
+        metric.update(torch.tensor([1.0, float("nan")]))
+    with pytest.raises(ValueError, match="at least one eigenvalue"):
+        metric.update(torch.empty(0))
+
+
+def test_state_dict_restores_the_spectrum(metric: SpectrumMetric) -> None:
+    metric.update(SPECTRUM)
+    assert not metric.state_dict()
+    metric.persistent(True)
+    fresh = type(metric)()
+    fresh.persistent(True)
+    fresh.load_state_dict(metric.state_dict())
+    assert torch.equal(fresh.eigenvalues, SPECTRUM)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_low_precision_is_read_as_it_is_and_kept_in_float64(
+    metric: SpectrumMetric, dtype: torch.dtype
+) -> None:
+    metric.update(SPECTRUM.to(dtype))
+    assert metric.eigenvalues.dtype == torch.float64
+    assert metric.compute().item() == value_of(metric, SPECTRUM.to(dtype))
+
+
+def test_casting_a_module_leaves_the_state_alone(metric: SpectrumMetric) -> None:
+    metric.update(SPECTRUM)
+    module = torch.nn.ModuleDict({"metric": metric}).half()
+    assert torch.equal(module["metric"].eigenvalues, SPECTRUM)
+    metric.set_dtype(torch.float16)
+    assert metric.eigenvalues.dtype == torch.float16
+    assert metric.compute().item() == pytest.approx(value_of(metric, SPECTRUM), rel=0.01)
+
+
+def test_device_without_float64_gets_float32(metric: SpectrumMetric, monkeypatch: pytest.MonkeyPatch) -> None:
+    metric.update(SPECTRUM)
+    monkeypatch.setattr(metrics, "_has_float64", lambda device: False)
+    metric.to("cpu")
+    assert metric.eigenvalues.dtype == torch.float32
+    metric.update(OTHER)
+    assert metric.eigenvalues.dtype == torch.float32
+    assert metric.compute().dtype == torch.float32
+    assert metric.compute().item() == pytest.approx(value_of(metric, OTHER), rel=1e-5)
+
+
+def test_collection_shares_one_state() -> None:
+    collection = MetricCollection([PowerLawSlope(), PowerLawFitError()])
+    for spectrum in (OTHER, SPECTRUM):
+        collection.update(spectrum)
+        fit = fit_power_law(spectrum)
+        values = {name: value.item() for name, value in collection.compute().items()}
+        assert values == {"PowerLawSlope": fit.slope, "PowerLawFitError": fit.fit_error}
+    assert len(collection.compute_groups) == 1
+
+
+def test_plot_draws_one_value_and_a_series(metric: SpectrumMetric) -> None:
+    matplotlib = pytest.importorskip("matplotlib")
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    metric.update(SPECTRUM)
+    for values in (None, [metric(OTHER), metric(SPECTRUM)]):
+        figure, axes = metric.plot(values)
+        assert axes.get_title() or axes.lines or axes.collections
+        pyplot.close(figure)
+
+
+def test_reduction_takes_the_first_of_equal_states() -> None:
+    assert torch.equal(take_first_if_equal(torch.stack([SPECTRUM, SPECTRUM])), SPECTRUM)
+    different = SPECTRUM.clone()
+    different[-1] = torch.nextafter(different[-1], torch.tensor(0.0, dtype=torch.float64))
+    with pytest.raises(ValueError, match=r"rank 1 holds other eigenvalues .* over all ranks together"):
+        take_first_if_equal(torch.stack([SPECTRUM, different]))
+    assert pickle.loads(pickle.dumps(take_first_if_equal)) is take_first_if_equal
+
+
+def _on_two_ranks(rank: int, folder: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    results: dict[str, object] = {}
+    metric = PowerLawSlope()
+    metric.update(SPECTRUM)
+    results["unsynced"] = metric.compute().item()
+    metric.sync()
+    results["state"] = metric.eigenvalues.clone()
+    metric.unsync()
+    metric.update(SPECTRUM)  # Forget the cached value.
+    metric.sync()
+    results["synced"] = metric.compute().item()  # Leaves the metric unsynced.
+    results["after"] = metric.compute().item()
+
+    metric = PowerLawSlope(sync_on_compute=True)
+    metric.update(SPECTRUM)
+    results["on_compute"] = metric.compute().item()
+
+    for name, spectrum in {
+        "values": SPECTRUM * (1 + rank),
+        "lengths": SPECTRUM[: 50 - rank],
+        "missing": SPECTRUM if rank == 0 else None,
+    }.items():
+        metric = PowerLawSlope()
+        if spectrum is not None:
+            metric.update(spectrum)
+        try:
+            metric.sync()
+        except ValueError as error:
+            results[name] = str(error)
+    torch.save(results, Path(folder) / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_ranks_do_not_count_the_spectrum_twice(tmp_path: Path) -> None:
+    mp.spawn(_on_two_ranks, (str(tmp_path),), nprocs=2)
+    expected = fit_power_law(SPECTRUM).slope
+    doubled = fit_power_law(np.concatenate([SPECTRUM, SPECTRUM])).slope
+    assert doubled != pytest.approx(expected, rel=1e-6)
+    for rank in range(2):
+        results = torch.load(tmp_path / f"{rank}.pt")
+        assert torch.equal(results["state"], SPECTRUM)
+        for name in ("unsynced", "synced", "after", "on_compute"):
+            assert results[name] == expected, name
+        assert "over all ranks together" in results["values"]
+        assert "[50, 49] eigenvalues" in results["lengths"]
+        assert "call update on every rank" in results["missing"]
