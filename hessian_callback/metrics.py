@@ -1,8 +1,8 @@
 r"""torchmetrics classes over `power_law`: the slope and the fit error as metrics.
 
 Eigenvalues of a Hessian are global already: every rank holds the same ones. So these metrics do not
-synchronise in ``compute`` (counted W times, a spectrum would fit another law), and an explicit ``sync``
-checks that the ranks agree and keeps one copy.
+synchronise in ``compute`` (W copies of a spectrum would pass for W times as many eigenvalues), and an
+explicit ``sync`` checks that the ranks agree and keeps one copy.
 """
 
 from __future__ import annotations

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pickle
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -202,8 +201,6 @@ def _on_two_ranks(rank: int, folder: str) -> None:
 def test_two_ranks_do_not_count_the_spectrum_twice(tmp_path: Path) -> None:
     mp.spawn(_on_two_ranks, (str(tmp_path),), nprocs=2)
     expected = fit_power_law(SPECTRUM).slope
-    doubled = fit_power_law(np.concatenate([SPECTRUM, SPECTRUM])).slope
-    assert doubled != pytest.approx(expected, rel=1e-6)
     for rank in range(2):
         results = torch.load(tmp_path / f"{rank}.pt")
         assert torch.equal(results["state"], SPECTRUM)
