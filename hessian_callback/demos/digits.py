@@ -145,7 +145,11 @@ class DigitsData(pl.LightningDataModule):
         """Batches of the held-out images, in a fixed order."""
         return self._loader(self._val)
 
-    def _loader(self, data: Dataset[tuple[Tensor, ...]] | None, **options: Any) -> DataLoader[tuple[Tensor, ...]]:
+    def _loader(
+        self, data: Dataset[tuple[Tensor, ...]] | None, **options: Any
+    ) -> DataLoader[tuple[Tensor, ...]]:
         if data is None:
-            raise RuntimeError("call setup('fit') before asking DigitsData for a loader; a Trainer does so itself")
+            raise RuntimeError(
+                "call setup('fit') before asking DigitsData for a loader; a Trainer does so itself"
+            )
         return DataLoader(data, batch_size=self.batch_size, **options)
