@@ -305,6 +305,46 @@ def fit_power_law(
         >>> round(fit_power_law(spectrum, num_eigenvalues=50).slope, 3)
         0.942
     """
+    values, num_dropped = fitted_eigenvalues(
+        eigenvalues, num_eigenvalues=num_eigenvalues, drop_first=drop_first
+    )
+    log_ratios = np.log(values) - np.log(values[-1])
+    slope = float(log_ratios.mean())
+    least_squares_slope, r_squared = _least_squares(log_ratios)
+    return PowerLawFit(
+        slope=slope,
+        fit_error=exponential_ks_distance(log_ratios / slope),
+        num_eigenvalues=int(values.size),
+        lambda_1=float(values[0]),
+        cutoff=float(values[-1]),
+        least_squares_slope=least_squares_slope,
+        r_squared=r_squared,
+        num_dropped=num_dropped,
+        num_outliers_dropped=drop_first,
+    )
+
+
+def fitted_eigenvalues(
+    eigenvalues: Eigenvalues, *, num_eigenvalues: int | None = None, drop_first: int = 0
+) -> tuple[FloatArray, int]:
+    """Choose the eigenvalues that `fit_power_law` fits, or say why there is nothing to fit.
+
+    Args:
+        eigenvalues: ``(n,)``, as for `fit_power_law`.
+        num_eigenvalues: K, or None for all positive ones.
+        drop_first: how many of the largest to leave out.
+
+    Returns:
+        Those fitted, ``(K,)``, float64, descending; and how many of all were zero or negative.
+
+    Raises:
+        TypeError: as `fit_power_law`.
+        ValueError: as `fit_power_law`.
+
+    Example:
+        >>> fitted_eigenvalues([8.0, 4.0, 2.0, 1.0, -1.0], drop_first=1)
+        (array([4., 2., 1.]), 1)
+    """
     values, num_dropped = positive_eigenvalues(eigenvalues)
     if drop_first < 0:
         raise ValueError(f"drop_first is {drop_first}; give how many of the largest to leave out, or 0")
@@ -332,21 +372,35 @@ def fit_power_law(
             "eigenvalues, so that the spectrum decays, or check that the operator is not a multiple of the "
             "identity"
         )
+    return values, num_dropped
 
-    log_ratios = np.log(values) - np.log(values[-1])
-    slope = float(log_ratios.mean())
-    least_squares_slope, r_squared = _least_squares(log_ratios)
-    return PowerLawFit(
-        slope=slope,
-        fit_error=exponential_ks_distance(log_ratios / slope),
-        num_eigenvalues=int(values.size),
-        lambda_1=float(values[0]),
-        cutoff=float(values[-1]),
-        least_squares_slope=least_squares_slope,
-        r_squared=r_squared,
-        num_dropped=num_dropped,
-        num_outliers_dropped=drop_first,
-    )
+
+def fitted_log_ratios(
+    eigenvalues: Eigenvalues, *, num_eigenvalues: int | None = None, drop_first: int = 0
+) -> FloatArray:
+    r"""The logarithms :math:`y_i = \ln(\lambda_i / \lambda_K)` of the eigenvalues that are fitted.
+
+    Under a power law they are exponential with mean s.
+
+    Args:
+        eigenvalues: ``(n,)``, as for `fit_power_law`.
+        num_eigenvalues: K, or None for all positive ones.
+        drop_first: how many of the largest to leave out.
+
+    Returns:
+        ``(K,)``, float64, descending; the last is zero.
+
+    Raises:
+        TypeError: as `fit_power_law`.
+        ValueError: as `fit_power_law`.
+
+    Example:
+        >>> fitted_log_ratios([4.0, 2.0, 1.0]) / np.log(2.0)
+        array([2., 1., 0.])
+    """
+    values, _ = fitted_eigenvalues(eigenvalues, num_eigenvalues=num_eigenvalues, drop_first=drop_first)
+    ratios: FloatArray = np.log(values) - np.log(values[-1])
+    return ratios
 
 
 def positive_eigenvalues(eigenvalues: Eigenvalues) -> tuple[FloatArray, int]:
