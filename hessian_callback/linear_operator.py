@@ -29,7 +29,11 @@ class SymmetricOperator(Protocol):
     partition: Partition
     dtype: torch.dtype
     device: torch.device
-    relative_error: float
+
+    @property
+    def relative_error(self) -> float:
+        """A-priori error of a product."""
+        ...
 
     def matvec_slice(self, vector: Tensor) -> Tensor:
         """Multiply: this rank's slice of ``v`` to its slice of ``A v``, both ``(slice_length,)``."""

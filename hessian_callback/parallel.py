@@ -150,7 +150,13 @@ class Ranks:
         return whole[: partition.size]
 
     def reduce_scatter(
-        self, vector: Tensor | None, partition: Partition, *, dtype: torch.dtype, device: torch.device, stage: str
+        self,
+        vector: Tensor | None,
+        partition: Partition,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        stage: str,
     ) -> Tensor:
         """Sum the ranks' whole vectors and return this rank's slice of the sum.
 

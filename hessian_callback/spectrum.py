@@ -10,7 +10,7 @@ from torch import Tensor
 
 __all__ = ["Spectrum", "StopReason"]
 
-StopReason = Literal["converged", "exhausted", "max_hvps"]
+StopReason = Literal["converged", "no_more_positive", "exhausted", "max_hvps"]
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,9 @@ class Spectrum:
         converged: ``(k,)``, bool: whether the bound met the tolerance.
         missed_probability: the chance that the probe overlooked an eigenvalue that the bounds exclude.
         num_hvps: matrix-vector products spent, probes included.
+        rtol: the relative tolerance that was asked for.
         stopped: why the computation ended: ``"converged"`` (all k within tolerance),
+            ``"no_more_positive"`` (the bounds exclude further eigenvalues above the rounding level),
             ``"exhausted"`` (the operator has fewer than k dimensions) or ``"max_hvps"``.
         rounding: the part of each bound that rounding or inexact products account for. An eigenvalue
             whose tolerance is below it cannot converge in this precision, however many products are spent.
@@ -46,7 +48,7 @@ class Spectrum:
         ...     eigenvalues=torch.tensor([2.0, 1.0, -0.5], dtype=torch.float64),
         ...     error_bounds=torch.tensor([1e-9, 1e-3, 0.7], dtype=torch.float64),
         ...     converged=torch.tensor([True, True, False]),
-        ...     missed_probability=1e-4, num_hvps=12, stopped="max_hvps", rounding=1e-15,
+        ...     rtol=1e-2, missed_probability=1e-4, num_hvps=12, stopped="max_hvps", rounding=1e-15,
         ...     symmetry_defect=0.0, ritz_values=torch.tensor([2.0, 1.0, -0.5], dtype=torch.float64),
         ... )
         >>> spectrum.all_converged, spectrum.num_converged, spectrum.num_negative
@@ -58,6 +60,7 @@ class Spectrum:
     eigenvalues: Tensor
     error_bounds: Tensor
     converged: Tensor
+    rtol: float
     missed_probability: float
     num_hvps: int
     stopped: StopReason
@@ -83,8 +86,11 @@ class Spectrum:
 
     @property
     def resolved(self) -> Tensor:
-        """``(k,)``, bool: converged, and above the rounding level by more than its own bound."""
-        return self.converged & (self.eigenvalues > self.error_bounds)
+        """``(k,)``, bool: positive, and known to the relative tolerance.
+
+        Narrower than ``converged``, which forgives an eigenvalue near zero a bound at the rounding level.
+        """
+        return self.error_bounds <= self.rtol * self.eigenvalues
 
     @property
     def positive_converged(self) -> Tensor:

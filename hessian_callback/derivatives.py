@@ -1,0 +1,109 @@
+"""The settings under which derivatives of a loss are exact, and errors that say what stands in their way."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+__all__ = ["DoubleBackwardError", "exact_derivatives", "explained"]
+
+
+class DoubleBackwardError(RuntimeError):
+    """An operation of the model cannot be differentiated twice; the message names it and the remedy."""
+
+
+@contextmanager
+def exact_derivatives(model: nn.Module) -> Iterator[None]:
+    """Evaluate and differentiate a model so that second derivatives exist and are those of its full precision.
+
+    Inside the block gradients are on and autocast is off, attention runs on the math kernel (the fused ones
+    have no double backward), compiled modules run eagerly (so have theirs none), and cuDNN is off if the model
+    holds a recurrent layer on a GPU. All of it is as before when the block is left.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        for device_type in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device_type):
+                stack.enter_context(torch.autocast(device_type, enabled=False))
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        if _is_compiled(model):
+            # Costs a second where nothing is compiled, as it imports the compiler.
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        if any(isinstance(module, nn.RNNBase) for module in model.modules()) and torch.cuda.is_available():
+            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+        yield
+
+
+def _is_compiled(model: nn.Module) -> bool:
+    return any(
+        type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None
+        for module in model.modules()
+    )
+
+
+_ALTERNATIVE = "use hvp='finite_difference', which needs first derivatives only"
+
+# (what PyTorch says, what it means and what helps); {0} is the pattern's first group.
+_CAUSES = [
+    (
+        r"derivative for (\S+) is not implemented",
+        "{0} has no double backward: replace it, or " + _ALTERNATIVE,
+    ),
+    (
+        r"differentiate twice a function that was marked with @once_differentiable",
+        "a custom autograd function of the model is marked once_differentiable and has no double backward "
+        "(torch.nn.SyncBatchNorm in training mode and several fused kernels are such): replace it, or " + _ALTERNATIVE,
+    ),
+    (
+        r"checkpoint.*(?:use_reentrant=True|is incompatible with \.grad\(\))",
+        "reentrant activation checkpointing has no double backward: pass use_reentrant=False to "
+        "torch.utils.checkpoint.checkpoint",
+    ),
+    (
+        r"aot_autograd does not currently support double backward",
+        "a compiled function inside the loss has no double backward: call the uncompiled function when measuring, or "
+        + _ALTERNATIVE,
+    ),
+    (
+        r"(?:[Ss]parse.*(?:not implemented|not supported|unsupported)|layout.*[Ss]parse)",
+        "sparse gradients have no double backward: build the Embedding with sparse=False, or leave it out by parameters=",
+    ),
+    (
+        r"[Vv]iew.*inplace|modified by an inplace operation",
+        "the loss changes a tensor in place that its second derivative needs: replace the in-place operation, or "
+        + _ALTERNATIVE,
+    ),
+]
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """Turn autograd's complaints about second derivatives into a `DoubleBackwardError` with the remedy.
+
+    Raises:
+        DoubleBackwardError: instead of an error that is known to mean a missing second derivative.
+
+    Example:
+        >>> with explained():
+        ...     raise RuntimeError("derivative for aten::foo_backward is not implemented")
+        Traceback (most recent call last):
+        ...
+        hessian_callback.derivatives.DoubleBackwardError: aten::foo_backward has no double backward: ...
+    """
+    try:
+        yield
+    except DoubleBackwardError:
+        raise
+    except (RuntimeError, NotImplementedError) as error:
+        for pattern, meaning in _CAUSES:
+            match = re.search(pattern, str(error), flags=re.DOTALL)
+            if match:
+                groups = [group.strip("'\"`,.") for group in match.groups()]
+                raise DoubleBackwardError(meaning.format(*groups)) from error
+        raise

@@ -1,0 +1,83 @@
+"""How much memory there is, and how much of it an autograd graph holds."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+__all__ = ["SavedTensors", "count_saved_tensors", "free_memory"]
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that could be allocated on a device now, or ``None`` where the system does not say.
+
+    Example:
+        >>> free = free_memory(torch.device("cpu"))
+        >>> free is None or free > 0
+        True
+    """
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        # The allocator's own unused blocks can be had as well.
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    if device.type != "cpu":
+        return None
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        for line in meminfo.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return None
+
+
+class SavedTensors:
+    """What a graph keeps alive, counted by storage: tensors that share memory count once."""
+
+    def __init__(self, exclude: Iterable[Tensor]) -> None:
+        """Tensors in ``exclude`` exist without the graph and are not counted."""
+        self._excluded = {_storage(tensor) for tensor in exclude}
+        self._sizes: dict[int, int] = {}
+
+    def add(self, tensor: Tensor) -> None:
+        """Count a tensor's storage."""
+        storage = _storage(tensor)
+        if storage not in self._excluded:
+            self._sizes[storage] = tensor.untyped_storage().nbytes()
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes counted so far."""
+        return sum(self._sizes.values())
+
+
+@contextmanager
+def count_saved_tensors(exclude: Iterable[Tensor]) -> Iterator[SavedTensors]:
+    """Count the bytes that autograd saves for backward inside the block.
+
+    Example:
+        >>> x = torch.ones(1000, dtype=torch.float64, requires_grad=True)
+        >>> with count_saved_tensors([x]) as saved:
+        ...     y = x.exp().sum()  # saves its result, 1000 numbers of 8 bytes
+        >>> saved.num_bytes
+        8000
+    """
+    saved = SavedTensors(exclude)
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved.add(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield saved
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
