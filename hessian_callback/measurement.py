@@ -116,7 +116,7 @@ class Measurement:
         """
         values: dict[str, float | None] = {
             "lambda_max": self.lambda_max,
-            "num_fitted": self.num_fitted,
+            "num_fitted": None if self.spectrum is None else self.num_fitted or 0,
             "num_hvps": self.num_hvps,
             "seconds": self.seconds,
         }

@@ -1,0 +1,701 @@
+"""The Lightning callback: when a measurement is made, on what, and where its numbers go."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import re
+import time
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.trainer.states import RunningStage, TrainerFn
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
+from torchmetrics import MeanMetric, Metric
+
+from hessian_callback import admission
+from hessian_callback.cadence import Cadence, TimeShare
+from hessian_callback.derivatives import DoubleBackwardError
+from hessian_callback.guard import Snapshot, random_state_kept, undisturbed
+from hessian_callback.held_out import (
+    HeldOut,
+    batch_on_device,
+    collect,
+    find_loader,
+    has_loader,
+    missing_loader,
+    moving_parts,
+    warn_of_imbalance,
+)
+from hessian_callback.hessian import HessianOperator
+from hessian_callback.lanczos import LanczosProgress, top_eigenvalues
+from hessian_callback.measurement import Measurement, When
+from hessian_callback.metrics import PowerLawFitError, PowerLawSlope, SpectrumMetric
+from hessian_callback.objective import mean_loss, resolve_loss
+from hessian_callback.parallel import PeerError, RankLostError, Ranks
+from hessian_callback.power_law import PowerLawFit, fit_power_law
+from hessian_callback.progress import announce, measuring
+from hessian_callback.spectrum import Spectrum
+
+__all__ = ["PowerLawHessianCallback"]
+
+# What such an error says stays true for the whole run, so it is worth raising while nothing is lost.
+_PERMANENT_ERRORS = (MisconfigurationException, DoubleBackwardError, ValueError, TypeError)
+
+# Below this many samples per eigenvalue the sample's own rank bends the spectrum.
+_SAMPLES_PER_EIGENVALUE = 3
+
+# Products per eigenvalue that small networks took; only for the estimate that is announced.
+_EXPECTED_HVPS_PER_EIGENVALUE = 4
+
+_STATE_VERSION = 1
+
+
+class PowerLawHessianCallback(Callback):
+    r"""Measure the power-law slope of the loss Hessian's spectrum while a model trains.
+
+    At each measurement the ``num_eigenvalues`` largest eigenvalues of the Hessian
+
+    .. math:: H = \frac{1}{N} \sum_{i=1}^{N} \nabla^2_\theta \, \ell_i(\theta)
+
+    of the loss on ``num_samples`` fixed samples are computed with error bounds, a power law
+    :math:`\lambda_k = \lambda_1 k^{-s}` is fitted to them, and its slope and fit error are logged, together
+    with what they rest on. Training goes on as if nothing had been: weights after training are the same bit
+    for bit, with and without the callback.
+
+    Logged, under ``prefix``: ``slope``, ``fit_error``, ``slope_stderr``, ``density_exponent``,
+    ``lambda_max``, ``num_fitted``, ``num_hvps``, ``seconds``, and ``overhead`` if it is limited.
+    EarlyStopping, ModelCheckpoint and ReduceLROnPlateau can monitor each of them in the epoch of the
+    measurement. The measurement before the first step goes to ``history`` and the logger only.
+
+    The loss is ``loss_fn(pl_module, batch)``, else ``pl_module.hessian_loss(batch)``, else what
+    ``training_step`` returns, in eval mode, in the parameters' precision, and with logging switched off.
+
+    With several ranks (``strategy="ddp"`` and its variants) all of them share the work; the samples are
+    the same for any number of ranks, except that of an ``IterableDataset`` each rank takes the first of its
+    own stream. When a measurement fails on one rank, all ranks give it up together.
+
+    Args:
+        num_eigenvalues: how many of the largest eigenvalues to fit, ``K``. Slopes compare at equal ``K``
+            only.
+        every_n_epochs: measure the first epoch and then every n-th; within such an epoch at each validation,
+            where validation does not simply end it.
+        every_n_train_steps: measure after every n optimizer steps instead.
+        at_steps: measure after these numbers of optimizer steps instead, 0 being the start.
+        dataloader: ``"val"``, ``"train"`` (the paper's Hessian is that of the training loss), or a loader. Of
+            a map-style data set a random subset is used, of a stream the beginning.
+        num_samples: samples over all ranks.
+        loss_fn: ``callable(pl_module, batch)`` that returns the mean loss of the batch.
+        batch_weight: ``callable(batch)`` that returns what the mean loss averages over, such as the number of
+            counted tokens; default: the leading dimension, where the batch has only one.
+        parameters: which parameters: a regular expression for ``re.search`` on their names, or
+            ``callable(name, parameter) -> bool``; default: all that are trained.
+        rtol: relative tolerance of each eigenvalue.
+        max_hvps: Hessian-vector products to spend on a measurement at the most; default ``10
+            num_eigenvalues``.
+        hvp: how products are formed, see `HessianOperator`.
+        memory_budget: bytes that cached gradient graphs may take on each rank; default: a part of what is
+            free.
+        max_overhead: largest share of the wall time, between 0 and 1, that measurements may take. The first
+            and the last are made in any case, others only while they fit.
+        allow_fewer: log a slope even if fewer than ``num_eigenvalues`` eigenvalues could be fitted.
+        on_error: ``"warn"``: a measurement that fails is noted in ``history`` and training goes on;
+            ``"raise"``: it ends the run. What is certain to fail every time is raised before training.
+        prefix: what the logged names begin with; several callbacks in a trainer need different ones.
+        seed: chooses samples, fixes their augmentation, and starts the eigenvalue solver.
+        figures: add a picture of the spectrum to TensorBoard, if matplotlib is installed.
+        verbose: print the expected cost once, and a line for each measurement.
+
+    Attributes:
+        history: the measurements in order of time, each a `Measurement`, those without a slope included. With
+            ``strategy="ddp_spawn"`` it is filled in the processes that train, and the checkpoints they write.
+
+    Raises:
+        ValueError: if an option is out of range.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> from lightning.pytorch.callbacks import EarlyStopping
+        >>> callback = PowerLawHessianCallback(num_eigenvalues=20, every_n_epochs=2)
+        >>> stop = EarlyStopping(monitor="hessian/slope", mode="min", strict=False)
+        >>> trainer = Trainer(callbacks=[callback, stop], logger=False, enable_checkpointing=False)
+        >>> callback.history
+        []
+    """
+
+    history: list[Measurement]
+
+    def __init__(
+        self,
+        *,
+        num_eigenvalues: int = 50,
+        every_n_epochs: int = 1,
+        every_n_train_steps: int | None = None,
+        at_steps: Sequence[int] | None = None,
+        dataloader: str | Iterable[Any] = "val",
+        num_samples: int = 1024,
+        # With a precise signature LightningCLI would reject a class_path.
+        loss_fn: Callable[..., Any] | None = None,
+        batch_weight: Callable[..., Any] | None = None,
+        parameters: str | Callable[..., Any] | None = None,
+        rtol: float = 1e-2,
+        max_hvps: int | None = None,
+        hvp: str = "auto",
+        memory_budget: int | None = None,
+        max_overhead: float | None = None,
+        allow_fewer: bool = False,
+        on_error: str = "warn",
+        prefix: str = "hessian",
+        seed: int = 0,
+        figures: bool = True,
+        verbose: bool = True,
+    ) -> None:
+        super().__init__()
+        if num_eigenvalues < 3:
+            raise ValueError(f"num_eigenvalues must be at least 3 to fit a power law, got {num_eigenvalues}")
+        if num_samples < 1:
+            raise ValueError(f"num_samples must be at least 1, got {num_samples}")
+        if isinstance(dataloader, str) and dataloader not in ("val", "train"):
+            raise ValueError(f"dataloader must be 'val', 'train' or a DataLoader, got {dataloader!r}")
+        if not 0 < rtol < 1:
+            raise ValueError(f"rtol must lie between 0 and 1, got {rtol}")
+        if max_hvps is not None and max_hvps <= num_eigenvalues:
+            raise ValueError(
+                f"max_hvps={max_hvps} cannot give num_eigenvalues={num_eigenvalues} eigenvalues; allow about "
+                f"{_EXPECTED_HVPS_PER_EIGENVALUE * num_eigenvalues}, or leave it out"
+            )
+        if on_error not in ("warn", "raise"):
+            raise ValueError(f"on_error must be 'warn' or 'raise', got {on_error!r}")
+        if not prefix or prefix != prefix.strip("/"):
+            raise ValueError(f"prefix must be a name without slashes at its ends, got {prefix!r}")
+        if seed < 0:
+            raise ValueError(f"seed must not be negative, got {seed}")
+        if isinstance(parameters, str):
+            try:
+                re.compile(parameters)
+            except re.error as error:
+                raise ValueError(f"parameters={parameters!r} is not a valid regular expression: {error}") from error
+        self.num_eigenvalues = num_eigenvalues
+        self.cadence = Cadence.checked(every_n_epochs, every_n_train_steps, at_steps)
+        self.dataloader = dataloader
+        self.num_samples = num_samples
+        self.loss_fn = loss_fn
+        self.batch_weight = batch_weight
+        self.parameters = parameters
+        self.rtol = rtol
+        self.max_hvps = 10 * num_eigenvalues if max_hvps is None else max_hvps
+        self.hvp = hvp
+        self.memory_budget = memory_budget
+        self.allow_fewer = allow_fewer
+        self.on_error = on_error
+        self.prefix = prefix
+        self.seed = seed
+        self.figures = figures
+        self.verbose = verbose
+
+        self.history = []
+        self._time = TimeShare(max_overhead)
+        self._held_out: HeldOut | None = None
+        self._metrics: dict[str, Metric] = {}
+        self._active = True
+        self._restored = False
+        self._at_train_epoch_end = True
+        self._steps_seen = 0
+        self._epoch_began: tuple[float, float] | None = None
+        self._cost_said = False
+        self._cost_warned = False
+        self._reasons_warned: set[str] = set()
+
+    # -- checks ----------------------------------------------------------------------------------
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Check that trainer, module and options go together; called again by ``lr_find``."""
+        admission.check_trainer(trainer)
+        self._active = stage in ("fit", "validate") and not trainer.barebones
+        if trainer.barebones:
+            rank_zero_info("PowerLawHessianCallback measures nothing under Trainer(barebones=True), which logs nothing")
+        if not self._active:
+            return
+        admission.check_strategy(trainer.strategy)
+        admission.check_precision(str(trainer.precision))
+        if sum(isinstance(other, type(self)) and other.prefix == self.prefix for other in _callbacks(trainer)) > 1:
+            raise MisconfigurationException(
+                f"two PowerLawHessianCallbacks log under prefix={self.prefix!r}, and Lightning would average "
+                "their values; give one of them another prefix"
+            )
+        resolve_loss(pl_module, self.loss_fn)
+        if isinstance(self.dataloader, str) and not has_loader(trainer, self.dataloader):
+            raise MisconfigurationException(missing_loader(self.dataloader))
+        if stage == "fit":
+            every_epoch = self.cadence.by_epochs and self.cadence.every_n_epochs == 1 and self._time.limit is None
+            admission.warn_of_strict_monitors(trainer, self.prefix, every_epoch=every_epoch)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check the parameters, which exist for certain only now."""
+        if self._active:
+            admission.check_parameters(pl_module, self.parameters, self.num_eigenvalues)
+
+    # -- when ------------------------------------------------------------------------------------
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure before the first step, or take up the thread of a resumed run."""
+        if not self._active:
+            return
+        admission.warn_of_strict_schedulers(trainer, self.prefix)
+        self._steps_seen = trainer.global_step
+        # Lightning's EarlyStopping and ModelCheckpoint decide alike whether to look here or after validation.
+        simple = trainer.val_check_interval == 1.0 and trainer.check_val_every_n_epoch == 1
+        self._at_train_epoch_end = simple or not trainer.enable_validation
+        if trainer.global_step == 0 and not self._restored:
+            # A run from the start: of an earlier one with the same callback nothing must be left.
+            self.history = [entry for entry in self.history if entry.when == "validate"]
+            self._time = TimeShare(self._time.limit)
+        self._time.start()
+        if trainer.global_step > 0 or any(entry.when == "fit_start" for entry in self.history):
+            self._restore_monitored(trainer, pl_module)
+        elif self.cadence.at_start:
+            self._measure(trainer, pl_module, "fit_start")
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note the time, to compare a measurement with an epoch."""
+        self._epoch_began = (time.monotonic(), self._time.spent)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Measure if this batch took an optimizer step that is due; never within an accumulation."""
+        before, self._steps_seen = self._steps_seen, trainer.global_step
+        if self._active and self.cadence.at_step(before, trainer.global_step):
+            self._measure_if_affordable(trainer, pl_module, "step")
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure in ``trainer.validate()``, and where monitoring callbacks look after validation."""
+        if not self._active or trainer.sanity_checking:
+            return
+        if trainer.state.fn == TrainerFn.VALIDATING:
+            self._measure(trainer, pl_module, "validate")
+        elif not self._at_train_epoch_end and self._epoch_is_due(trainer):
+            self._measure_if_affordable(trainer, pl_module, "epoch")
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure where monitoring callbacks look after the training epoch."""
+        if not self._active:
+            return
+        epoch_seconds = self._epoch_seconds()
+        if self._at_train_epoch_end and self._epoch_is_due(trainer):
+            self._measure_if_affordable(trainer, pl_module, "epoch")
+        self._warn_of_cost(epoch_seconds)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure the end of a run whose measurements were thinned out, unless it has been."""
+        limited = self._active and self._time.limit is not None
+        if limited and self.history and self.history[-1].step != trainer.global_step:
+            self._measure(trainer, pl_module, "fit_end")
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Let go of the held-out samples."""
+        self._held_out = None
+        self._restored = False
+        self._epoch_began = None
+
+    def _epoch_is_due(self, trainer: Trainer) -> bool:
+        last = next((entry.epoch for entry in reversed(self.history) if entry.when == "epoch"), None)
+        return self.cadence.at_epoch(trainer.current_epoch, last)
+
+    def _measure_if_affordable(self, trainer: Trainer, pl_module: LightningModule, when: When) -> None:
+        here = (when, trainer.current_epoch, trainer.global_step)
+        if any((entry.when, entry.epoch, entry.step) == here for entry in self.history):
+            return  # A resumed run comes past the place at which its checkpoint was written once more.
+        if self._time.limit is not None:
+            first = not any(entry.when in ("epoch", "step") for entry in self.history)
+            affordable = first or _is_last(trainer) or self._time.allows_another()
+            # Clocks differ, so one decides for all.
+            ranks = _ranks_of(trainer)
+            decision = torch.tensor([float(affordable)], device=ranks.control_device)
+            if not bool(ranks.broadcast(decision)):
+                return
+        self._measure(trainer, pl_module, when)
+
+    # -- a measurement ---------------------------------------------------------------------------
+
+    def _measure(self, trainer: Trainer, pl_module: LightningModule, when: When) -> None:
+        """Measure, note, log and draw; on all ranks together, whatever fails."""
+        began = time.monotonic()
+        ranks = _ranks_of(trainer)
+        place: dict[str, Any] = {"epoch": trainer.current_epoch, "step": trainer.global_step, "when": when}
+        found: dict[str, Any] = {"spectrum": None, "fit": None}
+        error: Exception | None = None
+        try:
+            with undisturbed(trainer, pl_module) as snapshot:
+                found = self._examine(trainer, pl_module, snapshot, ranks)
+        except RankLostError:
+            raise  # Nobody is left to go on with.
+        except Exception as exception:
+            error = exception
+        self._agree_to_go_on(error, ranks, "leaving the measurement", raise_permanent=when == "fit_start")
+        if error is not None:
+            found["reason"] = _in_one_line(error)
+        elif "reason" not in found:
+            found["reason"] = "another rank could not leave the measurement"
+        seconds = torch.tensor([time.monotonic() - began], dtype=torch.float64, device=ranks.control_device)
+        measurement = Measurement(
+            **place, **found, seconds=float(ranks.broadcast(seconds)), world_size=ranks.world_size
+        )
+        self.history.append(measurement)
+        self._time.add(measurement.seconds)
+        self._log(trainer, pl_module, measurement)
+        if self.verbose:
+            announce(trainer, f"{self.prefix}: {measurement.summary()}")
+        self._draw(trainer, measurement, ranks)
+        # What logging and drawing took is the callback's time as well.
+        self._time.spent += time.monotonic() - began - measurement.seconds
+
+    def _examine(
+        self, trainer: Trainer, pl_module: LightningModule, snapshot: Snapshot, ranks: Ranks
+    ) -> dict[str, Any]:
+        """Go from the run's state to a spectrum and a fit, inside the guard."""
+        held_out = self._collected(trainer, snapshot, ranks)
+        with ranks.together("preparing the loss and the held-out samples"):
+            loss = resolve_loss(pl_module, self.loss_fn)
+            stage = RunningStage.TRAINING if self.dataloader == "train" else RunningStage.VALIDATING
+            counted = [number for number, weight in enumerate(held_out.weights) if weight > 0]
+            weights = [held_out.weights[number] for number in counted]
+            batches = [
+                batch_on_device(
+                    trainer,
+                    pl_module,
+                    held_out.batches[number],
+                    seed=self.seed,
+                    key=held_out.keys[number],
+                    stage=stage,
+                )
+                for number in counted
+            ]
+        operator = HessianOperator(
+            pl_module,
+            loss,
+            batches,
+            weights=weights,
+            parameters=self.parameters,
+            process_group=ranks.group,
+            hvp=self.hvp,
+            memory_budget=self.memory_budget,
+        )
+        try:
+            value = mean_loss(loss, pl_module, batches, weights, ranks)
+            timed = self._say_cost(trainer, operator, held_out)
+            with measuring(trainer, "Hessian") as report:
+
+                def progress(now: LanczosProgress) -> None:
+                    report(now)
+                    timed(now)
+
+                spectrum = top_eigenvalues(
+                    operator,
+                    self.num_eigenvalues,
+                    rtol=self.rtol,
+                    max_hvps=self.max_hvps,
+                    seed=self.seed,
+                    positive_only=True,
+                    progress=progress,
+                )
+            engine = operator.engine
+        finally:
+            operator.close()
+        with ranks.together("fitting the power law"):
+            fit, reason = self._fitted(spectrum)
+        return {
+            "spectrum": spectrum,
+            "fit": fit,
+            "reason": reason,
+            "num_parameters": operator.num_parameters,
+            "num_samples": held_out.num_samples,
+            "loss": value,
+            "engine": engine,
+        }
+
+    def _collected(self, trainer: Trainer, snapshot: Snapshot, ranks: Ranks) -> HeldOut:
+        if self._held_out is None:
+            with ranks.together("finding the loader of the held-out samples"):
+                loader = find_loader(trainer, self.dataloader)
+                for part in moving_parts(loader):
+                    snapshot.remember(part, copy_tensors=False)
+            self._held_out = collect(
+                loader,
+                num_samples=self.num_samples,
+                seed=self.seed,
+                batch_weight=self.batch_weight,
+                ranks=ranks,
+                sequential=self.dataloader != "train",
+            )
+            if ranks.rank == 0:
+                self._judge(self._held_out)
+        return self._held_out
+
+    def _judge(self, held_out: HeldOut) -> None:
+        if held_out.num_samples < self.num_samples:
+            rank_zero_info(
+                f"num_samples={self.num_samples}, but there are only {held_out.num_samples} samples; all are used"
+            )
+        if held_out.num_samples < _SAMPLES_PER_EIGENVALUE * self.num_eigenvalues:
+            rank_zero_warn(
+                f"{held_out.num_samples} held-out samples are few for {self.num_eigenvalues} eigenvalues: "
+                "the spectrum's tail is then the sample's, not the loss's, and the slope too steep. Choose "
+                f"num_samples of at least {_SAMPLES_PER_EIGENVALUE * self.num_eigenvalues}, or a smaller "
+                "num_eigenvalues"
+            )
+        warn_of_imbalance(held_out)
+
+    def _fitted(self, spectrum: Spectrum) -> tuple[PowerLawFit | None, str | None]:
+        """Return the fit, and why its slope must not be logged if so."""
+        values = spectrum.positive_converged
+        wanted, found = self.num_eigenvalues, len(values)
+        shortage = None
+        if found < wanted:
+            if spectrum.stopped == "max_hvps":
+                why = f"max_hvps={self.max_hvps} products were spent; allow more, or a larger rtol"
+            else:
+                why = "the others are not positive beyond rounding; choose a smaller num_eigenvalues"
+            shortage = f"only {found} of {wanted} eigenvalues are positive and converged: {why}"
+        try:
+            fit = fit_power_law(values)
+        except ValueError as error:
+            return None, shortage or _in_one_line(error)
+        if shortage is None or self.allow_fewer:
+            return fit, None
+        return fit, f"{shortage}, or pass allow_fewer=True"
+
+    # -- failing ---------------------------------------------------------------------------------
+
+    def _agree_to_go_on(
+        self, error: Exception | None, ranks: Ranks, stage: str, *, raise_permanent: bool = False
+    ) -> None:
+        """Let all ranks know of an error, and raise on all of them or on none."""
+        failed = ranks.failed_ranks(error is not None)
+        if not failed:
+            return
+        permanent = raise_permanent and bool(ranks.failed_ranks(isinstance(error, _PERMANENT_ERRORS)))
+        if self.on_error == "raise" or permanent:
+            raise error if error is not None else PeerError(stage, failed)
+        reason = _in_one_line(error) if error is not None else str(PeerError(stage, failed))
+        # The rank that failed speaks for itself; of the others one is enough.
+        if (ranks.rank == 0 or not isinstance(error, PeerError)) and reason not in self._reasons_warned:
+            self._reasons_warned.add(reason)
+            warnings.warn(
+                f"the Hessian could not be measured, and training goes on without its slope: {reason}",
+                stacklevel=2,
+            )
+
+    # -- logging ---------------------------------------------------------------------------------
+
+    def _log(self, trainer: Trainer, pl_module: LightningModule, measurement: Measurement) -> None:
+        values = measurement.scalars()
+        if self._time.limit is not None and measurement.when != "validate":
+            values["overhead"] = self._time.fraction
+        if measurement.when in ("epoch", "validate"):
+            self._log_as_metrics(pl_module, measurement, values)
+            return
+        if measurement.when == "step":
+            # Only for who monitors: on the way to the logger Lightning would thin steps out.
+            for name, value in values.items():
+                pl_module.log(
+                    f"{self.prefix}/{name}",
+                    torch.tensor(value, dtype=torch.float32, device=pl_module.device),
+                    on_step=True,
+                    on_epoch=False,
+                    logger=False,
+                    batch_size=1,
+                )
+        # `log` in on_train_start would reach callback_metrics, and is not to be had in on_train_end.
+        named = {f"{self.prefix}/{name}": value for name, value in values.items()}
+        for logger in trainer.loggers:
+            logger.log_metrics({**named, "epoch": measurement.epoch}, step=measurement.step)
+            logger.save()
+
+    def _log_as_metrics(self, pl_module: LightningModule, measurement: Measurement, values: dict[str, float]) -> None:
+        """Log through torchmetrics: values are equal on all ranks, and must not be reduced again."""
+        for name, value in values.items():
+            metric = self._metrics.get(name)
+            if metric is None:
+                metric = self._metrics[name] = _new_metric(name)
+            metric.to(pl_module.device)
+            metric.reset()
+            if isinstance(metric, SpectrumMetric):
+                assert measurement.spectrum is not None
+                metric.update(measurement.spectrum.positive_converged)
+            else:
+                metric.update(value)
+            pl_module.log(
+                f"{self.prefix}/{name}",
+                metric,
+                on_step=False,
+                on_epoch=True,
+                batch_size=1,
+                add_dataloader_idx=False,
+                metric_attribute=f"{self.prefix}/{name}",
+            )
+
+    def _restore_monitored(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Give callbacks that monitor the slope the last one before the interruption.
+
+        Written straight into the dictionary: a value logged here would outlive the first new one.
+        """
+        last = next((e for e in reversed(self.history) if e.when in ("epoch", "step") and e.logged), None)
+        if last is not None:
+            for name, value in last.scalars().items():
+                trainer.callback_metrics[f"{self.prefix}/{name}"] = torch.tensor(value, device=pl_module.device)
+
+    def _draw(self, trainer: Trainer, measurement: Measurement, ranks: Ranks) -> None:
+        # Not asked of the logger itself: the one of fast_dev_run claims to have everything.
+        boards = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+        if not (self.figures and boards and measurement.spectrum and importlib.util.find_spec("matplotlib")):
+            return
+        error: Exception | None = None
+        try:
+            if trainer.is_global_zero:
+                from hessian_callback.figures import figure_image, spectrum_figure
+
+                with random_state_kept():
+                    image = figure_image(spectrum_figure(self.history))
+                for board in boards:
+                    board.experiment.add_image(
+                        f"{self.prefix}/spectrum",
+                        image,
+                        self._logged_step(trainer, measurement),
+                        dataformats="HWC",
+                    )
+        except Exception as exception:
+            error = exception
+        self._agree_to_go_on(error, ranks, "drawing the spectrum")
+
+    def _logged_step(self, trainer: Trainer, measurement: Measurement) -> int:
+        """Return the step under which the measurement's scalars are in the logger."""
+        if measurement.when not in ("epoch", "validate"):
+            return measurement.step
+        # Lightning counts one back for what is logged when the epoch's batches are through.
+        stepped = int(trainer.fit_loop.epoch_loop._batches_that_stepped)
+        return stepped - (measurement.when == "epoch" and self._at_train_epoch_end)
+
+    # -- cost ------------------------------------------------------------------------------------
+
+    def _say_cost(
+        self, trainer: Trainer, operator: HessianOperator, held_out: HeldOut
+    ) -> Callable[[LanczosProgress], None]:
+        """Announce what the first measurement will take; return what adds the seconds to it."""
+        if self._cost_said or not self.verbose:
+            return lambda _: None
+        self._cost_said = True
+        limit = min(self.max_hvps, operator.num_parameters)
+        expected = min(_EXPECTED_HVPS_PER_EIGENVALUE * self.num_eigenvalues, limit)
+        basis = expected * operator.partition.slice_length * torch.finfo(operator.dtype).bits // 8
+        graphs = operator.num_cached_graphs * operator.bytes_per_graph
+        announce(
+            trainer,
+            f"{self.prefix}: first measurement: {operator.num_parameters:,} parameters, "
+            f"{held_out.num_samples:,} samples in {held_out.num_batches} batches, about {expected} "
+            f"Hessian-vector products (at most {self.max_hvps}), memory for each rank about "
+            f"{_in_bytes(basis)} of Lanczos vectors and "
+            f"{_in_bytes(graphs)} of gradient graphs",
+        )
+        began = time.monotonic()
+
+        def timed(progress: LanczosProgress) -> None:
+            if progress.num_hvps == 3:
+                each = (time.monotonic() - began) / 3
+                announce(
+                    trainer,
+                    f"{self.prefix}: {1e3 * each:.3g} ms a product, so about {each * expected:.2g} s a measurement",
+                )
+
+        return timed
+
+    def _epoch_seconds(self) -> float | None:
+        """Return the seconds of the present epoch without the measurements in it."""
+        if self._epoch_began is None:
+            return None
+        began, spent = self._epoch_began
+        return time.monotonic() - began - (self._time.spent - spent)
+
+    def _warn_of_cost(self, epoch_seconds: float | None) -> None:
+        if self._cost_warned or epoch_seconds is None or not self.history:
+            return
+        seconds = self.history[-1].seconds
+        if seconds > epoch_seconds:
+            self._cost_warned = True
+            rank_zero_warn(
+                f"a measurement of the Hessian took {seconds:.2g} s, more than a training epoch "
+                f"({epoch_seconds:.2g} s); measure less often (every_n_epochs, max_overhead), on fewer "
+                "samples (num_samples), or fewer eigenvalues (num_eigenvalues)"
+            )
+
+    # -- state -----------------------------------------------------------------------------------
+
+    @property
+    def state_key(self) -> str:
+        """The key of the callback's state in a checkpoint: one for each prefix."""
+        return self._generate_state_key(prefix=self.prefix)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the history and the time spent, as ``torch.load(weights_only=True)`` accepts them."""
+        return {
+            "version": _STATE_VERSION,
+            "history": [measurement.to_state() for measurement in self.history],
+            "time": self._time.state(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with the history of a checkpoint."""
+        if state_dict.get("version") != _STATE_VERSION:
+            raise ValueError(
+                f"the checkpoint holds a history of version {state_dict.get('version')}, this release reads "
+                f"{_STATE_VERSION}; resume with the release that wrote it, or with another prefix"
+            )
+        self.history = [Measurement.from_state(state) for state in state_dict["history"]]
+        self._time.restore(state_dict["time"])
+        self._restored = True
+
+
+def _callbacks(trainer: Trainer) -> list[Callback]:
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return callbacks
+
+
+def _ranks_of(trainer: Trainer) -> Ranks:
+    return Ranks(dist.group.WORLD if trainer.world_size > 1 else None)
+
+
+def _is_last(trainer: Trainer) -> bool:
+    """Whether training is known to end here."""
+    epochs, steps = trainer.max_epochs, trainer.max_steps
+    return (
+        trainer.should_stop
+        or (epochs is not None and epochs >= 0 and trainer.current_epoch + 1 >= epochs)
+        or 0 <= steps <= trainer.global_step
+    )
+
+
+def _new_metric(name: str) -> Metric:
+    if name == "slope":
+        return PowerLawSlope()
+    if name == "fit_error":
+        return PowerLawFitError()
+    return MeanMetric(sync_on_compute=False)
+
+
+def _in_one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text if isinstance(error, (MisconfigurationException, PeerError)) else f"{type(error).__name__}: {text}"
+
+
+def _in_bytes(size: int) -> str:
+    for unit in ("B", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size = math.ceil(size / 1000)
+    return f"{size:.4g} GB"
