@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -12,22 +15,120 @@ import torch.multiprocessing as mp
 from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 
-from hessian_callback import metrics
-from hessian_callback.metrics import PowerLawFitError, PowerLawSlope, SpectrumMetric, take_first_if_equal
+from hessian_callback import functional, metrics, spectral_statistics
+from hessian_callback.eigengaps import fit_eigengaps
+from hessian_callback.goodness_of_fit import ks_p_value
+from hessian_callback.maximum_entropy import entropy_deficit
+from hessian_callback.metrics import (
+    PowerLawFitError,
+    PowerLawSlope,
+    SpectrumMetric,
+    power_law_metrics,
+    take_first_if_equal,
+)
 from hessian_callback.power_law import fit_power_law
 
 SPECTRUM = 2.0 * torch.arange(1, 51, dtype=torch.float64) ** -1.3
 OTHER = torch.exp(-torch.arange(1, 31, dtype=torch.float64) / 10)
 
 
-def value_of(metric: Metric, spectrum: Tensor, **options: int) -> float:
-    fit = fit_power_law(spectrum, **options)
-    return {"PowerLawSlope": fit.slope, "PowerLawFitError": fit.fit_error}[type(metric).__name__]
+# Each metric, its functional twin, and what both must equal.
+CASES: dict[str, tuple[Callable[..., SpectrumMetric], Callable[..., Tensor], Callable[[Tensor], float]]] = {
+    "PowerLawSlope": (PowerLawSlope, functional.power_law_slope, lambda x: fit_power_law(x).slope),
+    "PowerLawFitError": (
+        PowerLawFitError,
+        functional.power_law_fit_error,
+        lambda x: fit_power_law(x).fit_error,
+    ),
+    "PowerLawSlopeStderr": (
+        metrics.PowerLawSlopeStderr,
+        functional.power_law_slope_stderr,
+        lambda x: fit_power_law(x).slope_stderr,
+    ),
+    "PowerLawDensityExponent": (
+        metrics.PowerLawDensityExponent,
+        functional.power_law_density_exponent,
+        lambda x: fit_power_law(x).density_exponent,
+    ),
+    "PowerLawRSquared": (
+        metrics.PowerLawRSquared,
+        functional.power_law_r_squared,
+        lambda x: fit_power_law(x).r_squared,
+    ),
+    "PowerLawPValue": (
+        metrics.PowerLawPValue,
+        functional.power_law_p_value,
+        lambda x: ks_p_value(fit_power_law(x)),
+    ),
+    "PowerLawNumFitted": (
+        metrics.PowerLawNumFitted,
+        functional.power_law_num_fitted,
+        lambda x: fit_power_law(x).num_eigenvalues,
+    ),
+    "LargestEigenvalue": (
+        metrics.LargestEigenvalue,
+        functional.largest_eigenvalue,
+        lambda x: fit_power_law(x).lambda_1,
+    ),
+    "EigengapExponent": (
+        metrics.EigengapExponent,
+        functional.eigengap_exponent,
+        lambda x: fit_eigengaps(x).exponent,
+    ),
+    "MaximumEntropyDeficit": (
+        metrics.MaximumEntropyDeficit,
+        functional.maximum_entropy_deficit,
+        lambda x: entropy_deficit(x).deficit,
+    ),
+    "EffectiveRank": (
+        metrics.EffectiveRank,
+        functional.effective_rank,
+        spectral_statistics.effective_rank,
+    ),
+    "IntrinsicDimension": (
+        metrics.IntrinsicDimension,
+        functional.intrinsic_dimension,
+        spectral_statistics.intrinsic_dimension,
+    ),
+    "ParticipationRatio": (
+        metrics.ParticipationRatio,
+        functional.participation_ratio,
+        spectral_statistics.participation_ratio,
+    ),
+    "OutlierRatio": (
+        partial(metrics.OutlierRatio, num_classes=5),
+        partial(functional.outlier_ratio, num_classes=5),
+        partial(spectral_statistics.outlier_ratio, num_classes=5),
+    ),
+}
 
 
-@pytest.fixture(params=[PowerLawSlope, PowerLawFitError])
+def value_of(metric: Metric, spectrum: Tensor) -> float:
+    return CASES[type(metric).__name__][2](spectrum)
+
+
+@pytest.fixture(params=list(CASES))
 def metric(request: pytest.FixtureRequest) -> SpectrumMetric:
-    return request.param()
+    return CASES[request.param][0]()
+
+
+def test_every_metric_and_function_has_a_case() -> None:
+    classes = {name for name in metrics.__all__ if isinstance(getattr(metrics, name), type)}
+    assert classes - {"SpectrumMetric"} == set(CASES)
+    twins = {getattr(twin, "func", twin).__name__ for _, twin, _ in CASES.values()}
+    assert twins == set(functional.__all__)
+
+
+@pytest.mark.parametrize("name", list(CASES))
+@pytest.mark.parametrize("spectrum", [SPECTRUM, OTHER, SPECTRUM.float()])
+def test_functional_twin_gives_the_same_scalar(name: str, spectrum: Tensor) -> None:
+    make, twin, reference = CASES[name]
+    metric = make()
+    value = twin(spectrum)
+    assert (value.dtype, value.shape) == (torch.float64, ())
+    assert value.item() == reference(spectrum)
+    assert metric(spectrum).item() == value.item()
+    assert twin(spectrum.tolist()).item() == value.item()
 
 
 def test_metric_is_the_value_of_the_latest_spectrum(metric: SpectrumMetric) -> None:
@@ -44,10 +145,21 @@ def test_forward_returns_and_keeps_the_same_value(metric: SpectrumMetric) -> Non
     assert metric.compute().item() == value_of(metric, SPECTRUM)
 
 
-def test_options_reach_the_fit() -> None:
-    slope = PowerLawSlope(num_eigenvalues=20, drop_first=3)
-    slope.update(SPECTRUM)
-    assert slope.compute().item() == value_of(slope, SPECTRUM, num_eigenvalues=20, drop_first=3)
+@pytest.mark.parametrize("name", [n for n in CASES if n.startswith(("PowerLaw", "Largest", "Eigen", "Max"))])
+def test_options_choose_the_eigenvalues(name: str) -> None:
+    make, twin, reference = CASES[name]
+    chosen = SPECTRUM[3:23]
+    options = {"num_eigenvalues": 20, "drop_first": 3}
+    assert make(**options)(SPECTRUM).item() == twin(SPECTRUM, **options).item() == reference(chosen)
+    assert make()(chosen).item() == reference(chosen)
+
+
+def test_options_reach_the_simulation_and_the_ratio() -> None:
+    spectrum = torch.tensor(np.exp(np.random.default_rng(0).standard_exponential(60)))
+    p_value = metrics.PowerLawPValue(draws=99, seed=5)(spectrum).item()
+    assert p_value == ks_p_value(fit_power_law(spectrum), draws=99, seed=5)
+    assert p_value == functional.power_law_p_value(spectrum, draws=99, seed=5).item()
+    assert metrics.OutlierRatio(num_classes=2)(SPECTRUM).item() == SPECTRUM[0] / SPECTRUM[2]
 
 
 def test_pickle_keeps_the_spectrum(metric: SpectrumMetric) -> None:
@@ -85,8 +197,8 @@ def test_compute_without_a_spectrum_says_what_to_call(metric: SpectrumMetric) ->
 
 
 def test_unfittable_spectrum_raises_instead_of_a_sentinel(metric: SpectrumMetric) -> None:
-    metric.update(torch.tensor([1.0, -1.0, -2.0]))
-    with pytest.raises(ValueError, match="compute more eigenvalues"):
+    metric.update(torch.tensor([0.0, -1.0, -2.0]))
+    with pytest.raises(ValueError, match=r"compute more eigenvalues|pass the largest eigenvalues"):
         metric.compute()
     with pytest.raises(ValueError, match="check that the loss"):
         metric.update(torch.tensor([1.0, float("nan")]))
@@ -98,16 +210,14 @@ def test_state_dict_restores_the_spectrum(metric: SpectrumMetric) -> None:
     metric.update(SPECTRUM)
     assert not metric.state_dict()
     metric.persistent(True)
-    fresh = type(metric)()
+    fresh = CASES[type(metric).__name__][0]()
     fresh.persistent(True)
     fresh.load_state_dict(metric.state_dict())
     assert torch.equal(fresh.eigenvalues, SPECTRUM)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_low_precision_is_read_as_it_is_and_kept_in_float64(
-    metric: SpectrumMetric, dtype: torch.dtype
-) -> None:
+def test_low_precision_is_read_as_it_is_and_kept_in_float64(metric: SpectrumMetric, dtype: torch.dtype) -> None:
     metric.update(SPECTRUM.to(dtype))
     assert metric.eigenvalues.dtype == torch.float64
     assert metric.compute().item() == value_of(metric, SPECTRUM.to(dtype))
@@ -119,18 +229,22 @@ def test_casting_a_module_leaves_the_state_alone(metric: SpectrumMetric) -> None
     assert torch.equal(module["metric"].eigenvalues, SPECTRUM)
     metric.set_dtype(torch.float16)
     assert metric.eigenvalues.dtype == torch.float16
-    assert metric.compute().item() == pytest.approx(value_of(metric, SPECTRUM), rel=0.01)
+    # Half precision makes neighbours equal, which only the gaps and the entropy notice.
+    if type(metric) not in (metrics.EigengapExponent, metrics.MaximumEntropyDeficit):
+        assert metric.compute().item() == pytest.approx(value_of(metric, SPECTRUM), rel=0.01)
 
 
 def test_device_without_float64_gets_float32(metric: SpectrumMetric, monkeypatch: pytest.MonkeyPatch) -> None:
     metric.update(SPECTRUM)
-    monkeypatch.setattr(metrics, "_has_float64", lambda device: False)
+    metric.compute()
+    monkeypatch.setattr(functional, "widest_float", lambda device: torch.float32)
     metric.to("cpu")
+    assert metric.compute().dtype == torch.float32  # The cached value.
     assert metric.eigenvalues.dtype == torch.float32
     metric.update(OTHER)
     assert metric.eigenvalues.dtype == torch.float32
     assert metric.compute().dtype == torch.float32
-    assert metric.compute().item() == pytest.approx(value_of(metric, OTHER), rel=1e-5)
+    assert metric.compute().item() == pytest.approx(value_of(metric, OTHER.float()), rel=1e-5)
 
 
 def test_collection_shares_one_state() -> None:
@@ -141,6 +255,37 @@ def test_collection_shares_one_state() -> None:
         values = {name: value.item() for name, value in collection.compute().items()}
         assert values == {"PowerLawSlope": fit.slope, "PowerLawFitError": fit.fit_error}
     assert len(collection.compute_groups) == 1
+
+
+def test_collection_of_all_has_every_value_and_one_state() -> None:
+    collection = power_law_metrics(num_classes=5, theory=True, prefix="hessian/")
+    assert {type(metric).__name__ for metric in collection.values()} == set(CASES)
+    collection.update(SPECTRUM)  # Groups form in the first update.
+    for spectrum in (OTHER, SPECTRUM):
+        values = collection(spectrum)
+        for name, metric in collection.items():
+            assert values[name].item() == value_of(metric, spectrum), name
+        assert values.keys() == collection.compute().keys()
+    assert len(collection.compute_groups) == 1
+    assert {"hessian/slope", "hessian/fit_error", "hessian/outlier_ratio", "hessian/entropy_deficit"} <= values.keys()
+    clone = pickle.loads(pickle.dumps(collection.clone(prefix="covariance/")))
+    assert clone.compute()["covariance/slope"] == values["hessian/slope"]
+    collection.reset()
+    with pytest.raises(RuntimeError, match=r"call update\(eigenvalues\)"):
+        collection.compute()
+
+
+def test_collection_passes_its_options_on() -> None:
+    collection = power_law_metrics(num_eigenvalues=20, drop_first=3, sync_on_compute=True)
+    fit = fit_power_law(SPECTRUM, num_eigenvalues=20, drop_first=3)
+    values = collection(SPECTRUM)
+    assert (values["slope"].item(), values["num_fitted"].item()) == (fit.slope, 20)
+    assert values["lambda_max"].item() == fit.lambda_1
+    assert "outlier_ratio" not in values
+    assert "eigengap_exponent" not in values
+    assert all(metric.sync_on_compute for metric in collection.values())
+    with pytest.raises(ValueError, match="give the number of classes"):
+        power_law_metrics(num_classes=0)
 
 
 def test_plot_draws_one_value_and_a_series(metric: SpectrumMetric) -> None:
