@@ -35,7 +35,7 @@ class DigitsCNN(pl.LightningModule):
     def __init__(
         self,
         channels: tuple[int, int] = (16, 64),
-        learning_rate: float = 0.1,
+        learning_rate: float = 0.05,
         momentum: float = 0.9,
         weight_decay: float = 5e-4,
     ) -> None:
@@ -90,7 +90,9 @@ class DigitsData(pl.LightningDataModule):
     and their Hessians measured, on the same images.
 
     Args:
-        batch_size: images in a batch, in training and in validation.
+        batch_size: images in a training batch.
+        val_batch_size: images in a validation batch. The callback forms Hessian products batch by batch, so
+            one large batch costs a tenth of many small ones.
         val_fraction: share of the 1797 images that is held out.
         split_seed: seed of the split.
 
@@ -102,15 +104,22 @@ class DigitsData(pl.LightningDataModule):
         >>> data.setup("fit")
         >>> images, labels = next(iter(data.val_dataloader()))
         >>> images.shape, labels.shape
-        (torch.Size([128, 1, 8, 8]), torch.Size([128]))
+        (torch.Size([599, 1, 8, 8]), torch.Size([599]))
     """
 
-    def __init__(self, batch_size: int = 128, val_fraction: float = 1 / 3, split_seed: int = 0) -> None:
+    def __init__(
+        self,
+        batch_size: int = 16,
+        val_batch_size: int = 1024,
+        val_fraction: float = 1 / 3,
+        split_seed: int = 0,
+    ) -> None:
         """Remember the options; nothing is loaded before ``setup``."""
         super().__init__()
         if not 0 < val_fraction < 1:
             raise ValueError(f"val_fraction must lie between 0 and 1, got {val_fraction}")
         self.batch_size = batch_size
+        self.val_batch_size = val_batch_size
         self.val_fraction = val_fraction
         self.split_seed = split_seed
         self._train: Dataset[tuple[Tensor, ...]] | None = None
@@ -139,17 +148,13 @@ class DigitsData(pl.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
         """Shuffled batches of the training images."""
-        return self._loader(self._train, shuffle=True)
+        return self._loader(self._train, batch_size=self.batch_size, shuffle=True)
 
     def val_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
         """Batches of the held-out images, in a fixed order."""
-        return self._loader(self._val)
+        return self._loader(self._val, batch_size=self.val_batch_size)
 
-    def _loader(
-        self, data: Dataset[tuple[Tensor, ...]] | None, **options: Any
-    ) -> DataLoader[tuple[Tensor, ...]]:
+    def _loader(self, data: Dataset[tuple[Tensor, ...]] | None, **options: Any) -> DataLoader[tuple[Tensor, ...]]:
         if data is None:
-            raise RuntimeError(
-                "call setup('fit') before asking DigitsData for a loader; a Trainer does so itself"
-            )
-        return DataLoader(data, batch_size=self.batch_size, **options)
+            raise RuntimeError("call setup('fit') before asking DigitsData for a loader; a Trainer does so itself")
+        return DataLoader(data, **options)

@@ -1,0 +1,222 @@
+"""The command ``hessian-callback``: a LightningCLI that ends with a table of what was measured."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from hessian_callback import PowerLawHessianCallback
+from hessian_callback._version import __version__
+from hessian_callback.measurement import Measurement
+
+__all__ = ["HessianCLI", "main", "print_report", "stop_messages", "table_row"]
+
+_DESCRIPTION = "Measure the power-law slope of a network's Hessian spectrum while it trains."
+
+_EPILOG = """\
+a first run (half a minute, no download; it writes below runs/):
+  hessian-callback fit --config example_configs/digits_cnn.yaml
+
+the same, changed on the command line; a later option overrides the file:
+  hessian-callback fit --config example_configs/digits_cnn.yaml \\
+      --trainer.max_epochs 3 --model.learning_rate 0.01
+
+a run that stops by itself when the slope stops rising:
+  hessian-callback fit --config example_configs/digits_early_stopping.yaml
+
+the slope of a checkpoint, without training:
+  hessian-callback validate --config example_configs/digits_cnn.yaml --ckpt_path FILE.ckpt
+
+your own model and data, any LightningModule and LightningDataModule that Python can import:
+  hessian-callback fit --model my_package.MyModel --data my_package.MyData \\
+      --trainer.callbacks+=hessian_callback.PowerLawHessianCallback
+
+what can be set, and the whole of it as a file to edit:
+  hessian-callback fit --help
+  hessian-callback fit --trainer.callbacks.help hessian_callback.PowerLawHessianCallback
+  hessian-callback fit --config example_configs/digits_cnn.yaml --print_config > my.yaml
+"""
+
+
+class HessianCLI(LightningCLI):
+    """A LightningCLI for any model and data module, reporting the measurements of its callbacks."""
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """The trainer's methods that measure; ``test`` and ``predict`` do not."""
+        return {name: skip for name, skip in LightningCLI.subcommands().items() if name in ("fit", "validate")}
+
+    def after_fit(self) -> None:
+        """Report the measurements of the run."""
+        print_report(self.trainer)
+
+    def after_validate(self) -> None:
+        """Report the measurement of the checkpoint."""
+        print_report(self.trainer)
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run the command line.
+
+    Args:
+        args: the arguments behind the program's name; ``None`` for those of the process.
+    """
+    if find_spec("jsonargparse") is None:
+        sys.exit(
+            "hessian-callback: the command line needs jsonargparse, which is not installed; "
+            "pip install 'hessian-callback[demo]'. The callback itself works without it."
+        )
+    from jsonargparse import DefaultHelpFormatter
+
+    class Formatter(DefaultHelpFormatter):
+        """Keeps the line breaks of the examples; wraps everything else as usual."""
+
+        def _fill_text(self, text: str, width: int, indent: str) -> str:
+            if text == _EPILOG:
+                return text
+            return super()._fill_text(text, width, indent)
+
+    if args is None and len(sys.argv) == 1:
+        # Without a sub-command there is nothing to do but to explain them.
+        args = ["--help"]
+    HessianCLI(
+        # A run's folder is new for each run, but not where a logger is told its version.
+        save_config_kwargs={"overwrite": True},
+        parser_kwargs={
+            "prog": "hessian-callback",
+            "version": __version__,
+            "description": _DESCRIPTION,
+            "epilog": _EPILOG,
+            "formatter_class": Formatter,
+        },
+        args=None if args is None else list(args),
+    )
+
+
+# -- the report ------------------------------------------------------------------------------------
+
+
+def print_report(trainer: Trainer) -> None:
+    """Print what a trainer's callbacks measured, why it stopped early and where its curves are."""
+    if not trainer.is_global_zero:
+        return
+    measuring = [c for c in trainer.callbacks if isinstance(c, PowerLawHessianCallback)]  # type: ignore[attr-defined]
+    for callback in measuring:
+        _print_history(callback)
+    if not measuring:
+        print(
+            "Nothing was measured: no PowerLawHessianCallback is among the trainer's callbacks. Add it with\n"
+            "  --trainer.callbacks+=hessian_callback.PowerLawHessianCallback"
+        )
+    for message in stop_messages(trainer):
+        print(f"\n{message}")
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):
+            print(f"\nTensorBoard files: {_shown(logger.log_dir)}")
+            print(f"Look at them with: {_tensorboard()} --logdir {_shown(logger.root_dir)}")
+
+
+def _print_history(callback: PowerLawHessianCallback) -> None:
+    history = callback.history
+    print()
+    if not history:
+        print(f"{callback.prefix}: no measurement was made.")
+        return
+    header = ["when", "step", "loss", "slope", "fit error", "K", "HVPs", "seconds"]
+    rows = [table_row(measurement) for measurement in history]
+    title = f"Power law of the Hessian's largest eigenvalues ({callback.prefix}/*)"
+    if find_spec("rich") is None:
+        widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+        print(title)
+        for row in [header, *rows]:
+            print("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)))
+    else:
+        from rich import box
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table(*header, title=title, title_justify="left", box=box.SIMPLE_HEAD)
+        for column in table.columns:
+            column.justify, column.no_wrap = "right", True
+        for row in rows:
+            table.add_row(*row)
+        Console().print(table)
+    for measurement in history:
+        if measurement.reason is not None:
+            print(f"{_place(measurement)}, step {measurement.step}: not logged, because {measurement.reason}")
+    fits = [measurement.fit for measurement in history if measurement.fit is not None]
+    if fits:
+        last = fits[-1]
+        print(
+            f"At 5 % a power law is rejected above a fit error of {last.critical_distance_fitted:.3f} "
+            f"(K = {last.num_eigenvalues}, exponent fitted; the paper has {last.critical_distance_paper:.3f})."
+        )
+
+
+def table_row(measurement: Measurement) -> list[str]:
+    """Return a measurement as the cells of the table; what is not known is a dash.
+
+    Example:
+        >>> failed = Measurement(epoch=3, step=120, when="epoch", spectrum=None, fit=None,
+        ...                      reason="the loss is NaN", seconds=0.21)
+        >>> table_row(failed)
+        ['epoch 3', '120', '-', '-', '-', '-', '-', '0.2']
+    """
+    m = measurement
+    return [
+        _place(m),
+        str(m.step),
+        "-" if m.loss is None else f"{m.loss:.4f}",
+        "-" if m.slope is None else f"{m.slope:.3f} ± {m.slope_stderr:.3f}",
+        "-" if m.fit_error is None else f"{m.fit_error:.3f}",
+        "-" if m.num_fitted is None else str(m.num_fitted),
+        "-" if m.num_hvps is None else str(m.num_hvps),
+        f"{m.seconds:.1f}",
+    ]
+
+
+def _place(measurement: Measurement) -> str:
+    names = {"fit_start": "start", "fit_end": "end", "validate": "validation"}
+    return names.get(measurement.when, f"epoch {measurement.epoch}")
+
+
+def stop_messages(trainer: Trainer) -> list[str]:
+    """Say which early stopping ended the training, on what value and at which epoch; empty if none did."""
+    if not trainer.should_stop:
+        return []
+    messages = []
+    for stopper in trainer.early_stopping_callbacks:
+        assert isinstance(stopper, EarlyStopping)
+        # A stopper that did not stop says 0; after the run current_epoch is one past the last epoch.
+        if stopper.stopped_epoch != trainer.current_epoch - 1 or stopper.monitor not in trainer.callback_metrics:
+            continue
+        value, best = float(trainer.callback_metrics[stopper.monitor]), float(stopper.best_score)
+        message = (
+            f"{type(stopper).__name__} stopped the training at epoch {stopper.stopped_epoch}: "
+            f"{stopper.monitor} = {value:.3f}"
+        )
+        if stopper.wait_count >= stopper.patience:
+            message += f", not better than its best, {best:.3f}, at {stopper.wait_count} checks in a row"
+        messages.append(f"{message} (mode={stopper.mode}, patience={stopper.patience}).")
+    return messages
+
+
+def _shown(path: str) -> str:
+    """A path as one would type it: relative, if it lies below the current directory."""
+    absolute = Path(path).absolute()
+    return str(absolute.relative_to(Path.cwd())) if absolute.is_relative_to(Path.cwd()) else str(absolute)
+
+
+def _tensorboard() -> str:
+    """The command that starts TensorBoard, with a path where this environment's scripts are not on PATH."""
+    own = Path(sys.executable).with_name("tensorboard")
+    found = shutil.which("tensorboard")
+    return _shown(str(own)) if own.exists() and (found is None or Path(found) != own) else "tensorboard"
