@@ -17,6 +17,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor
 from torchmetrics import MeanMetric, Metric
 
 from hessian_callback import admission
@@ -506,7 +507,7 @@ class PowerLawHessianCallback(Callback):
             for name, value in values.items():
                 pl_module.log(
                     f"{self.prefix}/{name}",
-                    torch.tensor(value, dtype=torch.float32, device=pl_module.device),
+                    _scalar(value, pl_module.device),
                     on_step=True,
                     on_epoch=False,
                     logger=False,
@@ -514,9 +515,14 @@ class PowerLawHessianCallback(Callback):
                 )
         # `log` in on_train_start would reach callback_metrics, and is not to be had in on_train_end.
         named = {f"{self.prefix}/{name}": value for name, value in values.items()}
-        for logger in trainer.loggers:
-            logger.log_metrics({**named, "epoch": measurement.epoch}, step=measurement.step)
-            logger.save()
+        error: Exception | None = None
+        try:
+            for logger in trainer.loggers:
+                logger.log_metrics({**named, "epoch": measurement.epoch}, step=measurement.step)
+                logger.save()
+        except Exception as exception:  # Only rank zero writes, so only it can fail.
+            error = exception
+        self._agree_to_go_on(error, _ranks_of(trainer), "logging the measurement")
 
     def _log_as_metrics(self, pl_module: LightningModule, measurement: Measurement, values: dict[str, float]) -> None:
         """Log through torchmetrics: values are equal on all ranks, and must not be reduced again."""
@@ -549,7 +555,7 @@ class PowerLawHessianCallback(Callback):
         last = next((e for e in reversed(self.history) if e.when in ("epoch", "step") and e.logged), None)
         if last is not None:
             for name, value in last.scalars().items():
-                trainer.callback_metrics[f"{self.prefix}/{name}"] = torch.tensor(value, device=pl_module.device)
+                trainer.callback_metrics[f"{self.prefix}/{name}"] = _scalar(value, pl_module.device)
 
     def _draw(self, trainer: Trainer, measurement: Measurement, ranks: Ranks) -> None:
         # Not asked of the logger itself: the one of fast_dev_run claims to have everything.
@@ -678,6 +684,10 @@ def _is_last(trainer: Trainer) -> bool:
         or (epochs is not None and epochs >= 0 and trainer.current_epoch + 1 >= epochs)
         or 0 <= steps <= trainer.global_step
     )
+
+
+def _scalar(value: float, device: torch.device) -> Tensor:
+    return torch.tensor(value, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
 
 
 def _new_metric(name: str) -> Metric:

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from dataclasses import dataclass, fields
+from typing import Any, Literal, get_args
 
 import torch
 
+from hessian_callback.power_law import PowerLawFit, fit_power_law
 from hessian_callback.spectrum import Spectrum
-
-if TYPE_CHECKING:
-    from hessian_callback.power_law import PowerLawFit
 
 __all__ = ["Measurement", "When"]
 
 When = Literal["fit_start", "epoch", "step", "fit_end", "validate"]
-
-_SPECTRUM_TENSORS = ("eigenvalues", "error_bounds", "converged", "ritz_values")
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,14 +159,10 @@ class Measurement:
             "spectrum": None,
         }
         if self.spectrum is not None:
-            # Cloned, because a saved view takes the whole storage behind it along.
             state["spectrum"] = {
-                **{name: getattr(self.spectrum, name).detach().cpu().clone() for name in _SPECTRUM_TENSORS},
-                "missed_probability": float(self.spectrum.missed_probability),
-                "num_hvps": int(self.spectrum.num_hvps),
-                "stopped": str(self.spectrum.stopped),
-                "rounding": float(self.spectrum.rounding),
-                "symmetry_defect": float(self.spectrum.symmetry_defect),
+                field.name: _plain(getattr(self.spectrum, field.name))
+                for field in fields(self.spectrum)
+                if field.name != "eigenvectors"
             }
         return state
 
@@ -181,18 +173,16 @@ class Measurement:
         Raises:
             ValueError: if the state is not one of a measurement.
         """
-        fields = dict(state)
-        if fields.get("when") not in get_args(When):
-            raise ValueError(f"not the state of a measurement: 'when' is {fields.get('when')!r}")
-        num_fitted = fields.pop("num_fitted")
-        saved = fields.pop("spectrum")
+        values = dict(state)
+        if values.get("when") not in get_args(When):
+            raise ValueError(f"not the state of a measurement: 'when' is {values.get('when')!r}")
+        num_fitted = values.pop("num_fitted")
+        saved = values.pop("spectrum")
         spectrum = None if saved is None else Spectrum(**saved)
         fit = None
         if spectrum is not None and num_fitted is not None:
-            from hessian_callback.power_law import fit_power_law
-
             fit = fit_power_law(spectrum.eigenvalues[:num_fitted])
-        return cls(spectrum=spectrum, fit=fit, **fields)
+        return cls(spectrum=spectrum, fit=fit, **values)
 
     def __eq__(self, other: object) -> bool:
         """Compare by value; eigenvalues and bounds bit for bit, wall time included."""
@@ -203,6 +193,11 @@ class Measurement:
     def __hash__(self) -> int:
         """Hash by where in the run the measurement was made."""
         return hash((self.epoch, self.step, self.when))
+
+
+def _plain(value: Any) -> Any:
+    # Cloned, because a saved view takes the whole storage behind it along.
+    return value.detach().cpu().clone() if isinstance(value, torch.Tensor) else value
 
 
 def _equal(one: Any, other: Any) -> bool:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Trainer
@@ -23,28 +24,64 @@ def announce(trainer: Trainer, text: str) -> None:
     """Print a line on rank zero, above the progress bar if one is drawn."""
     if not trainer.is_global_zero:
         return
-    if isinstance(trainer.progress_bar_callback, TQDMProgressBar):
-        # Lightning's own `bar.print` says nothing while no bar of its own is open.
-        Tqdm.write(text)
-    else:
-        print(text, flush=True)  # Rich, if it is drawing, takes standard output over.
+    # Standard output may be a full disk, or closed: no reason to fail, least of all on one rank alone.
+    with suppress(OSError, ValueError):
+        if isinstance(trainer.progress_bar_callback, TQDMProgressBar):
+            # Lightning's own `bar.print` says nothing while no bar of its own is open.
+            Tqdm.write(text)
+        else:
+            print(text, flush=True)  # Rich, if it is drawing, takes standard output over.
 
 
-def measuring(trainer: Trainer, description: str) -> AbstractContextManager[Report]:
+@contextmanager
+def measuring(trainer: Trainer, description: str) -> Iterator[Report]:
     """Show progress while the context is open; yields the function that is told of each product.
 
     Nothing is shown where the trainer's progress bar is off, on ranks other than zero, and beside progress
-    bars of unknown kind.
+    bars of unknown kind. A display that fails is given up, and the measurement goes on without it.
     """
+    display: _Display | None = None
+
+    def attempt(action: Callable[[], _Display | None]) -> _Display | None:
+        try:
+            return action()
+        except Exception as error:
+            warnings.warn(f"the progress display failed and is off for this measurement: {error}", stacklevel=2)
+            return None
+
+    def report(progress: LanczosProgress) -> None:
+        nonlocal display
+        if display is not None:
+            shown = display
+            display = attempt(lambda: shown.show(progress))
+
+    display = attempt(lambda: _display(trainer, description))
+    try:
+        yield report
+    finally:
+        if display is not None:
+            shown = display
+            attempt(lambda: shown.close())
+
+
+class _Display:
+    """A line beside the trainer's progress bar."""
+
+    def show(self, progress: LanczosProgress) -> _Display:
+        """Show where the computation stands; returns itself."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Take the line away."""
+        raise NotImplementedError
+
+
+def _display(trainer: Trainer, description: str) -> _Display | None:
     bar = trainer.progress_bar_callback
     if isinstance(bar, TQDMProgressBar) and bar.is_enabled:
-        return _with_tqdm(bar, description)
+        return _TqdmLine(bar, description)
     if isinstance(bar, RichProgressBar) and bar.is_enabled:
-        return _with_rich(bar, description)
-    return nullcontext(_say_nothing)
-
-
-def _say_nothing(_: LanczosProgress) -> None:
+        return _RichLine(bar, description)
     return None
 
 
@@ -52,41 +89,41 @@ def _found(progress: LanczosProgress) -> str:
     return f"{progress.num_converged}/{progress.k} eigenvalues"
 
 
-@contextmanager
-def _with_tqdm(bar: TQDMProgressBar, description: str) -> Iterator[Report]:
-    # How many products it takes is not known beforehand, so there is a count and a rate, but no end.
-    position = 2 * bar.process_position + 1
-    with Tqdm(desc=description, unit=" products", position=position, leave=False, file=sys.stdout) as line:
+class _TqdmLine(_Display):
+    def __init__(self, bar: TQDMProgressBar, description: str) -> None:
+        # How many products it takes is not known beforehand, so there is a count and a rate, but no end.
+        self._line = Tqdm(
+            desc=description, unit=" products", position=2 * bar.process_position + 1, leave=False, file=sys.stdout
+        )
 
-        def report(progress: LanczosProgress) -> None:
-            line.set_postfix_str(_found(progress), refresh=False)
-            line.update(progress.num_hvps - line.n)
+    def show(self, progress: LanczosProgress) -> _Display:
+        self._line.set_postfix_str(_found(progress), refresh=False)
+        self._line.update(progress.num_hvps - self._line.n)
+        return self
 
-        yield report
+    def close(self) -> None:
+        self._line.close()
 
 
-@contextmanager
-def _with_rich(bar: RichProgressBar, description: str) -> Iterator[Report]:
-    shared: Any = bar.progress
-    if shared is None or not shared.live.is_started:
-        # Before the trainer's own bar is up, and after it is gone.
+class _RichLine(_Display):
+    def __init__(self, bar: RichProgressBar, description: str) -> None:
         from rich.progress import Progress
 
-        with Progress(transient=True) as own:
-            yield _rich_report(own, description)
-        return
-    report = _rich_report(shared, description)
-    task = shared.task_ids[-1]
-    try:
-        yield report
-    finally:
-        shared.remove_task(task)
+        self._description = description
+        # Before the trainer's own bars are up, and after they are gone, it needs some of its own.
+        shared: Any = bar.progress
+        self._own: Any = None if shared is not None and shared.live.is_started else Progress(transient=True)
+        self._bars: Any = shared if self._own is None else self._own
+        if self._own is not None:
+            self._own.start()
+        self._task = self._bars.add_task(description, total=1)
 
+    def show(self, progress: LanczosProgress) -> _Display:
+        text = f"{self._description}: {_found(progress)}"
+        self._bars.update(self._task, completed=progress.num_hvps, total=progress.max_hvps, description=text)
+        return self
 
-def _rich_report(progress_bar: Any, description: str) -> Report:
-    task = progress_bar.add_task(description, total=float("inf"))
-
-    def report(progress: LanczosProgress) -> None:
-        progress_bar.update(task, completed=progress.num_hvps, description=f"{description}: {_found(progress)}")
-
-    return report
+    def close(self) -> None:
+        self._bars.remove_task(self._task)
+        if self._own is not None:
+            self._own.stop()
