@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-__all__ = ["DoubleBackwardError", "exact_derivatives", "explained"]
+__all__ = ["DoubleBackwardError", "check_twice_differentiable", "exact_derivatives", "explained"]
 
 
 class DoubleBackwardError(RuntimeError):
@@ -45,6 +45,30 @@ def _is_compiled(model: nn.Module) -> bool:
         type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None
         for module in model.modules()
     )
+
+
+def check_twice_differentiable(gradients: Sequence[Tensor]) -> None:
+    """Search the graph behind gradients for functions that forbid a second derivative.
+
+    Autograd raises when it runs into one, but `torch.autograd.grad` prunes the branch that leads there, and
+    returns a Hessian in which these terms are missing.
+
+    Raises:
+        DoubleBackwardError: if there is one.
+    """
+    pending = [gradient.grad_fn for gradient in gradients if gradient.grad_fn is not None]
+    seen = set(pending)
+    while pending:
+        node = pending.pop()
+        if node.name() in ("torch::autograd::Error", "DelayedError", "NotImplemented"):
+            raise DoubleBackwardError(
+                "a custom autograd function of the model has no double backward (its backward is marked "
+                "once_differentiable): replace it, or " + _ALTERNATIVE
+            )
+        for following, _ in node.next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                pending.append(following)
 
 
 _ALTERNATIVE = "use hvp='finite_difference', which needs first derivatives only"

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from hessian_callback.derivatives import DoubleBackwardError
 from hessian_callback.memory import free_memory
 from hessian_callback.parallel import PeerError, Ranks
 from hessian_callback.products import BatchLoss, DoubleBackward, FiniteDifference, Linearize, ProductEngine
@@ -139,7 +140,7 @@ class HessianOperator:
         solver measures their asymmetry and adds it.
         """
         eps = torch.finfo(self.dtype).eps
-        return float(64 * eps if self.exact else eps ** (2 / 3))
+        return float(64 * eps if self.exact else eps**0.5)
 
     def matvec(self, vector: Tensor) -> Tensor:
         """Multiply, ``(P,) -> (P,)``: the same vector on all ranks, and the same result."""
@@ -189,12 +190,13 @@ class HessianOperator:
         if hvp == "finite_difference":
             return FiniteDifference(self._loss, batches, weights)
         if hvp == "linearize":
-            return Linearize(self._loss, batches, weights)
+            linearized = Linearize(self._loss, batches, weights)
+            self._compare(linearized, batches, weights)
+            return linearized
         if not batches:
             return DoubleBackward(self._loss, [], [])
         # The size of the first graph stands for the others, which hold at most as many samples.
-        value, self.bytes_per_graph = DoubleBackward.graph_size(self._loss, batches[0])
-        del value
+        self.bytes_per_graph = DoubleBackward.graph_size(self._loss, batches[0])
         budget = memory_budget
         if budget is None:
             free = free_memory(self.device)
@@ -204,6 +206,19 @@ class HessianOperator:
         spare = budget - _BUILD_FACTOR * self.bytes_per_graph
         num_cached = max(0, min(len(batches), int(spare // max(self.bytes_per_graph, 1)) + 1)) if spare >= 0 else 0
         return DoubleBackward(self._loss, batches, weights, num_cached=num_cached)
+
+    def _compare(self, engine: ProductEngine, batches: list[Any], weights: list[float]) -> None:
+        """Hold an engine against double backward: some forward derivatives of PyTorch are wrong."""
+        vector = torch.linspace(-1, 1, self.num_parameters, dtype=self.dtype, device=self.device)
+        expected = DoubleBackward(self._loss, batches, weights, num_cached=0).product(vector)
+        engine.product(-vector)  # A traced function that keeps state would now give something else.
+        error = float((engine.product(vector) - expected).norm())
+        if not error <= 1e4 * torch.finfo(self.dtype).eps * float(expected.norm()):
+            raise DoubleBackwardError(
+                f"hvp={engine.name!r} gave a product that differs from double backward by {error:.1e} in norm "
+                f"{float(expected.norm()):.1e}: an operation of the model has a wrong or missing forward derivative. "
+                "Use hvp='double_backward'"
+            )
 
     def _check_loss(self, batches: list[Any]) -> None:
         """Evaluate every batch once, and the first one twice."""

@@ -629,7 +629,7 @@ class _Solver:
         """
         if not projection.columns:
             return float(min(projection.ritz_values[-1], 0.0))
-        latest = min(projection.size, max(8, projection.size // 10))
+        latest = min(projection.size, max(8, projection.size // 24))
         return float(projection.tail(projection.size - latest).ritz_values[0])
 
     def _most_useful_chain(self) -> _Chain:

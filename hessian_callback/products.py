@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from hessian_callback.derivatives import exact_derivatives, explained
+from hessian_callback.derivatives import check_twice_differentiable, exact_derivatives, explained
 from hessian_callback.memory import count_saved_tensors
 
 __all__ = ["BatchLoss", "DoubleBackward", "FiniteDifference", "Linearize", "ProductEngine"]
@@ -140,19 +140,23 @@ class DoubleBackward(ProductEngine):
         return len(self._graphs)
 
     @staticmethod
-    def graph_size(loss: BatchLoss, batch: Any) -> tuple[float, int]:
-        """Build a batch's gradient graph once; return the loss and the bytes that the graph holds."""
+    def graph_size(loss: BatchLoss, batch: Any) -> int:
+        """Build a batch's gradient graph once, check it, and return the bytes that it holds.
+
+        Raises:
+            DoubleBackwardError: if the graph ends in a function that can't be differentiated again.
+        """
         with loss.differentiable(), count_saved_tensors(loss.parameters) as saved:
-            value, gradients = loss.gradient(batch, create_graph=True)
+            _, gradients = loss.gradient(batch, create_graph=True)
             for gradient in gradients:
                 saved.add(gradient)
-        return float(value), saved.num_bytes
+            check_twice_differentiable(gradients)
+        return saved.num_bytes
 
     def product(self, vector: Tensor) -> Tensor:
         """Differentiate ``g . v``: one backward pass a batch, and the gradient first where it was not kept."""
-        total = torch.zeros_like(vector)
-        directions = self.loss.split(vector)
         with self.loss.differentiable():
+            total, directions = torch.zeros_like(vector), self.loss.split(vector)
             for index, (batch, weight) in enumerate(zip(self.batches, self.weights, strict=True)):
                 if index < len(self._graphs):
                     gradients, keep = self._graphs[index], True
@@ -210,14 +214,15 @@ class Linearize(ProductEngine):
 
             return lambda *parameters: torch.func.grad(value)(parameters)
 
+        # Functionalized: the backward of some operations (SiLU) works in place on what becomes a folded constant,
+        # which would be right in the first product and wrong in the others.
         with loss.differentiable():
-            self._linear_maps = [torch.func.linearize(gradient_of(batch), *point)[1] for batch in self.batches]
+            self._linear_maps = [torch.func.linearize(torch.func.functionalize(gradient_of(batch)), *point)[1] for batch in self.batches]
 
     def product(self, vector: Tensor) -> Tensor:
         """Evaluate the traced linear maps."""
-        total = torch.zeros_like(vector)
-        directions = self.loss.split(vector)
-        with torch.inference_mode(False), torch.no_grad():
+        with self.loss.differentiable(), torch.no_grad():
+            total, directions = torch.zeros_like(vector), self.loss.split(vector)
             for linear_map, weight in zip(self._linear_maps, self.weights, strict=True):
                 self._accumulate(total, linear_map(*directions), weight)
         return total
@@ -230,9 +235,10 @@ class Linearize(ProductEngine):
 class FiniteDifference(ProductEngine):
     r"""Products by a central difference of gradients, :math:`(g(\theta + hv) - g(\theta - hv)) / 2h`.
 
-    The step is :math:`h = \epsilon^{1/3} \max(1, \|\theta\|) / \|v\|`, which balances truncation, of order
-    :math:`h^2`, against cancellation, of order :math:`\epsilon / h`. The parameters are changed for the time of
-    two gradients and then get their former bits back.
+    The step is :math:`h = \epsilon^{1/2} \max(1, \|\theta\|) / \|v\|`. For a smooth loss
+    :math:`\epsilon^{1/3}` would balance truncation, of order :math:`h^2`, against cancellation, of order
+    :math:`\epsilon / h`; but a long step crosses the kinks of ReLU units, and each adds a jump. The parameters are
+    changed for the time of two gradients and then get their former bits back.
     """
 
     name = "finite_difference"
@@ -243,16 +249,15 @@ class FiniteDifference(ProductEngine):
 
     def product(self, vector: Tensor) -> Tensor:
         """Form two gradients a batch."""
-        total = torch.zeros_like(vector)
-        length = float(vector.norm())
-        if length == 0:
-            return total
-        parameters = self.loss.parameters
-        originals = [parameter.detach().clone() for parameter in parameters]
-        scale = float(torch.stack([original.norm() for original in originals]).norm())
-        step = torch.finfo(vector.dtype).eps ** (1 / 3) * max(1.0, scale) / length
-        directions = self.loss.split(vector)
         with self.loss.differentiable():
+            total, directions = torch.zeros_like(vector), self.loss.split(vector)
+            length = float(vector.norm())
+            if length == 0:
+                return total
+            parameters = self.loss.parameters
+            originals = [parameter.detach().clone() for parameter in parameters]
+            scale = float(torch.stack([original.norm() for original in originals]).norm())
+            step = torch.finfo(vector.dtype).eps ** 0.5 * max(1.0, scale) / length
             try:
                 for sign in (1.0, -1.0):
                     with torch.no_grad():
