@@ -195,8 +195,9 @@ def stop_messages(trainer: Trainer) -> list[str]:
     messages = []
     for stopper in trainer.early_stopping_callbacks:
         assert isinstance(stopper, EarlyStopping)
-        # A stopper that did not stop says 0; after the run current_epoch is one past the last epoch.
-        if stopper.stopped_epoch != trainer.current_epoch - 1 or stopper.monitor not in trainer.callback_metrics:
+        # Lightning before 2.6 keeps no reason, and a stopper that did not stop says epoch 0.
+        stopped = getattr(stopper, "stopping_reason_message", "unknown") is not None
+        if not stopped or stopper.stopped_epoch != trainer.current_epoch - 1:
             continue
         value, best = float(trainer.callback_metrics[stopper.monitor]), float(stopper.best_score)
         message = (
@@ -220,3 +221,7 @@ def _tensorboard() -> str:
     own = Path(sys.executable).with_name("tensorboard")
     found = shutil.which("tensorboard")
     return _shown(str(own)) if own.exists() and (found is None or Path(found) != own) else "tensorboard"
+
+
+if __name__ == "__main__":
+    main()
