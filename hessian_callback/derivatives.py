@@ -96,7 +96,8 @@ _CAUSES = [
     ),
     (
         r"(?:[Ss]parse.*(?:not implemented|not supported|unsupported)|layout.*[Ss]parse)",
-        "sparse gradients have no double backward: build the Embedding with sparse=False, or leave it out by parameters=",
+        "sparse gradients have no double backward: build the Embedding with sparse=False, or leave it out by means of "
+        "parameters=",
     ),
     (
         r"[Vv]iew.*inplace|modified by an inplace operation",

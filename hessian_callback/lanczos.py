@@ -66,6 +66,9 @@ _Array = NDArray[np.float64]
 
 # Vectors in one block of the basis: large enough for BLAS, small enough to allocate little in advance.
 _BLOCK = 32
+# Longest sum that is left to BLAS on a CPU, whose accumulators lose half the digits of float32 over a million
+# terms; beyond it, partial sums are added in float64. GPUs sum in a tree.
+_LONGEST_SUM = 8192
 # Coordinates of one counter of the random stream. Part of what a seed means, so not to be changed.
 _STREAM_CHUNK = 1 << 16
 
@@ -180,7 +183,7 @@ class _Basis:
 
     def coefficients(self, vector: Tensor) -> Tensor:
         """``V^T w`` of this rank's slices, ``(N,)`` in float64."""
-        return torch.cat([block.mv(vector) for block in self._filled()]).to(torch.float64)
+        return torch.cat([_inner_products(block, vector) for block in self._filled()])
 
     def subtract(self, vector: Tensor, coefficients: Tensor) -> None:
         """``w -= V h`` in place."""
@@ -347,7 +350,7 @@ class _Decomposition:
         vector = start / after
         if self.chains:
             # The residuals must stay orthogonal to the basis, which is about to grow.
-            overlaps = self._reduced(torch.stack([chain.residual.dot(vector) for chain in self.chains])).tolist()
+            overlaps = self._reduced(_inner_products(self._residuals(), vector)).tolist()
             self._detach(vector, self.chains, overlaps)
         self._multiply(vector, None)
         return True
@@ -383,8 +386,8 @@ class _Decomposition:
             self.chains.append(chain)
         else:
             chain.residual, chain.column = image, index
-        residuals = torch.stack([one.residual for one in self.chains])
-        gram = self._reduced((residuals @ residuals.t()).flatten())
+        residuals = self._residuals()
+        gram = self._reduced(torch.cat([_inner_products(residuals, residual) for residual in residuals]))
         # One transfer to the host a step.
         first, second, gram = torch.cat([first, second, gram]).cpu().split([index + 1, index + 1, len(gram)])
         coefficients: _Array = (first + second).numpy()
@@ -407,6 +410,9 @@ class _Decomposition:
                 del self.chains[position]
                 self._gram = np.delete(np.delete(self._gram, position, axis=0), position, axis=1)
 
+    def _residuals(self) -> Tensor:
+        return torch.stack([chain.residual for chain in self.chains])
+
     def _orthogonalise(self, vector: Tensor) -> Tensor:
         """Remove the basis from a vector, in place; return the coefficients, ``(N,)`` in float64."""
         coefficients = self._reduced(self.basis.coefficients(vector))
@@ -416,13 +422,10 @@ class _Decomposition:
     def _reduced(self, values: Tensor) -> Tensor:
         """Sum small values over the ranks, in float64."""
         ranks = self.operator.ranks
-        if values.device.type == "mps":  # has no float64
-            values = values.cpu()
-        values = values.to(torch.float64)
         return values if ranks.world_size == 1 else ranks.all_reduce(values.to(ranks.control_device))
 
     def _norm_of(self, vector: Tensor) -> float:
-        return float(self._reduced(vector.dot(vector)[None]).sqrt())
+        return float(self._reduced(_inner_products(vector[None], vector)).sqrt())
 
     def _measure_asymmetry(self, coefficients: _Array) -> None:
         """Compare ``v_i . A v_j`` with ``v_j . A v_i``, which earlier steps fixed, for the newest j and all i."""
@@ -727,6 +730,22 @@ class _Solver:
             ritz_values=ritz_values.clone(),
             eigenvectors=vectors,
         )
+
+
+def _inner_products(rows: Tensor, vector: Tensor) -> Tensor:
+    """``(m, n), (n,) -> (m,)`` in float64; see `_LONGEST_SUM`."""
+    if vector.device.type != "cpu" or vector.dtype == torch.float64:
+        return _precise(rows.mv(vector))
+    partial = [
+        part.mv(piece) for part, piece in zip(rows.split(_LONGEST_SUM, 1), vector.split(_LONGEST_SUM), strict=True)
+    ]
+    return torch.stack(partial).sum(0, dtype=torch.float64)
+
+
+def _precise(values: Tensor) -> Tensor:
+    if values.device.type == "mps":  # has no float64
+        values = values.cpu()
+    return values.to(torch.float64)
 
 
 def _gaussian_slice(operator: SymmetricOperator, seed: int, draw: int) -> Tensor:

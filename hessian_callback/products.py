@@ -217,7 +217,8 @@ class Linearize(ProductEngine):
         # Functionalized: the backward of some operations (SiLU) works in place on what becomes a folded constant,
         # which would be right in the first product and wrong in the others.
         with loss.differentiable():
-            self._linear_maps = [torch.func.linearize(torch.func.functionalize(gradient_of(batch)), *point)[1] for batch in self.batches]
+            gradients = [torch.func.functionalize(gradient_of(batch)) for batch in self.batches]
+            self._linear_maps = [torch.func.linearize(gradient, *point)[1] for gradient in gradients]
 
     def product(self, vector: Tensor) -> Tensor:
         """Evaluate the traced linear maps."""

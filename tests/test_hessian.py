@@ -296,7 +296,7 @@ def squared(model: nn.Module, x: Tensor) -> Tensor:
                 m(x).view(4, 1, 2).log_softmax(-1), torch.tensor([[1]]), torch.tensor([4]), torch.tensor([1])
             ),
             DoubleBackwardError,
-            "ctc_loss.* has no double backward: replace it, or use hvp='finite_difference'",
+            r"ctc_loss.* has no double backward: replace it, or use hvp='finite_difference'",
         ),
     ],
     ids=["vector", "float", "detached", "infinite", "nan", "random", "once", "reentrant", "ctc"],
