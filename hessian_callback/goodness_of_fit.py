@@ -24,7 +24,8 @@ def ks_p_value(fit: PowerLawFit, *, draws: int = 1000, seed: int = 0) -> float:
 
     .. math:: p = \frac{1 + \#\{d^*_b \ge d_{ks}\}}{1 + B}
 
-    Draws of one K and seed are simulated once and kept, so later fits with that K cost a search only.
+    Draws of one K and seed are simulated once and kept, so later fits with that K cost a search only. They
+    share the simulation's error, too: with 1000 draws a test at 5 % has a level of 5 +- 0.7 % for that K.
 
     Args:
         fit: of the eigenvalues in question.

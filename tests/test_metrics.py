@@ -257,6 +257,7 @@ def test_collection_shares_one_state() -> None:
     assert len(collection.compute_groups) == 1
 
 
+@pytest.mark.filterwarnings("ignore:The ``compute`` method of metric")
 def test_collection_of_all_has_every_value_and_one_state() -> None:
     collection = power_law_metrics(num_classes=5, theory=True, prefix="hessian/")
     assert {type(metric).__name__ for metric in collection.values()} == set(CASES)
