@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from hessian_callback.derivatives import DoubleBackwardError
 from hessian_callback.memory import free_memory
 from hessian_callback.parallel import PeerError, Ranks
 from hessian_callback.products import BatchLoss, DoubleBackward, FiniteDifference, Linearize, ProductEngine
+from hessian_callback.sharding import ShardedFiniteDifference, is_sharded, unsharded
 
 __all__ = ["HessianOperator", "default_batch_weight", "select_parameters"]
 
@@ -37,6 +39,9 @@ class HessianOperator:
     What does not depend on the direction is done once, when the operator is made: the gradient graphs of as many
     batches as ``memory_budget`` allows are kept, those of the others are rebuilt in every product. So parameters,
     buffers and batches must stay as they are while the operator is in use.
+
+    Of a model under ``fully_shard`` (FSDP2) every rank holds the whole parameters until the operator is closed,
+    except with ``hvp="finite_difference"``, which leaves them sharded. Close it, or use it in a ``with`` block.
 
     Args:
         model: the module that holds the parameters; called by ``loss_fn`` only. Put it in eval mode: in train mode
@@ -100,6 +105,28 @@ class HessianOperator:
         if hvp not in _ENGINES:
             raise ValueError(f"hvp must be one of {', '.join(map(repr, _ENGINES))}, got {hvp!r}")
         self.ranks = Ranks(process_group)
+        self._held = ExitStack()
+        sharded = is_sharded(model)
+        if sharded and hvp != FiniteDifference.name:
+            self._held.enter_context(unsharded(model))
+        try:
+            self._build(model, loss_fn, list(batches), weights, batch_weight, parameters, hvp, memory_budget, sharded)
+        except BaseException:
+            self._held.close()
+            raise
+
+    def _build(
+        self,
+        model: nn.Module,
+        loss_fn: Callable[[Any, Any], Tensor],
+        batches: list[Any],
+        weights: Sequence[float] | None,
+        batch_weight: Callable[[Any], float] | None,
+        parameters: ParameterFilter | None,
+        hvp: str,
+        memory_budget: int | None,
+        sharded: bool,
+    ) -> None:
         chosen = select_parameters(model, parameters)
         self.parameter_names = list(chosen)
         self.num_parameters = sum(parameter.numel() for parameter in chosen.values())
@@ -107,13 +134,17 @@ class HessianOperator:
         self.dtype, self.device = _common_type(chosen)
         self.bytes_per_graph = 0
         self._loss = BatchLoss(model, loss_fn, list(chosen.values()))
-        batches = list(batches)
         with self.ranks.together("weighing the batches"):
             own_weights = _weigh(batches, weights, batch_weight, alone=self.ranks.world_size == 1)
         total = float(self.ranks.all_reduce(self._control_tensor([sum(own_weights)])))
         if total == 0:
             raise ValueError("no batches, so no Hessian: pass at least one batch on at least one rank")
         own_weights = [weight / total for weight in own_weights]
+        self._engine: ProductEngine
+        if sharded and hvp == FiniteDifference.name:
+            self._engine = ShardedFiniteDifference(self._loss, batches, own_weights, self.ranks)
+            self._check_loss(self._engine.batches)
+            return
         with self.ranks.together("preparing the Hessian-vector products"):
             self._engine = self._prepare(hvp, batches, own_weights, memory_budget)
 
@@ -157,8 +188,15 @@ class HessianOperator:
         return self._sum(self.ranks.all_gather(vector, self.partition))
 
     def close(self) -> None:
-        """Let go of the gradient graphs. The operator can't be used afterwards."""
+        """Let go of the gradient graphs, and shard again what was sharded. The operator can't be used afterwards."""
         self._engine.close()
+        self._held.close()
+
+    def __enter__(self) -> HessianOperator:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     # ------------------------------------------------------------------------------------------
 

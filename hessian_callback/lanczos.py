@@ -773,9 +773,9 @@ def _point_mass_bound(diagonal: _Array, off_diagonal: _Array, point: float) -> f
     for centre, following in zip(diagonal, off_diagonal, strict=True):
         before, current = current, ((point - centre) * current - link * before) / following
         link = following
+        if abs(current) > 1e100:  # far beyond any probability of interest
+            return 0.0
         total += current**2
-        if total > 1e200:  # far beyond any probability of interest
-            break
     return 1 / total
 
 
