@@ -38,7 +38,7 @@ from hessian_callback.hessian import HessianOperator
 from hessian_callback.lanczos import LanczosProgress, top_eigenvalues
 from hessian_callback.measurement import Measurement, When
 from hessian_callback.metrics import PowerLawFitError, PowerLawSlope, SpectrumMetric
-from hessian_callback.objective import mean_loss, resolve_loss
+from hessian_callback.objective import as_in_a_step, mean_loss, resolve_loss
 from hessian_callback.parallel import PeerError, RankLostError, Ranks
 from hessian_callback.power_law import PowerLawFit, fit_power_law
 from hessian_callback.progress import announce, measuring
@@ -56,6 +56,10 @@ _SAMPLES_PER_EIGENVALUE = 3
 _EXPECTED_HVPS_PER_EIGENVALUE = 4
 
 _STATE_VERSION = 1
+
+
+class _ToldToEnd(Exception):
+    """SIGTERM came: what is left of the time belongs to the run, to save what it has."""
 
 
 class PowerLawHessianCallback(Callback):
@@ -202,6 +206,7 @@ class PowerLawHessianCallback(Callback):
 
         self.history = []
         self._time = TimeShare(max_overhead)
+        self._overhead = 0.0
         self._held_out: HeldOut | None = None
         self._metrics: dict[str, Metric] = {}
         self._active = True
@@ -240,6 +245,11 @@ class PowerLawHessianCallback(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check the parameters, which exist for certain only now."""
         if self._active:
+            admission.check_parameters(pl_module, self.parameters, self.num_eigenvalues)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check the parameters for ``trainer.validate()``, which has no start of fit."""
+        if self._active and trainer.state.fn == TrainerFn.VALIDATING:
             admission.check_parameters(pl_module, self.parameters, self.num_eigenvalues)
 
     # -- when ------------------------------------------------------------------------------------
@@ -337,19 +347,26 @@ class PowerLawHessianCallback(Callback):
                 found = self._examine(trainer, pl_module, snapshot, ranks)
         except RankLostError:
             raise  # Nobody is left to go on with.
+        except _ToldToEnd:
+            announce(trainer, f"{self.prefix}: gave up the measurement, because the process was told to end")
+            return
         except Exception as exception:
             error = exception
-        self._agree_to_go_on(error, ranks, "leaving the measurement", raise_permanent=when == "fit_start")
+        # Where no training is under way, none is lost.
+        self._agree_to_go_on(error, ranks, "leaving the measurement", raise_permanent=when in ("fit_start", "validate"))
         if error is not None:
             found["reason"] = _in_one_line(error)
         elif "reason" not in found:
             found["reason"] = "another rank could not leave the measurement"
+        # Clocks differ between ranks, and what is logged must not.
         seconds = torch.tensor([time.monotonic() - began], dtype=torch.float64, device=ranks.control_device)
         measurement = Measurement(
             **place, **found, seconds=float(ranks.broadcast(seconds)), world_size=ranks.world_size
         )
         self.history.append(measurement)
         self._time.add(measurement.seconds)
+        fraction = torch.tensor([self._time.fraction], dtype=torch.float64, device=ranks.control_device)
+        self._overhead = float(ranks.broadcast(fraction))
         self._log(trainer, pl_module, measurement)
         if self.verbose:
             announce(trainer, f"{self.prefix}: {measurement.summary()}")
@@ -363,7 +380,7 @@ class PowerLawHessianCallback(Callback):
         """Go from the run's state to a spectrum and a fit, inside the guard."""
         held_out = self._collected(trainer, snapshot, ranks)
         with ranks.together("preparing the loss and the held-out samples"):
-            loss = resolve_loss(pl_module, self.loss_fn)
+            loss = as_in_a_step(trainer, pl_module, resolve_loss(pl_module, self.loss_fn))
             stage = RunningStage.TRAINING if self.dataloader == "train" else RunningStage.VALIDATING
             counted = [number for number, weight in enumerate(held_out.weights) if weight > 0]
             weights = [held_out.weights[number] for number in counted]
@@ -396,6 +413,9 @@ class PowerLawHessianCallback(Callback):
                 def progress(now: LanczosProgress) -> None:
                     report(now)
                     timed(now)
+                    # Several ranks are not told at the same product, so they go on to the end together.
+                    if trainer.received_sigterm and ranks.world_size == 1:
+                        raise _ToldToEnd
 
                 spectrum = top_eigenvalues(
                     operator,
@@ -498,7 +518,7 @@ class PowerLawHessianCallback(Callback):
     def _log(self, trainer: Trainer, pl_module: LightningModule, measurement: Measurement) -> None:
         values = measurement.scalars()
         if self._time.limit is not None and measurement.when != "validate":
-            values["overhead"] = self._time.fraction
+            values["overhead"] = self._overhead
         if measurement.when in ("epoch", "validate"):
             self._log_as_metrics(pl_module, measurement, values)
             return

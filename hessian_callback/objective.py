@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.plugins.precision import DoublePrecision
 from torch import Tensor
 
 from hessian_callback.parallel import Ranks
 
-__all__ = ["LossFunction", "mean_loss", "resolve_loss"]
+__all__ = ["LossFunction", "as_in_a_step", "mean_loss", "resolve_loss"]
 
 LossFunction = Callable[[Any, Any], Tensor]
 
@@ -60,6 +62,30 @@ def resolve_loss(pl_module: LightningModule, loss_fn: Callable[..., Any] | None 
         # Called on the module that is handed in: the one of the measurement, not the one of today.
         return _Loss(_hessian_loss, f"{type(pl_module).__name__}.hessian_loss")
     return _Loss(_training_step_of(pl_module), f"{type(pl_module).__name__}.training_step")
+
+
+def as_in_a_step(trainer: Trainer, pl_module: LightningModule, loss: LossFunction) -> LossFunction:
+    """Give a loss the surroundings that Lightning gives ``training_step``, as far as second derivatives allow.
+
+    With ``precision="64-true"`` new tensors are double as well. Autocast is left out: the Hessian is that of
+    the loss in the parameters' own precision. A module that was compiled as a whole runs eagerly.
+    """
+    contexts: list[Callable[[], AbstractContextManager[Any]]] = []
+    if isinstance(trainer.precision_plugin, DoublePrecision):
+        contexts.append(trainer.precision_plugin.forward_context)
+    # Lightning unwraps a compiled module, and keeps its compiled methods.
+    if getattr(pl_module, "_compiler_ctx", None) is not None:
+        contexts.append(lambda: torch.compiler.set_stance("force_eager"))
+    if not contexts:
+        return loss
+
+    def surrounded(module: Any, batch: Any) -> Tensor:
+        with ExitStack() as stack:
+            for context in contexts:
+                stack.enter_context(context())
+            return loss(module, batch)
+
+    return surrounded
 
 
 def mean_loss(loss: LossFunction, module: Any, batches: Sequence[Any], weights: Sequence[float], ranks: Ranks) -> float:
