@@ -28,7 +28,7 @@ __all__ = ["figure_image", "spectrum_figure"]
 _BLUE, _VERMILLION, _GREY = "#0072B2", "#D55E00", "#767676"
 
 # TensorBoard shows a card at about half of this size, so the text is large for the figure.
-_STYLE = {"figsize": (6.4, 4.8), "dpi": 110}
+_STYLE = {"figsize": (6.4, 4.8), "dpi": 80}
 _TEXT, _SMALL = 15, 12.5
 
 
@@ -85,7 +85,7 @@ def figure_image(figure: Figure) -> npt.NDArray[np.uint8]:
         >>> failed = Measurement(epoch=0, step=0, when="epoch", spectrum=None, fit=None,
         ...                      reason="the loss is NaN", seconds=0.1)
         >>> figure_image(spectrum_figure([failed])).shape
-        (528, 704, 3)
+        (384, 512, 3)
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 

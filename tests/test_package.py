@@ -14,6 +14,7 @@ import hessian_callback
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+CODE = re.findall(r"```python\n(.*?)```", README, re.S)
 
 
 def python(code: str, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -83,8 +84,9 @@ def test_types_are_published() -> None:
     assert (ROOT / "hessian_callback" / "py.typed").exists()
 
 
-def test_code_of_the_readme_runs(tmp_path: Path) -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
+def test_callback_of_the_readme_runs_in_ten_lines(tmp_path: Path) -> None:
+    code, _ = CODE
+    assert len([line for line in code.splitlines() if line.strip()]) <= 10
     assert "max_epochs=20" in code
     done = python(code.replace("max_epochs=20", "max_epochs=2"), tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -93,9 +95,11 @@ def test_code_of_the_readme_runs(tmp_path: Path) -> None:
     assert all("K = 50" in line for line in summaries)
 
 
-def test_readme_code_is_ten_lines() -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
-    assert len([line for line in code.splitlines() if line.strip()]) <= 10
+def test_core_of_the_readme_runs_without_lightning(tmp_path: Path) -> None:
+    _, code = CODE
+    done = python(f"{code}\nimport sys\nprint('lightning' in sys.modules)", tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.splitlines()[-1] == "False"
 
 
 def test_pictures_and_files_of_the_readme_exist() -> None:
