@@ -371,9 +371,7 @@ _FITTERS: dict[Alternative, Callable[[FloatArray], _Fitted | None]] = {
 }
 
 
-def _bootstrap_p(
-    alternative: Alternative, statistic: float, slope: float, num: int, draws: int, seed: int
-) -> float:
+def _bootstrap_p(alternative: Alternative, statistic: float, slope: float, num: int, draws: int, seed: int) -> float:
     """Share of simulated power laws, refitted alike, whose statistic is as large."""
     rng = np.random.default_rng([seed, num])
     # The slope is low by (K - 1) / K, which is undone here.

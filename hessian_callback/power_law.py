@@ -106,8 +106,7 @@ def critical_distance(
         raise ValueError(f"num_eigenvalues is {num_eigenvalues}; a fit needs at least {MIN_EIGENVALUES}")
     if level not in _KNOWN_EXPONENT:
         raise ValueError(
-            f"level is {level}; choose one of {sorted(_KNOWN_EXPONENT)}, "
-            "or use ks_p_value, which serves any level"
+            f"level is {level}; choose one of {sorted(_KNOWN_EXPONENT)}, or use ks_p_value, which serves any level"
         )
     root = float(np.sqrt(num_eigenvalues))
     if exponent == "known":
@@ -265,9 +264,7 @@ class PowerLawFit:
         }
 
 
-def fit_power_law(
-    eigenvalues: Eigenvalues, *, num_eigenvalues: int | None = None, drop_first: int = 0
-) -> PowerLawFit:
+def fit_power_law(eigenvalues: Eigenvalues, *, num_eigenvalues: int | None = None, drop_first: int = 0) -> PowerLawFit:
     r"""Fit a power law to the positive ones among some eigenvalues, by maximum likelihood.
 
     .. math:: \hat s = \frac{1}{K} \sum_{i=1}^{K} \ln\frac{\lambda_i}{\lambda_K}
@@ -305,9 +302,7 @@ def fit_power_law(
         >>> round(fit_power_law(spectrum, num_eigenvalues=50).slope, 3)
         0.942
     """
-    values, num_dropped = fitted_eigenvalues(
-        eigenvalues, num_eigenvalues=num_eigenvalues, drop_first=drop_first
-    )
+    values, num_dropped = fitted_eigenvalues(eigenvalues, num_eigenvalues=num_eigenvalues, drop_first=drop_first)
     log_ratios = np.log(values) - np.log(values[-1])
     slope = float(log_ratios.mean())
     least_squares_slope, r_squared = _least_squares(log_ratios)

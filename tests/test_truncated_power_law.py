@@ -28,8 +28,7 @@ def test_moments_are_those_of_adaptive_quadrature(exponent: float, rate: float) 
             edge += 0.5
         points = sorted({0.0, max(peak - 1.0, 0.0), peak, peak + 1.0, edge})
         return sum(
-            integrate.quad(integrand, a, b, epsabs=0, epsrel=1e-11, limit=400)[0]
-            for a, b in itertools.pairwise(points)
+            integrate.quad(integrand, a, b, epsabs=0, epsrel=1e-11, limit=400)[0] for a, b in itertools.pairwise(points)
         )
 
     total = moment(lambda y: 1.0)
