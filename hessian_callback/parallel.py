@@ -22,6 +22,11 @@ from torch import Tensor
 __all__ = ["Partition", "PeerError", "RankLostError", "Ranks"]
 
 
+# PyTorch 2.13 deprecates the older names, with a warning at every call.
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
 class PeerError(RuntimeError):
     """Raised on the ranks that did nothing wrong when another rank failed; names the failed ranks."""
 
@@ -146,7 +151,7 @@ class Ranks:
             return piece
         whole = piece.new_empty(partition.slice_length * self.world_size)
         with _lost_ranks_named():
-            dist.all_gather_into_tensor(whole, piece.contiguous(), group=self.group)
+            all_gather(whole, piece.contiguous(), group=self.group)
         return whole[: partition.size]
 
     def reduce_scatter(
@@ -193,7 +198,7 @@ class Ranks:
                 buffer[full, :rest] = vector[full * length :]
         piece = buffer.new_empty(length + width)
         with _lost_ranks_named():
-            dist.reduce_scatter_tensor(piece, buffer.view(-1), group=self.group)
+            reduce_scatter(piece, buffer.view(-1), group=self.group)
         failed = torch.nonzero(piece[length:]).flatten().tolist()
         if failed:
             raise PeerError(stage, failed)
