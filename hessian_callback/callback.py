@@ -8,6 +8,7 @@ import re
 import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from torchmetrics import MeanMetric, Metric
 from hessian_callback import admission
 from hessian_callback.cadence import Cadence, TimeShare
 from hessian_callback.derivatives import DoubleBackwardError
-from hessian_callback.guard import Snapshot, random_state_kept, undisturbed
+from hessian_callback.guard import Snapshot, random_state_kept, sigterm_deferred, undisturbed
 from hessian_callback.held_out import (
     HeldOut,
     batch_on_device,
@@ -337,6 +338,10 @@ class PowerLawHessianCallback(Callback):
 
     def _measure(self, trainer: Trainer, pl_module: LightningModule, when: When) -> None:
         """Measure, note, log and draw; on all ranks together, whatever fails."""
+        with sigterm_deferred() if trainer.world_size > 1 else nullcontext():
+            self._measure_and_log(trainer, pl_module, when)
+
+    def _measure_and_log(self, trainer: Trainer, pl_module: LightningModule, when: When) -> None:
         began = time.monotonic()
         ranks = _ranks_of(trainer)
         place: dict[str, Any] = {"epoch": trainer.current_epoch, "step": trainer.global_step, "when": when}

@@ -10,7 +10,9 @@ from __future__ import annotations
 import copy
 import operator
 import random
+import signal
 import sys
+import threading
 import types
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator
@@ -27,7 +29,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
 from torchmetrics import Metric
 
-__all__ = ["Snapshot", "random_state_kept", "stage_set_to", "undisturbed"]
+__all__ = ["Snapshot", "random_state_kept", "sigterm_deferred", "stage_set_to", "undisturbed"]
 
 # A tensor up to this size is copied, so that a change in place can be undone, as long as all copies
 # together stay within the total; another one is watched, and a change in place is an error.
@@ -105,6 +107,27 @@ def random_state_kept() -> Iterator[None]:
 
 def _cuda_in_use() -> bool:
     return bool(torch.cuda.is_initialized())
+
+
+@contextmanager
+def sigterm_deferred() -> Iterator[None]:
+    """Hand SIGTERM on to its handler only afterwards.
+
+    Under several ranks Lightning's handler broadcasts, wherever it interrupts a rank; between collectives
+    that are under way it would be taken for one of them.
+    """
+    before = signal.getsignal(signal.SIGTERM)
+    if before is None or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    arrived: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, _: arrived.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        if arrived:
+            signal.raise_signal(signal.SIGTERM)
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import queue
 import random
+import signal
 from collections import defaultdict, deque
 from contextlib import nullcontext
 from typing import Any
@@ -19,7 +20,7 @@ from lightning.pytorch import LightningModule
 from torch import nn
 
 import hessian_callback.guard as guard
-from hessian_callback.guard import undisturbed
+from hessian_callback.guard import sigterm_deferred, undisturbed
 from tests.toy_runs import trainer
 
 
@@ -242,3 +243,19 @@ def test_very_long_lists_lose_what_was_appended(attached: Hoarder, monkeypatch: 
     with undisturbed(attached.trainer, attached):
         attached.outputs.append(0)
     assert attached.outputs == list(range(50))
+
+
+def test_sigterm_is_handed_on_afterwards() -> None:
+    events: list[str] = []
+    before = signal.signal(signal.SIGTERM, lambda *_: events.append("handled"))
+    try:
+        with sigterm_deferred():
+            signal.raise_signal(signal.SIGTERM)
+            events.append("went on")
+        assert events == ["went on", "handled"]
+        with pytest.raises(ValueError), sigterm_deferred():
+            signal.raise_signal(signal.SIGTERM)
+            raise ValueError
+        assert events == ["went on", "handled", "handled"]
+    finally:
+        signal.signal(signal.SIGTERM, before)
