@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import math
 import re
 import time
 import warnings
@@ -629,7 +628,7 @@ class PowerLawHessianCallback(Callback):
         announce(
             trainer,
             f"{self.prefix}: first measurement: {operator.num_parameters:,} parameters, "
-            f"{held_out.num_samples:,} samples in {held_out.num_batches} batches, about {expected} "
+            f"{held_out.num_samples:,} samples in {held_out.num_batches} batch(es), about {expected} "
             f"Hessian-vector products (at most {self.max_hvps}), memory for each rank about "
             f"{_in_bytes(basis)} of Lanczos vectors and "
             f"{_in_bytes(graphs)} of gradient graphs",
@@ -728,9 +727,9 @@ def _in_one_line(error: Exception) -> str:
     return text if isinstance(error, (MisconfigurationException, PeerError)) else f"{type(error).__name__}: {text}"
 
 
-def _in_bytes(size: int) -> str:
+def _in_bytes(size: float) -> str:
     for unit in ("B", "kB", "MB"):
         if size < 1000:
             return f"{size:.3g} {unit}"
-        size = math.ceil(size / 1000)
+        size /= 1000
     return f"{size:.4g} GB"

@@ -87,7 +87,7 @@ DISTURBANCES: list[Any] = [
     lambda m: m.tensors[1][0].fill_(7),
     lambda m: m.net[0].weight.data.mul_(2),
     lambda m: m.net.train(),
-    lambda m: (m.train(), m.net(torch.randn(4, 3)).sum().backward()),
+    lambda m: (m.train(), torch.enable_grad()(lambda: m.net(torch.randn(4, 3)).sum().backward())()),
     lambda m: m.frozen.requires_grad_(True),
     update_metrics,
     lambda m: m.register_buffer("extra", torch.zeros(1)),
@@ -166,6 +166,7 @@ def test_each_kind_of_state_is_restored(which: int, attached: Hoarder) -> None:
 def test_restoration_is_a_property(visit: list[int], error: Any, earlier: list[int]) -> None:
     module = Hoarder()
     module.trainer = SHARED
+    torch.set_grad_enabled(True)
     SHARED.should_stop = False
     for which in earlier:
         if which != LOGGING:  # Which Lightning refuses outside of its loops.

@@ -438,7 +438,7 @@ def test_progress_beside_the_trainers_bar(bar: str | None, tmp_path: Any, capsys
     printed = capsys.readouterr()
     text = printed.out + printed.err
     assert text.count("slope 0") >= 2
-    assert text.count("first measurement: 58 parameters, 32 samples in 4 batches") == 1
+    assert text.count("first measurement: 58 parameters, 32 samples in 4 batch") == 1
     assert ("eigenvalues" in text.replace("num_eigenvalues", "")) == (bar == "tqdm") or bar == "rich"
 
 
