@@ -114,9 +114,7 @@ class _Curve:
         if fit is not None:
             fitted[fit.num_outliers_dropped :][: fit.num_eigenvalues] = True
         positive = values > 0
-        return cls(
-            ranks[positive], values[positive], spectrum.error_bounds.numpy()[positive], fitted[positive]
-        )
+        return cls(ranks[positive], values[positive], spectrum.error_bounds.numpy()[positive], fitted[positive])
 
 
 def _new_figure() -> tuple[Figure, Axes]:
@@ -163,9 +161,7 @@ def _draw_current(axes: Axes, current: Measurement) -> list[_Curve]:
     if fitted.any():
         axes.plot(ranks[fitted], values[fitted], label="fitted", zorder=3, **marks)
     if not fitted.all():
-        axes.plot(
-            ranks[~fitted], values[~fitted], markerfacecolor="white", label="not fitted", zorder=3, **marks
-        )
+        axes.plot(ranks[~fitted], values[~fitted], markerfacecolor="white", label="not fitted", zorder=3, **marks)
     if current.fit is not None:
         _draw_law(axes, current.fit)
     return [curve]

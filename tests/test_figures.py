@@ -46,9 +46,7 @@ def measure(
     )
     leading = spectrum.positive_converged
     fit = fit_power_law(leading, drop_first=drop_first) if len(leading) - drop_first >= 3 else None
-    return Measurement(
-        epoch=epoch, step=step, when=when, spectrum=spectrum, fit=fit, reason=reason, seconds=1.5
-    )
+    return Measurement(epoch=epoch, step=step, when=when, spectrum=spectrum, fit=fit, reason=reason, seconds=1.5)
 
 
 def failure(reason: str = "the loss is NaN") -> Measurement:
@@ -62,9 +60,7 @@ def lines(history: list[Measurement], **options: int) -> dict[str, tuple[np.ndar
 
 def words(history: list[Measurement]) -> str:
     axes = spectrum_figure(history).axes[0]
-    return " ".join([axes.get_title(loc="left"), *(text.get_text() for text in axes.texts)]).replace(
-        "\n", " "
-    )
+    return " ".join([axes.get_title(loc="left"), *(text.get_text() for text in axes.texts)]).replace("\n", " ")
 
 
 def test_marks_are_the_eigenvalues_over_their_ranks() -> None:
