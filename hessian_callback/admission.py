@@ -45,7 +45,7 @@ def check_trainer(trainer: Any) -> None:
 
 
 def check_strategy(strategy: Strategy) -> None:
-    """Refuse strategies under which a parameter is not simply there, whole, on every rank.
+    """Refuse strategies under which the Hessian of the whole model cannot be had.
 
     Raises:
         MisconfigurationException: with the reason and what to use instead.
@@ -55,17 +55,20 @@ def check_strategy(strategy: Strategy) -> None:
     reasons = {
         DeepSpeedStrategy: "DeepSpeed partitions parameters and gradients and replaces autograd's backward",
         FSDPStrategy: "FSDP flattens and shards the parameters, and its hooks have no double backward",
-        ModelParallelStrategy: "its fully_shard keeps parameters as shards, whose hooks have no double backward",
     }
     reason = next((text for kind, text in reasons.items() if isinstance(strategy, kind)), None)
     if reason is None and "XLA" in name:
         reason = "XLA traces the step as a whole and offers no graph to differentiate again"
-    if reason is None and not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)):
-        reason = "only strategies with whole parameters on every rank are known to work"
+    if isinstance(strategy, ModelParallelStrategy):
+        if strategy.device_mesh["tensor_parallel"].size() > 1:
+            reason = "it also cuts layers over ranks (tensor_parallel_size > 1), which then share a batch"
+    elif reason is None and not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)):
+        reason = "only strategies with whole parameters, or those of fully_shard, are known to work"
     if reason is not None:
         raise MisconfigurationException(
-            f"PowerLawHessianCallback does not support {name}: {reason}. Use a single device or "
-            "strategy='ddp'; or save a checkpoint and examine it with trainer.validate() on one of those"
+            f"PowerLawHessianCallback does not support {name}: {reason}. Use a single device, strategy='ddp', or "
+            "ModelParallelStrategy(tensor_parallel_size=1) with fully_shard; or save a checkpoint and examine it with "
+            "trainer.validate() on one of those"
         )
 
 

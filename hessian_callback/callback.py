@@ -42,6 +42,7 @@ from hessian_callback.objective import as_in_a_step, mean_loss, resolve_loss
 from hessian_callback.parallel import PeerError, RankLostError, Ranks
 from hessian_callback.power_law import PowerLawFit, fit_power_law
 from hessian_callback.progress import announce, measuring
+from hessian_callback.sharding import is_sharded
 from hessian_callback.spectrum import Spectrum
 
 __all__ = ["PowerLawHessianCallback"]
@@ -410,7 +411,9 @@ class PowerLawHessianCallback(Callback):
             memory_budget=self.memory_budget,
         )
         try:
-            value = mean_loss(loss, pl_module, batches, weights, ranks)
+            # A forward pass of a sharded module is a collective, and ranks hold different numbers of batches.
+            whole = not is_sharded(pl_module) or operator.exact
+            value = mean_loss(loss, pl_module, batches, weights, ranks) if whole else None
             timed = self._say_cost(trainer, operator, held_out)
             with measuring(trainer, "Hessian") as report:
 
@@ -486,7 +489,10 @@ class PowerLawHessianCallback(Callback):
             if spectrum.stopped == "max_hvps":
                 why = f"max_hvps={self.max_hvps} products were spent; allow more, or a larger rtol"
             else:
-                why = "the others are not positive beyond rounding; choose a smaller num_eigenvalues"
+                why = (
+                    f"no other is known to lie above the rounding level of {spectrum.rounding:.2g}; choose a smaller "
+                    "num_eigenvalues, or more precise products (precision='64-true', an exact hvp)"
+                )
             shortage = f"only {found} of {wanted} eigenvalues are positive and converged: {why}"
         try:
             fit = fit_power_law(values)

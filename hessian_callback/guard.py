@@ -29,6 +29,8 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
 from torchmetrics import Metric
 
+from hessian_callback.sharding import is_sharded
+
 __all__ = ["Snapshot", "random_state_kept", "sigterm_deferred", "stage_set_to", "undisturbed"]
 
 # A tensor up to this size is copied, so that a change in place can be undone, as long as all copies
@@ -63,6 +65,13 @@ def undisturbed(trainer: Trainer, pl_module: LightningModule) -> Iterator[Snapsh
     Raises:
         RuntimeError: if the block changed a tensor in place that was too large to keep a copy of.
     """
+    # A forward pass leaves the outermost module unsharded, with parameters that stand in for the real ones.
+    if is_sharded(pl_module):
+        from torch.distributed.fsdp import FSDPModule
+
+        for module in pl_module.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
     # Tensors made inside must be ordinary ones, and those kept are written to again.
     with torch.inference_mode(False), torch.enable_grad(), random_state_kept():
         snapshot = Snapshot()
@@ -280,19 +289,20 @@ class Snapshot:
             return
         requires_grad, gradient = tensor.requires_grad, tensor.grad if tensor.is_leaf else None
         is_inference = tensor.is_inference()
-        size = tensor.numel() * tensor.element_size()
+        size = _own_part(tensor).numel() * tensor.element_size()
         small = size <= _COPIED_BYTES and self._copied_bytes + size <= _COPIED_BYTES_TOTAL
         if self._copy_tensors and small and tensor.layout == torch.strided:
             self._copied_bytes += size
             with torch.no_grad():
-                kept = tensor.detach().clone()
+                kept = _own_part(tensor).clone()
 
             def undo_contents() -> None:
                 # Compared, not judged by the version counter, which `.data` goes round; and written only
                 # if changed, because writing makes graphs that hold the tensor unusable.
-                if not torch.equal(tensor.detach(), kept):
-                    with torch.inference_mode(is_inference), torch.no_grad():
-                        tensor.detach().copy_(kept)
+                with torch.inference_mode(is_inference), torch.no_grad():
+                    own = _own_part(tensor)
+                    if not torch.equal(own, kept):
+                        own.copy_(kept)
 
             self._undo.append(undo_contents)
         elif not is_inference:
@@ -310,6 +320,12 @@ class Snapshot:
             if gradient is not None and id(gradient) not in self._seen:
                 self._seen[id(gradient)] = gradient
                 self._visit_tensor(gradient, f"{name}.grad")
+
+
+def _own_part(tensor: Tensor) -> Tensor:
+    """Return what this rank holds of a tensor: of a sharded one its shard, as comparing the whole is a collective."""
+    detached = tensor.detach()
+    return detached.to_local() if hasattr(detached, "to_local") else detached
 
 
 def _same_items(one: dict[Any, Any], other: dict[Any, Any]) -> bool:

@@ -18,7 +18,9 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from tests.toy_runs import Net, data, loader, measure, seeded, trainer
@@ -102,6 +104,9 @@ RUNS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "halves": ({}, {"val_check_interval": 0.5}),
     "share of time": ({"max_overhead": 0.5}, {"max_epochs": 4}),
     "steps": ({"every_n_train_steps": 2}, {"max_epochs": 1}),
+    "sharded": ({}, {}),
+    "sharded none": ({}, {}),
+    "sharded differences": ({"hvp": "finite_difference"}, {"max_epochs": 1}),
     "killed": ({"loss_fn": Fails("killed", step=1, call=7), "memory_budget": 0}, {}),
 }
 
@@ -109,17 +114,20 @@ RUNS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 def run_one(name: str, out: Path, strategy: str, world_size: int) -> None:
     choice, options = RUNS[name]
     callback = measure(**choice)
-    model = seeded(Reporting)
+    model = seeded(Sharded if name.startswith("sharded") else Reporting)
     model.report_to = out / name
     model.callback = [callback]  # In a list, so that it is no submodule.
-    callbacks: list[Any] = [] if name == "none" else [callback]
+    callbacks: list[Any] = [] if name.endswith("none") else [callback]
     if name == "plain":
         callbacks += [
             EarlyStopping("hessian/slope", strict=True, patience=1, min_delta=100.0, verbose=False),
             ModelCheckpoint(out / "plain-checkpoints", monitor="hessian/slope", save_top_k=-1),
         ]
         options = {**options, "max_epochs": 5, "enable_checkpointing": True}
-    run = trainer(out, *callbacks, **{"strategy": strategy, "devices": world_size, **options})
+    chosen: Any = strategy
+    if name.startswith("sharded"):
+        chosen = ModelParallelStrategy(data_parallel_size=world_size, tensor_parallel_size=1)
+    run = trainer(out, *callbacks, **{"strategy": chosen, "devices": world_size, **options})
     began = time.monotonic()
     error: Exception | None = None
     try:
@@ -141,13 +149,22 @@ class Reporting(Net):
         report(self, self.global_rank, None, 0.0)
 
 
+class Sharded(Reporting):
+    def configure_model(self) -> None:
+        for module in (self.net[0], self.net[-1], self.net):
+            fully_shard(module, mesh=self.device_mesh["data_parallel"])
+
+
 def report(model: Any, rank: int, error: Exception | None, seconds: float) -> None:
     (callback,) = model.callback
     torch.save(
         {
             "history": [m.to_state() for m in callback.history],
             "epochs": model.current_epoch,
-            "weights": {key: value.clone() for key, value in model.state_dict().items()},
+            "weights": {
+                key: value.full_tensor() if hasattr(value, "full_tensor") else value.clone()
+                for key, value in model.state_dict().items()
+            },
             "random": torch.get_rng_state(),
             "metrics": {k: float(v) for k, v in model.trainer.callback_metrics.items()},
             "error": None if error is None else f"{type(error).__name__}: {error}",

@@ -160,6 +160,28 @@ def test_resuming_with_another_number_of_ranks(two_ranks: Path, tmp_path: Path) 
     assert {m.num_samples for m in callback.history} == {32}
 
 
+def test_a_sharded_model_has_the_same_hessian_and_trains_on_untouched(two_ranks: Path, one_rank: Any) -> None:
+    sharded, without, replicated = (results(two_ranks, name) for name in ("sharded", "sharded none", "plain"))
+    for one, other in zip(sharded, without, strict=True):
+        assert one["error"] is other["error"] is None
+        assert all(torch.equal(one["weights"][key], other["weights"][key]) for key in other["weights"])
+        assert torch.equal(one["random"], other["random"])
+        assert all(m.logged for m in one["history"])
+    assert sharded[0]["history"] == sharded[1]["history"]
+    ours, theirs = (ranks[0]["history"][0].spectrum.eigenvalues for ranks in (sharded, replicated))
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=0)
+
+
+def test_differences_leave_the_parameters_sharded(two_ranks: Path) -> None:
+    one, other = results(two_ranks, "sharded differences")
+    assert one["error"] is other["error"] is None
+    assert one["history"] == other["history"]
+    assert {m.engine for m in one["history"]} == {"finite_difference"}
+    exact = results(two_ranks, "sharded")[0]["history"][0].spectrum.eigenvalues
+    found = one["history"][0].spectrum
+    assert bool((abs(found.eigenvalues - exact) <= found.error_bounds).all())
+
+
 # -- failing together ----------------------------------------------------------------------------------------
 
 OWN = "rank one's own trouble"
