@@ -84,6 +84,9 @@ def main(args: Sequence[str] | None = None) -> None:
                 return text
             return super()._fill_text(text, width, indent)
 
+    if str(Path.cwd()) not in sys.path:
+        # `python -m` finds modules in the current directory, a console script does not; one's own model is there.
+        sys.path.append(str(Path.cwd()))
     if args is None and len(sys.argv) == 1:
         # Without a sub-command there is nothing to do but to explain them.
         args = ["--help"]
@@ -148,7 +151,11 @@ def _print_history(callback: PowerLawHessianCallback) -> None:
             column.justify, column.no_wrap = "right", True
         for row in rows:
             table.add_row(*row)
-        Console().print(table)
+        console = Console()
+        # A log file counts as 80 columns wide, and rich would rather cut digits off than go beyond.
+        needed = Console(width=1000).measure(table).maximum
+        console.width = max(console.width, needed)
+        console.print(table)
     for measurement in history:
         if measurement.reason is not None:
             print(f"{_place(measurement)}, step {measurement.step}: not logged, because {measurement.reason}")

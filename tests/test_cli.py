@@ -227,6 +227,17 @@ def test_help_of_the_callback_explains_its_options(
     assert "relative tolerance of each eigenvalue" in text
 
 
+def test_model_in_the_current_directory_is_found(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As for a console script, which does not search the current directory."""
+    source = "from hessian_callback.demos import DigitsCNN\nclass MyOwnNet(DigitsCNN):\n    pass\n"
+    (tmp_path / "my_own_net.py").write_text(source)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry not in ("", str(tmp_path))])
+    assert "learning_rate" in printed(capsys, monkeypatch, "fit", "--model.help", "my_own_net.MyOwnNet")
+
+
 def test_examples_named_in_the_help_exist() -> None:
     named = set(re.findall(r"example_configs/\S+\.yaml", cli._EPILOG))
     assert named == {f"example_configs/{path.name}" for path in CONFIGS.glob("*.yaml")}
@@ -262,6 +273,21 @@ def test_other_loggers_are_not_passed_off_as_tensorboard(capsys: pytest.CaptureF
 def test_only_rank_zero_reports(capsys: pytest.CaptureFixture[str]) -> None:
     cli.print_report(SimpleNamespace(is_global_zero=False))  # type: ignore[arg-type]
     assert capsys.readouterr().out == ""
+
+
+def test_wide_table_is_not_cut_in_a_narrow_log(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hessian_callback import PowerLawHessianCallback
+    from hessian_callback.measurement import Measurement
+
+    callback = PowerLawHessianCallback()
+    callback.history.append(Measurement(2, 123456789, "validate", None, None, "failed", 0.25, loss=12345.678))
+    monkeypatch.setenv("COLUMNS", "30")
+    cli.print_report(Trainer(logger=False, enable_checkpointing=False, accelerator="cpu", callbacks=[callback]))
+    text = capsys.readouterr().out
+    assert "123456789" in text
+    assert "12345.6780" in text
 
 
 def test_plain_table_where_rich_is_missing(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
