@@ -133,8 +133,16 @@ CADENCES = {
 }
 
 
-@pytest.mark.parametrize("options", [{}, {"val_check_interval": 0.5}, {"accumulate_grad_batches": 4}], ids=str)
-@pytest.mark.parametrize("cadence", CADENCES)
+@pytest.mark.parametrize(
+    ("cadence", "options"),
+    [
+        *((cadence, {}) for cadence in CADENCES),
+        ("epochs", {"val_check_interval": 0.5}),
+        ("failing", {"val_check_interval": 0.5}),
+        ("steps", {"accumulate_grad_batches": 4}),
+    ],
+    ids=str,
+)
 def test_training_is_the_same_bit_for_bit(cadence: str, options: dict[str, Any], tmp_path: Any) -> None:
     def outcome(*callbacks: Any) -> dict[str, Any]:
         model = seeded()
@@ -377,7 +385,7 @@ def test_a_resumed_history_has_no_gap_and_no_duplicate(case: str, tmp_path: Any)
     run.fit(model, loader(), loader(seed=1))
 
     files = sorted((tmp_path / "whole").glob("*.ckpt"), key=lambda file: file.stat().st_mtime_ns)
-    for file in files[:-1]:
+    for file in files[:-1][:: max(1, len(files) // 3)]:
         torch.load(file, weights_only=True)
         resumed = measure(**choice)
         stopper = Stopper(resumed, strict=choice.get("every_n_train_steps") is None)
