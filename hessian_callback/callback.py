@@ -224,6 +224,7 @@ class PowerLawHessianCallback(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check that trainer, module and options go together; called again by ``lr_find``."""
         admission.check_trainer(trainer)
+        self._held_out = None  # Of a run that ended with an exception, which has no teardown.
         self._active = stage in ("fit", "validate") and not trainer.barebones
         if trainer.barebones:
             rank_zero_info("PowerLawHessianCallback measures nothing under Trainer(barebones=True), which logs nothing")
@@ -231,7 +232,8 @@ class PowerLawHessianCallback(Callback):
             return
         admission.check_strategy(trainer.strategy)
         admission.check_precision(str(trainer.precision))
-        if sum(isinstance(other, type(self)) and other.prefix == self.prefix for other in _callbacks(trainer)) > 1:
+        alike = [other for other in _callbacks(trainer) if isinstance(other, PowerLawHessianCallback)]
+        if sum(other.prefix == self.prefix for other in alike) > 1:
             raise MisconfigurationException(
                 f"two PowerLawHessianCallbacks log under prefix={self.prefix!r}, and Lightning would average "
                 "their values; give one of them another prefix"
@@ -316,6 +318,10 @@ class PowerLawHessianCallback(Callback):
         self._restored = False
         self._epoch_began = None
 
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Let go of the held-out samples, as `teardown` is not called then."""
+        self.teardown(trainer, pl_module, "fit")
+
     def _epoch_is_due(self, trainer: Trainer) -> bool:
         last = next((entry.epoch for entry in reversed(self.history) if entry.when == "epoch"), None)
         return self.cadence.at_epoch(trainer.current_epoch, last)
@@ -386,7 +392,7 @@ class PowerLawHessianCallback(Callback):
         held_out = self._collected(trainer, snapshot, ranks)
         with ranks.together("preparing the loss and the held-out samples"):
             loss = as_in_a_step(trainer, pl_module, resolve_loss(pl_module, self.loss_fn))
-            stage = RunningStage.TRAINING if self.dataloader == "train" else RunningStage.VALIDATING
+            stage = RunningStage.TRAINING if self._on_training_data else RunningStage.VALIDATING
             counted = [number for number, weight in enumerate(held_out.weights) if weight > 0]
             weights = [held_out.weights[number] for number in counted]
             batches = [
@@ -460,11 +466,17 @@ class PowerLawHessianCallback(Callback):
                 seed=self.seed,
                 batch_weight=self.batch_weight,
                 ranks=ranks,
-                sequential=self.dataloader != "train",
+                sequential=not self._on_training_data,
             )
-            if ranks.rank == 0:
-                self._judge(self._held_out)
+            # Where warnings are errors, they must not be those of one rank alone.
+            with ranks.together("judging the held-out samples"):
+                if ranks.rank == 0:
+                    self._judge(self._held_out)
         return self._held_out
+
+    @property
+    def _on_training_data(self) -> bool:
+        return isinstance(self.dataloader, str) and self.dataloader == "train"
 
     def _judge(self, held_out: HeldOut) -> None:
         if held_out.num_samples < self.num_samples:

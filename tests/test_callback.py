@@ -459,3 +459,17 @@ def test_the_history_tells_what_was_measured(tmp_path: Any) -> None:
     assert 0 < last.loss < 3
     assert last.slope == last.fit.slope
     assert "epoch 0, step 6: slope" in last.summary()
+
+
+def test_a_run_after_one_that_ended_with_an_error_starts_afresh(tmp_path: Any) -> None:
+    callback = measure(loss_fn=failing_at({6}, "raises"), on_error="raise")
+    with pytest.raises(RuntimeError, match="the disk is gone"):
+        trainer(tmp_path, callback).fit(seeded(), loader(), loader(seed=1))
+    assert callback._held_out is None
+    callback.loss_fn = None
+    trainer(tmp_path, callback, max_epochs=1).fit(seeded(), loader(), loader(seed=2))
+    fresh = measure()
+    trainer(tmp_path, fresh, max_epochs=1).fit(seeded(), loader(), loader(seed=2))
+    assert [m.step for m in callback.history] == [0, 6]
+    for one, other in zip(callback.history, fresh.history, strict=True):
+        assert torch.equal(one.spectrum.eigenvalues, other.spectrum.eigenvalues)
