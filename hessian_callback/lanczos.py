@@ -206,6 +206,7 @@ class _Chain:
 
     residual: Tensor
     column: int  # the basis vector whose image the residual is what is left of
+    detached: bool = False  # whether vectors of other chains were subtracted since
 
 
 @dataclass(frozen=True)
@@ -355,21 +356,39 @@ class _Decomposition:
         self._multiply(vector, None)
         return True
 
-    def expand(self, chain: _Chain) -> None:
-        """Take a chain's residual into the basis and multiply."""
+    def expand(self, chain: _Chain) -> bool:
+        """Take a chain's residual into the basis and multiply.
+
+        Returns whether it could: a small residual may turn out to be rounding, and the chain to have ended.
+        """
         position = self.chains.index(chain)
         beta = float(np.sqrt(self._gram[position, position]))
         vector = chain.residual / beta
+        if chain.detached or beta < 1e4 * self.eps * self.norm:
+            # Cancellation, or the division, has enlarged what the two passes left of the basis.
+            for _ in range(2):
+                self._orthogonalise(vector)
+            length = self._norm_of(vector)
+            if length < 0.5:
+                self._drop(position)
+                return False
+            vector /= length
         self._couplings.append((self.size, chain.column, beta))
         others = [other for other in self.chains if other is not chain]
         overlaps = np.delete(self._gram[position], position) / beta
         self._detach(vector, others, overlaps.tolist())
         self._multiply(vector, chain)
+        return True
+
+    def _drop(self, position: int) -> None:
+        del self.chains[position]
+        self._gram = np.delete(np.delete(self._gram, position, axis=0), position, axis=1)
 
     def _detach(self, vector: Tensor, chains: list[_Chain], overlaps: list[float]) -> None:
         for chain, overlap in zip(chains, overlaps, strict=True):
             self._couplings.append((self.size, chain.column, overlap))
             chain.residual.add_(vector, alpha=-overlap)
+            chain.detached = True
 
     def _multiply(self, vector: Tensor, chain: _Chain | None) -> None:
         """Append a unit vector that is orthogonal to the basis, and split its image."""
@@ -385,7 +404,7 @@ class _Decomposition:
             chain = _Chain(image, index)
             self.chains.append(chain)
         else:
-            chain.residual, chain.column = image, index
+            chain.residual, chain.column, chain.detached = image, index, False
         residuals = self._residuals()
         gram = self._reduced(torch.cat([_inner_products(residuals, residual) for residual in residuals]))
         # One transfer to the host a step.
@@ -407,8 +426,7 @@ class _Decomposition:
             # Where only rounding is left, the chain has ended in an invariant subspace.
             small = self._gram[position, position] <= (8 * self.eps * self.norm) ** 2
             if small or (noisy and self.chains[position] is chain):
-                del self.chains[position]
-                self._gram = np.delete(np.delete(self._gram, position, axis=0), position, axis=1)
+                self._drop(position)
 
     def _residuals(self) -> Tensor:
         return torch.stack([chain.residual for chain in self.chains])
@@ -548,6 +566,7 @@ class _Solver:
             decomposition.begin()
         self._report()
         next_check = self._k
+        chain: _Chain | None = None
         while decomposition.size < self._dimensions:
             if decomposition.size >= next_check or not decomposition.chains:
                 limit = self._provable_limit()
@@ -558,14 +577,18 @@ class _Solver:
                         border = min(limit, self._agreed(probe.confident_bound(self._level)))
                         return self._result(before, border, "converged", return_eigenvectors)
                 next_check = decomposition.size + max(1, decomposition.size // 50)
+                chain = None
             if decomposition.num_hvps >= self._max_hvps - self._reserve:
                 probe = self._probe(np.inf)
                 if probe is not None:
                     border = self._agreed(probe.confident_bound(self._level))
                     return self._result(decomposition.projection(), border, "max_hvps", return_eigenvectors)
             elif decomposition.chains:
-                decomposition.expand(self._most_useful_chain())
-                self._report()
+                # Chosen anew at each check only: it takes the eigenvectors of H.
+                if chain not in decomposition.chains:
+                    chain = self._most_useful_chain()
+                if decomposition.expand(chain):
+                    self._report()
             elif decomposition.begin():
                 self._report()
             else:
@@ -679,9 +702,9 @@ class _Solver:
                     return probe
                 elif probe.largest_seen > limit or size - first >= longest or spent:
                     return None
-                if not run.columns:
+                own = [chain for chain in decomposition.chains if chain.column == size - 1]
+                if not own or not decomposition.expand(own[0]):
                     break
-                decomposition.expand(next(chain for chain in decomposition.chains if chain.column == size - 1))
         return None
 
     # -- reporting -----------------------------------------------------------------------------
