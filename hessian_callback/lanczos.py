@@ -57,7 +57,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hessian_callback.linear_operator import SymmetricOperator
-from hessian_callback.parallel import Partition
+from hessian_callback.random_vectors import gaussian_slice
 from hessian_callback.spectrum import Spectrum, StopReason
 
 __all__ = ["LanczosProgress", "top_eigenvalues"]
@@ -69,8 +69,6 @@ _BLOCK = 32
 # Longest sum that is left to BLAS on a CPU, whose accumulators lose half the digits of float32 over a million
 # terms; beyond it, partial sums are added in float64. GPUs sum in a tree.
 _LONGEST_SUM = 8192
-# Coordinates of one counter of the random stream. Part of what a seed means, so not to be changed.
-_STREAM_CHUNK = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -340,7 +338,13 @@ class _Decomposition:
         Returns whether there was anything left to start from.
         """
         if start is None:
-            start = _gaussian_slice(self.operator, self._seed, self._draws)
+            start = gaussian_slice(
+                self.operator.partition,
+                seed=self._seed,
+                draw=self._draws,
+                dtype=self.operator.dtype,
+                device=self.operator.device,
+            )
             self._draws += 1
         before = self._norm_of(start)
         for _ in range(2 if self.size else 0):
@@ -769,24 +773,6 @@ def _precise(values: Tensor) -> Tensor:
     if values.device.type == "mps":  # has no float64
         values = values.cpu()
     return values.to(torch.float64)
-
-
-def _gaussian_slice(operator: SymmetricOperator, seed: int, draw: int) -> Tensor:
-    """This rank's slice of a standard normal vector that depends on the seed and the draw alone."""
-    partition: Partition = operator.partition
-    piece = np.zeros(partition.slice_length)
-    for chunk in range(partition.start // _STREAM_CHUNK, -(-partition.stop // _STREAM_CHUNK)):
-        # A counter-based generator: any coordinate can be drawn without those before it.
-        stream = np.random.Generator(
-            np.random.Philox(key=np.array([seed, draw], dtype=np.uint64), counter=[0, 0, 0, chunk])
-        )
-        values = stream.standard_normal(_STREAM_CHUNK)
-        first = max(partition.start, chunk * _STREAM_CHUNK)
-        stop = min(partition.stop, (chunk + 1) * _STREAM_CHUNK)
-        piece[first - partition.start : stop - partition.start] = values[
-            first - chunk * _STREAM_CHUNK : stop - chunk * _STREAM_CHUNK
-        ]
-    return torch.from_numpy(piece).to(operator.device, operator.dtype)
 
 
 def _point_mass_bound(diagonal: _Array, off_diagonal: _Array, point: float) -> float:
