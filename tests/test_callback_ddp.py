@@ -19,6 +19,8 @@ from hessian_callback.measurement import Measurement
 from tests.ddp_runs import RUNS
 from tests.toy_runs import loader, measure, seeded, trainer
 
+pytestmark = pytest.mark.filterwarnings("ignore:a measurement of the Hessian took")
+
 # Of the processes started here none may outlive its time, whatever goes wrong.
 TIMEOUT = 200
 
