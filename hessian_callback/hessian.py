@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -134,6 +135,7 @@ class HessianOperator:
         self.dtype, self.device = _common_type(chosen)
         self.bytes_per_graph = 0
         self._loss = BatchLoss(model, loss_fn, list(chosen.values()))
+        self._padding = _padding_rows(model, chosen)
         with self.ranks.together("weighing the batches"):
             own_weights = _weigh(batches, weights, batch_weight, alone=self.ranks.world_size == 1)
         total = float(self.ranks.all_reduce(self._control_tensor([sum(own_weights)])))
@@ -204,7 +206,7 @@ class HessianOperator:
         error: Exception | None = None
         product: Tensor | None = None
         try:
-            product = self._engine.product(vector)
+            product = self._engine.product(self._without_padding(vector))
         except Exception as exception:
             if self.ranks.world_size == 1:
                 raise
@@ -221,6 +223,13 @@ class HessianOperator:
             if error is not None:
                 raise error from None
             raise
+
+    def _without_padding(self, vector: Tensor) -> Tensor:
+        if self._padding:
+            vector = vector.clone()
+            for row in self._padding:
+                vector[row] = 0
+        return vector
 
     def _prepare(self, hvp: str, batches: list[Any], weights: list[float], memory_budget: int | None) -> ProductEngine:
         if batches:
@@ -324,6 +333,27 @@ def select_parameters(model: nn.Module, parameters: ParameterFilter | None = Non
         shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
         raise ValueError(f"parameters={parameters!r} chooses no trainable parameter; there are: {shown}")
     return chosen
+
+
+def _padding_rows(model: nn.Module, chosen: dict[str, nn.Parameter]) -> list[slice]:
+    """Where the flat vector holds the padding row of an embedding: a constant to backward, but not to a difference.
+
+    Not those of a weight that is tied to another module, which may use and train that row.
+    """
+    users = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    paddings = {
+        id(module.weight): module.padding_idx
+        for module in model.modules()
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.padding_idx is not None
+    }
+    rows, first = [], 0
+    for parameter in chosen.values():
+        padding = paddings.get(id(parameter))
+        if padding is not None and users[id(parameter)] == 1:
+            width = parameter.shape[1]
+            rows.append(slice(first + padding * width, first + (padding + 1) * width))
+        first += parameter.numel()
+    return rows
 
 
 def default_batch_weight(batch: Any) -> float:

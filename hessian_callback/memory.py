@@ -73,7 +73,8 @@ def count_saved_tensors(exclude: Iterable[Tensor]) -> Iterator[SavedTensors]:
 
     def pack(tensor: Tensor) -> Tensor:
         saved.add(tensor)
-        return tensor
+        # The tensor itself would hold the node that holds it.
+        return tensor.detach()
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         yield saved

@@ -83,6 +83,8 @@ class ShardedFiniteDifference(FiniteDifference):
     """
 
     def __init__(self, loss: BatchLoss, batches: Sequence[Any], weights: Sequence[float], ranks: Ranks) -> None:
+        for module in _sharded_modules(loss.model):
+            module.reshard()  # a forward pass leaves the outermost one whole
         with ranks.together("preparing differences of sharded gradients"):
             if not batches:
                 raise ValueError(
