@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
 from torchmetrics import Metric
 
-from hessian_callback.sharding import is_sharded
+from hessian_callback.sharding import reshard
 
 __all__ = ["Snapshot", "random_state_kept", "sigterm_deferred", "stage_set_to", "undisturbed"]
 
@@ -66,12 +66,7 @@ def undisturbed(trainer: Trainer, pl_module: LightningModule) -> Iterator[Snapsh
         RuntimeError: if the block changed a tensor in place that was too large to keep a copy of.
     """
     # A forward pass leaves the outermost module unsharded, with parameters that stand in for the real ones.
-    if is_sharded(pl_module):
-        from torch.distributed.fsdp import FSDPModule
-
-        for module in pl_module.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
+    reshard(pl_module)
     # Tensors made inside must be ordinary ones, and those kept are written to again.
     with torch.inference_mode(False), torch.enable_grad(), random_state_kept():
         snapshot = Snapshot()

@@ -17,7 +17,7 @@ from hessian_callback.derivatives import DoubleBackwardError
 from hessian_callback.memory import free_memory
 from hessian_callback.parallel import PeerError, Ranks
 from hessian_callback.products import BatchLoss, DoubleBackward, FiniteDifference, Linearize, ProductEngine
-from hessian_callback.sharding import ShardedFiniteDifference, is_sharded, unsharded
+from hessian_callback.sharding import ShardedFiniteDifference, is_sharded, reshard, unsharded
 
 __all__ = ["HessianOperator", "default_batch_weight", "select_parameters"]
 
@@ -108,7 +108,9 @@ class HessianOperator:
         self.ranks = Ranks(process_group)
         self._held = ExitStack()
         sharded = is_sharded(model)
-        if sharded and hvp != FiniteDifference.name:
+        if sharded and hvp == FiniteDifference.name:
+            reshard(model)
+        elif sharded:
             self._held.enter_context(unsharded(model))
         try:
             self._build(model, loss_fn, list(batches), weights, batch_weight, parameters, hvp, memory_budget, sharded)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from hessian_callback.parallel import Partition, Ranks
 from hessian_callback.products import BatchLoss, FiniteDifference
 
-__all__ = ["ShardedFiniteDifference", "is_sharded", "unsharded"]
+__all__ = ["ShardedFiniteDifference", "is_sharded", "reshard", "unsharded"]
 
 # What the public setters change and nothing public reads.
 _SETTINGS = ("reshard_after_backward", "reduce_grads", "all_reduce_grads", "post_forward_mesh_info")
@@ -41,6 +41,12 @@ def is_sharded(model: nn.Module) -> bool:
     return bool(_sharded_modules(model))
 
 
+def reshard(model: nn.Module) -> None:
+    """Give every rank its pieces again where a forward pass left the outermost module whole."""
+    for module in _sharded_modules(model):
+        module.reshard()
+
+
 @contextmanager
 def unsharded(model: nn.Module) -> Iterator[None]:
     """Keep the whole parameters on every rank inside the block, and gradients where they are formed.
@@ -54,6 +60,7 @@ def unsharded(model: nn.Module) -> Iterator[None]:
         for group in groups
         if group is not None
     ]
+    reshard(model)  # so that all modules start alike, whatever the last forward pass left
     try:
         for module in modules:
             module.set_reshard_after_forward(False, recurse=False)
@@ -62,8 +69,7 @@ def unsharded(model: nn.Module) -> Iterator[None]:
             module.unshard()
         yield
     finally:
-        for module in modules:
-            module.reshard()
+        reshard(model)
         for group, settings in saved:
             for name, value in settings.items():
                 setattr(group, name, value)
@@ -83,8 +89,6 @@ class ShardedFiniteDifference(FiniteDifference):
     """
 
     def __init__(self, loss: BatchLoss, batches: Sequence[Any], weights: Sequence[float], ranks: Ranks) -> None:
-        for module in _sharded_modules(loss.model):
-            module.reshard()  # a forward pass leaves the outermost one whole
         with ranks.together("preparing differences of sharded gradients"):
             if not batches:
                 raise ValueError(
