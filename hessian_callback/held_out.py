@@ -34,6 +34,7 @@ from torch.utils.data import (
     SubsetRandomSampler,
 )
 
+from hessian_callback.batches import leading_dimension
 from hessian_callback.guard import stage_set_to
 from hessian_callback.parallel import Ranks
 
@@ -44,7 +45,6 @@ __all__ = [
     "deal",
     "find_loader",
     "has_loader",
-    "leading_dimension",
     "missing_loader",
     "moving_parts",
     "warn_of_imbalance",
@@ -192,7 +192,7 @@ def collect(
         True
     """
     ranks = ranks or Ranks()
-    weigh = batch_weight or leading_dimension
+    weigh = batch_weight or _num_samples
     with ranks.together("choosing the held-out samples"):
         groups = _groups(loader, num_samples, seed, ranks, sequential)
     if groups is None:
@@ -266,37 +266,6 @@ def deal(weights: Sequence[float], num_hands: int) -> list[list[int]]:
         hands[lightest].append(number)
         loads[lightest] += weights[number]
     return [sorted(hand) for hand in hands]
-
-
-def leading_dimension(batch: Any) -> float:
-    """Return the number of samples of a batch: the leading dimension that all its tensors share.
-
-    Args:
-        batch: tensors in any structure; those without a dimension do not count.
-
-    Raises:
-        MisconfigurationException: if there is no such tensor, or they disagree.
-
-    Example:
-        >>> leading_dimension({"x": torch.zeros(8, 3), "y": torch.zeros(8)})
-        8.0
-    """
-    sizes: set[int] = set()
-
-    def note(tensor: Tensor) -> Tensor:
-        if tensor.dim():
-            sizes.add(tensor.shape[0])
-        return tensor
-
-    apply_to_collection(batch, Tensor, note)
-    if len(sizes) != 1:
-        found = "no tensor with a leading dimension" if not sizes else f"leading dimensions {sorted(sizes)}"
-        raise MisconfigurationException(
-            f"cannot tell how many samples a batch of type {type(batch).__name__} holds: it has {found}. "
-            "Pass batch_weight=..., a callable(batch) that returns what its mean loss averages over, for "
-            "example lambda batch: len(batch[0]), or the number of counted tokens"
-        )
-    return float(sizes.pop())
 
 
 def batch_on_device(
@@ -506,7 +475,7 @@ def _fresh_stream(loader: Any) -> Iterator[Any]:
 def _sample_count(batch: Any, batch_size: int | None) -> int:
     try:
         return int(leading_dimension(batch))
-    except MisconfigurationException:
+    except ValueError:
         return batch_size or 1
 
 
@@ -546,6 +515,13 @@ def _checked_weight(weigh: BatchWeight, batch: Any) -> float:
             "batch's mean loss averages over"
         )
     return weight
+
+
+def _num_samples(batch: Any) -> float:
+    try:
+        return leading_dimension(batch)
+    except ValueError as error:  # Of the user's data, as far as a trainer is concerned.
+        raise MisconfigurationException(str(error)) from error
 
 
 def _empty(loader: Any) -> str:

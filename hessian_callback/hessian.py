@@ -11,15 +11,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
+from hessian_callback.batches import leading_dimension
 from hessian_callback.derivatives import DoubleBackwardError
 from hessian_callback.memory import free_memory
 from hessian_callback.parallel import PeerError, Ranks
 from hessian_callback.products import BatchLoss, DoubleBackward, FiniteDifference, Linearize, ProductEngine
 from hessian_callback.sharding import ShardedFiniteDifference, is_sharded, reshard, unsharded
 
-__all__ = ["HessianOperator", "default_batch_weight", "select_parameters"]
+__all__ = ["HessianOperator", "select_parameters"]
 
 ParameterFilter = str | Callable[[str, nn.Parameter], bool]
 
@@ -358,26 +358,6 @@ def _padding_rows(model: nn.Module, chosen: dict[str, nn.Parameter]) -> list[sli
     return rows
 
 
-def default_batch_weight(batch: Any) -> float:
-    """The number of samples in a batch: the leading dimension that all its tensors share.
-
-    Raises:
-        ValueError: if there is no tensor with a dimension, or they disagree.
-
-    Example:
-        >>> default_batch_weight({"x": torch.zeros(4, 3), "y": torch.zeros(4)})
-        4.0
-    """
-    lengths = {leaf.shape[0] for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.ndim > 0}
-    if len(lengths) != 1:
-        found = "no tensor with a dimension" if not lengths else f"leading dimensions {sorted(lengths)}"
-        raise ValueError(
-            f"cannot tell how many samples a batch holds: it has {found}. Pass batch_weight=, a function from a "
-            "batch to the number of terms that its mean loss averages over (samples, or counted tokens)"
-        )
-    return float(lengths.pop())
-
-
 def _weigh(
     batches: list[Any],
     weights: Sequence[float] | None,
@@ -396,7 +376,7 @@ def _weigh(
     elif alone and len(batches) == 1:
         result = [1.0]  # A single batch weighs the same whatever its size.
     else:
-        result = [default_batch_weight(batch) for batch in batches]
+        result = [leading_dimension(batch) for batch in batches]
     for index, weight in enumerate(result):
         if not 0 < weight < float("inf"):
             raise ValueError(f"batch {index} has weight {weight}; weights must be positive and finite")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections import OrderedDict
 from typing import Any
 
 import numpy as np
@@ -28,7 +27,7 @@ from torch.utils.data import (
 )
 
 from hessian_callback.guard import random_state_kept
-from hessian_callback.held_out import collect, deal, leading_dimension
+from hessian_callback.held_out import collect, deal
 
 NUMBERS = torch.arange(20.0).reshape(20, 1)
 
@@ -209,24 +208,9 @@ def test_reading_changes_nothing_of_the_users() -> None:
 # -- weights and hands ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("batch", "size"),
-    [
-        (torch.zeros(3, 2), 3),
-        ([torch.zeros(3, 2), torch.zeros(3)], 3),
-        ({"x": torch.zeros(3), "scale": torch.tensor(1.0), "name": ["a", "b"]}, 3),
-        (OrderedDict(x=(torch.zeros(3), [torch.zeros(3, 7)])), 3),
-    ],
-    ids=str,
-)
-def test_leading_dimension(batch: Any, size: int) -> None:
-    assert leading_dimension(batch) == size
-
-
-@pytest.mark.parametrize("batch", [["a"], torch.tensor(1.0), [torch.zeros(2), torch.zeros(3)]], ids=str)
-def test_no_clear_leading_dimension(batch: Any) -> None:
+def test_no_clear_number_of_samples() -> None:
     with pytest.raises(MisconfigurationException, match=r"Pass batch_weight=.*counted tokens"):
-        leading_dimension(batch)
+        collected([["a"], ["b"]])
 
 
 def test_weights_of_the_users() -> None:
