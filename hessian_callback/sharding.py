@@ -73,6 +73,10 @@ def unsharded(model: nn.Module) -> Iterator[None]:
         for group, settings in saved:
             for name, value in settings.items():
                 setattr(group, name, value)
+            # Which order to prefetch in, as noted by forward passes. Ranks with and without batches have different
+            # notes now, and in the training's next backward their collectives would not match.
+            group._post_forward_indices.clear()
+            group.comm_ctx.post_forward_order.clear()
 
 
 class ShardedFiniteDifference(FiniteDifference):

@@ -27,6 +27,8 @@ def sharded_and_whole(rank: int, hvp: str, dtype: torch.dtype, holders: int) -> 
         fully_shard(module, mesh=mesh)
     # A training step's leftovers, which a measurement must neither lose nor use.
     case.loss_fn(model, whole.batches[0]).backward()
+    with torch.no_grad():  # leaves the outermost module whole
+        case.loss_fn(model, whole.batches[0])
     before = {name: (p.to_local().clone(), p.grad.to_local().clone()) for name, p in model.named_parameters()}
     vector = torch.linspace(-1, 1, reference.num_parameters, dtype=dtype)
     with HessianOperator(
