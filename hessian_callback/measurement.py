@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
 import torch
 
 from hessian_callback.power_law import PowerLawFit, fit_power_law
+from hessian_callback.sharpness import SpectralDensity
 from hessian_callback.spectrum import Spectrum
 
-__all__ = ["Measurement", "When"]
+__all__ = ["Measurement", "Mode", "When"]
 
 When = Literal["fit_start", "epoch", "step", "fit_end", "validate"]
+Mode = Literal["strict", "paper"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +39,13 @@ class Measurement:
         loss: mean loss over the held-out samples, the function whose Hessian was measured.
         engine: which engine formed the Hessian-vector products.
         world_size: number of ranks that shared the work.
+        mode: ``"strict"``, or ``"paper"`` for the protocol of `paper_protocol`, whose ``spectrum`` proves
+            nothing by index.
+        comparisons: numbers of the optional comparisons, by the name they are logged under; `comparisons` says
+            which there are.
+        not_compared: why a comparison that was asked for has no number, by its name.
+        density: the spectral density, if it was asked for.
+        groups: the same measurement of the Hessian's blocks, by the name of the group of parameters.
 
     Example:
         >>> failed = Measurement(epoch=3, step=120, when="epoch", spectrum=None, fit=None,
@@ -61,6 +70,11 @@ class Measurement:
     loss: float | None = None
     engine: str | None = None
     world_size: int = 1
+    mode: Mode = "strict"
+    comparisons: Mapping[str, float] = field(default_factory=dict)
+    not_compared: Mapping[str, str] = field(default_factory=dict)
+    density: SpectralDensity | None = None
+    groups: Mapping[str, Measurement] = field(default_factory=dict)
 
     @property
     def logged(self) -> bool:
@@ -88,6 +102,31 @@ class Measurement:
         return None if self.fit is None else float(self.fit.fit_error)
 
     @property
+    def critical_distance(self) -> float | None:
+        r"""The fit error above which ``within_critical_distance`` is false, at the level of 5 %.
+
+        In strict mode `PowerLawFit.critical_distance_fitted`, in paper mode the constant :math:`1.36 / \sqrt K`.
+        """
+        if self.fit is None:
+            return None
+        return self.fit.critical_distance_paper if self.mode == "paper" else self.fit.critical_distance_fitted
+
+    @property
+    def within_critical_distance(self) -> bool | None:
+        """Whether the fit error is compatible with a power law, by the ``critical_distance`` of the mode."""
+        if self.fit is None:
+            return None
+        paper = self.mode == "paper"
+        return self.fit.within_critical_distance_paper if paper else self.fit.within_critical_distance_fitted
+
+    @property
+    def fitted_eigenvalues(self) -> torch.Tensor:
+        """The eigenvalues that the fit used, ``(K,)``, descending; none if there is no fit."""
+        if self.spectrum is None:
+            return torch.zeros(0, dtype=torch.float64)
+        return self.spectrum.eigenvalues[: self.num_fitted or 0]
+
+    @property
     def num_fitted(self) -> int | None:
         """Number ``K`` of eigenvalues that the fit used."""
         return None if self.fit is None else int(self.fit.num_eigenvalues)
@@ -108,7 +147,7 @@ class Measurement:
         """Return what is logged, by its name behind the prefix; what is not known is not in it.
 
         The quantities of the fit are there only if they were logged: a slope at another ``K`` must
-        not stand in a curve beside the others.
+        not stand in a curve beside the others. What was measured of a group of parameters ends in its name.
         """
         values: dict[str, float | None] = {
             "lambda_max": self.lambda_max,
@@ -123,19 +162,29 @@ class Measurement:
                 "slope_stderr": self.slope_stderr,
                 "density_exponent": self.density_exponent,
             }
+            if self.mode == "paper":
+                values["critical_distance"] = self.critical_distance
+        values |= {
+            name: value for name, value in self.comparisons.items() if self.logged or not name.startswith("slope_")
+        }
+        for group, measurement in self.groups.items():
+            values |= {f"{name}/{group}": v for name, v in measurement.scalars().items() if name != "seconds"}
         return {name: float(value) for name, value in values.items() if value is not None}
 
     def summary(self) -> str:
-        """Return the measurement as one line of text."""
+        """Return the measurement as one line of text; of the groups it says the slopes."""
         where = f"epoch {self.epoch}, step {self.step}"
         cost = f"{self.num_hvps} HVPs, {self.seconds:.1f} s" if self.spectrum else f"{self.seconds:.1f} s"
+        groups = "".join(f"; {group}: {measurement._slope_in_words()}" for group, measurement in self.groups.items())
         if self.fit is None:
-            return f"{where}: no slope ({self.reason}), {cost}"
-        fitted = (
-            f"slope {self.slope:.3f} ± {self.slope_stderr:.3f}, fit error {self.fit_error:.3f}, "
-            f"K = {self.num_fitted}, {cost}"
-        )
-        return f"{where}: {fitted}" if self.logged else f"{where}: {fitted}; not logged ({self.reason})"
+            return f"{where}: no slope ({self.reason}), {cost}{groups}"
+        protocol = ", paper protocol" if self.mode == "paper" else ""
+        fitted = f"{self._slope_in_words()}, fit error {self.fit_error:.3f}, K = {self.num_fitted}{protocol}, {cost}"
+        text = f"{where}: {fitted}" if self.logged else f"{where}: {fitted}; not logged ({self.reason})"
+        return text + groups
+
+    def _slope_in_words(self) -> str:
+        return "no slope" if self.fit is None else f"slope {self.slope:.3f} ± {self.slope_stderr:.3f}"
 
     # -- checkpoints -----------------------------------------------------------------------------
 
@@ -156,19 +205,26 @@ class Measurement:
             "engine": self.engine,
             "world_size": int(self.world_size),
             "num_fitted": self.num_fitted,
+            "mode": str(self.mode),
+            "comparisons": {name: float(value) for name, value in self.comparisons.items()},
+            "not_compared": dict(self.not_compared),
+            "groups": {group: measurement.to_state() for group, measurement in self.groups.items()},
+            "density": None,
             "spectrum": None,
         }
+        if self.density is not None:
+            state["density"] = {part.name: _plain(getattr(self.density, part.name)) for part in fields(self.density)}
         if self.spectrum is not None:
             state["spectrum"] = {
-                field.name: _plain(getattr(self.spectrum, field.name))
-                for field in fields(self.spectrum)
-                if field.name != "eigenvectors"
+                part.name: _plain(getattr(self.spectrum, part.name))
+                for part in fields(self.spectrum)
+                if part.name != "eigenvectors"
             }
         return state
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Measurement:
-        """Restore a measurement from what `to_state` returned.
+        """Restore a measurement from what `to_state` returned, also from a state without comparisons.
 
         Raises:
             ValueError: if the state is not one of a measurement.
@@ -178,11 +234,19 @@ class Measurement:
             raise ValueError(f"not the state of a measurement: 'when' is {values.get('when')!r}")
         num_fitted = values.pop("num_fitted")
         saved = values.pop("spectrum")
+        density = values.pop("density", None)
+        groups = {group: cls.from_state(part) for group, part in values.pop("groups", {}).items()}
         spectrum = None if saved is None else Spectrum(**saved)
         fit = None
         if spectrum is not None and num_fitted is not None:
             fit = fit_power_law(spectrum.eigenvalues[:num_fitted])
-        return cls(spectrum=spectrum, fit=fit, **values)
+        return cls(
+            spectrum=spectrum,
+            fit=fit,
+            density=None if density is None else SpectralDensity(**density),
+            groups=groups,
+            **values,
+        )
 
     def __eq__(self, other: object) -> bool:
         """Compare by value; eigenvalues and bounds bit for bit, wall time included."""

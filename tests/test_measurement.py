@@ -11,6 +11,7 @@ import torch
 
 from hessian_callback.measurement import Measurement
 from hessian_callback.power_law import fit_power_law
+from hessian_callback.sharpness import SpectralDensity
 from hessian_callback.spectrum import Spectrum
 
 
@@ -52,6 +53,19 @@ CASES = {
     "logged": measurement(),
     "fewer": measurement(12, "only 12 of 20"),
     "no fit": measurement(1, "only 1 of 20"),
+    "compared": measurement(
+        comparisons={"trace": 7.5, "slope_half_1": 1.25},
+        not_compared={"subspace": "not all converged"},
+        density=SpectralDensity(
+            nodes=torch.tensor([[3.0, -1.0]] * 2, dtype=torch.float64),
+            weights=torch.tensor([[0.25, 0.75]] * 2, dtype=torch.float64),
+            size=50,
+            rounding=1e-9,
+            num_hvps=4,
+        ),
+        groups={"head": measurement(num_parameters=7), "body": measurement(1, "only 1 of 20")},
+    ),
+    "paper": measurement(mode="paper"),
     "failed": measurement(spectrum=None, fit=None, reason="the loss is NaN", num_parameters=None, num_samples=None),
 }
 
@@ -61,7 +75,7 @@ def test_a_checkpoint_gives_it_back(case: str) -> None:
     before = CASES[case]
     file = io.BytesIO()
     torch.save(before.to_state(), file)
-    assert file.tell() < 5000  # Neither eigenvectors nor the storage behind a view.
+    assert file.tell() < 5000 * (1 + len(before.groups))  # Neither eigenvectors nor the storage behind a view.
     file.seek(0)
     after = Measurement.from_state(torch.load(file, weights_only=True))
     assert after == before
@@ -98,10 +112,50 @@ def test_what_is_logged() -> None:
         ("fewer", "K = 12, 70 HVPs, 1.2 s; not logged (only 12 of 20)"),
         ("no fit", "epoch 2, step 30: no slope (only 1 of 20), 70 HVPs, 1.2 s"),
         ("failed", "epoch 2, step 30: no slope (the loss is NaN), 1.2 s"),
+        ("paper", "K = 20, paper protocol, 70 HVPs, 1.2 s"),
+        ("compared", "70 HVPs, 1.2 s; head: slope 1.0"),
+        ("compared", "; body: no slope"),
     ],
 )
 def test_summary(case: str, text: str) -> None:
     assert text in CASES[case].summary()
+
+
+def test_comparisons_and_groups_are_logged_under_their_names() -> None:
+    compared, plain = CASES["compared"].scalars(), CASES["logged"].scalars()
+    assert compared.pop("trace") == 7.5
+    assert compared.pop("slope_half_1") == 1.25
+    groups = {name: compared.pop(name) for name in list(compared) if "/" in name}
+    assert compared == plain
+    # Of the one all that is logged of it, of the other what there is, and the seconds of neither.
+    assert {f"{name}/head" for name in plain if name != "seconds"} == {n for n in groups if n.endswith("/head")}
+    assert {n for n in groups if n.endswith("/body")} == {"lambda_max/body", "num_fitted/body", "num_hvps/body"}
+    assert groups["slope/head"] == plain["slope"]
+    # What is said of a slope that was not logged is not logged either.
+    unlogged = dataclasses.replace(CASES["compared"], reason="only 12 of 20").scalars()
+    assert "trace" in unlogged
+    assert "slope_half_1" not in unlogged
+
+
+def test_a_verdict_names_the_critical_value_it_used() -> None:
+    strict, paper = CASES["logged"], CASES["paper"]
+    assert strict.critical_distance == strict.fit.critical_distance_fitted
+    assert paper.critical_distance == pytest.approx(1.36 / 20**0.5)
+    assert paper.scalars()["critical_distance"] == paper.critical_distance
+    for one in (strict, paper):
+        assert one.within_critical_distance is (one.fit_error < one.critical_distance)
+        assert torch.equal(one.fitted_eigenvalues, one.spectrum.eigenvalues)
+    failed = CASES["failed"]
+    assert failed.critical_distance is None
+    assert failed.within_critical_distance is None
+    assert len(failed.fitted_eigenvalues) == 0
+
+
+def test_a_state_from_before_there_were_comparisons() -> None:
+    state = CASES["logged"].to_state()
+    for name in ("mode", "comparisons", "not_compared", "groups", "density"):
+        del state[name]
+    assert Measurement.from_state(state) == CASES["logged"]
 
 
 def test_equality_is_of_values() -> None:
