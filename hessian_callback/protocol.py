@@ -1,0 +1,167 @@
+"""How a measurement gets from an operator to fitted eigenvalues: strictly, or as the paper did."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from hessian_callback.lanczos import LanczosProgress, top_eigenvalues
+from hessian_callback.linear_operator import SymmetricOperator
+from hessian_callback.paper_protocol import pooled_ritz_values
+from hessian_callback.power_law import PowerLawFit, fit_power_law
+from hessian_callback.spectrum import Spectrum
+
+__all__ = ["EXPECTED_HVPS_PER_EIGENVALUE", "Protocol"]
+
+# Products per eigenvalue that small networks took; only for estimates of the cost.
+EXPECTED_HVPS_PER_EIGENVALUE = 4
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """A checked choice of how eigenvalues are computed and which of them are fitted.
+
+    Attributes:
+        num_eigenvalues: K, at least 3.
+        mode: ``"strict"``: one run, until every eigenvalue has a bound that meets ``rtol``; what has none is
+            not fitted. ``"paper"``: the K largest of the pooled Ritz values of several runs, converged or not.
+        rtol: relative tolerance of each eigenvalue; in paper mode it decides only what is called converged.
+        max_hvps: products to spend at the most in strict mode; ``None``: 10 K.
+        paper_runs: runs of the paper's protocol.
+        paper_steps: steps of each run; ``None``: K, as in the paper.
+        allow_fewer: whether fewer than K eigenvalues may be fitted without a reason against it.
+        seed: seed of the start vectors.
+
+    Raises:
+        ValueError: if a value is out of range.
+
+    Example:
+        >>> import torch
+        >>> from hessian_callback.linear_operator import MatvecOperator
+        >>> diagonal = torch.arange(1, 201, dtype=torch.float64) ** -1.0
+        >>> operator = MatvecOperator(lambda v: diagonal * v, 200)
+        >>> for mode in ("strict", "paper"):
+        ...     protocol = Protocol(num_eigenvalues=10, mode=mode)
+        ...     fit, reason = protocol.fit(protocol.solve(operator))
+        ...     print(mode, round(fit.slope, 1), reason)
+        strict 0.8 None
+        paper 0.7 None
+    """
+
+    num_eigenvalues: int
+    mode: str = "strict"
+    rtol: float = 1e-2
+    max_hvps: int | None = None
+    paper_runs: int = 3
+    paper_steps: int | None = None
+    allow_fewer: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the choice."""
+        wanted = self.num_eigenvalues
+        if wanted < 3:
+            raise ValueError(f"num_eigenvalues must be at least 3 to fit a power law, got {wanted}")
+        if self.mode not in ("strict", "paper"):
+            raise ValueError(f"mode must be 'strict' or 'paper', got {self.mode!r}")
+        if not 0 < self.rtol < 1:
+            raise ValueError(f"rtol must lie between 0 and 1, got {self.rtol}")
+        if self.max_hvps is not None and self.max_hvps <= wanted:
+            raise ValueError(
+                f"max_hvps={self.max_hvps} cannot give num_eigenvalues={wanted} eigenvalues; allow about "
+                f"{EXPECTED_HVPS_PER_EIGENVALUE * wanted}, or leave it out"
+            )
+        if self.paper_runs < 1:
+            raise ValueError(f"paper_runs must be at least 1, got {self.paper_runs}")
+        if self.paper_steps is not None and self.paper_steps * self.paper_runs < wanted:
+            raise ValueError(
+                f"paper_runs={self.paper_runs} runs of paper_steps={self.paper_steps} steps have fewer than "
+                f"num_eigenvalues={wanted} Ritz values; the paper takes num_eigenvalues steps in each"
+            )
+
+    @property
+    def steps(self) -> int:
+        """Steps of each run of the paper's protocol."""
+        return self.num_eigenvalues if self.paper_steps is None else self.paper_steps
+
+    @property
+    def hvp_limit(self) -> int:
+        """Products that a spectrum takes at the most."""
+        if self.mode == "paper":
+            return self.paper_runs * self.steps
+        return 10 * self.num_eigenvalues if self.max_hvps is None else self.max_hvps
+
+    def expected_hvps(self, num_parameters: int) -> int:
+        """Estimate the products that a spectrum of a matrix with ``num_parameters`` rows takes."""
+        if self.mode == "paper":
+            return self.paper_runs * min(self.steps, num_parameters)
+        return min(EXPECTED_HVPS_PER_EIGENVALUE * self.num_eigenvalues, self.hvp_limit, num_parameters)
+
+    def solve(
+        self,
+        operator: SymmetricOperator,
+        *,
+        return_eigenvectors: bool = False,
+        progress: Callable[[LanczosProgress], None] | None = None,
+    ) -> Spectrum:
+        """Compute the K largest eigenvalues, or in paper mode Ritz values, of an operator.
+
+        Args:
+            operator: the matrix.
+            return_eigenvectors: also form eigenvectors; the paper's protocol has none.
+            progress: called after every product.
+
+        Raises:
+            ArithmeticError: when a product holds NaN or infinity.
+        """
+        if self.mode == "paper":
+            pool = pooled_ritz_values(
+                operator, num_runs=self.paper_runs, num_steps=self.steps, seed=self.seed, progress=progress
+            )
+            return pool.top(self.num_eigenvalues, rtol=self.rtol)
+        return top_eigenvalues(
+            operator,
+            self.num_eigenvalues,
+            rtol=self.rtol,
+            max_hvps=self.hvp_limit,
+            seed=self.seed,
+            positive_only=True,
+            return_eigenvectors=return_eigenvectors,
+            progress=progress,
+        )
+
+    def fit(self, spectrum: Spectrum) -> tuple[PowerLawFit | None, str | None]:
+        """Fit the eigenvalues of a spectrum that this protocol trusts.
+
+        Args:
+            spectrum: what `solve` returned.
+
+        Returns:
+            The fit, ``None`` if there is none; and why its slope must not be compared with others, if so.
+        """
+        wanted = self.num_eigenvalues
+        values = spectrum.positive_converged
+        if self.mode == "paper":
+            values = spectrum.eigenvalues[spectrum.eigenvalues > 0]
+        shortage = None
+        if len(values) < wanted:
+            shortage = f"only {len(values)} of {wanted} eigenvalues are {self._why_not(spectrum)}"
+        try:
+            fit = fit_power_law(values)
+        except ValueError as error:
+            return None, shortage or f"ValueError: {' '.join(str(error).split())}"
+        if shortage is None or self.allow_fewer:
+            return fit, None
+        return fit, f"{shortage}, or pass allow_fewer=True"
+
+    def _why_not(self, spectrum: Spectrum) -> str:
+        if self.mode == "paper":
+            return "positive in the pool: choose a smaller num_eigenvalues, or more paper_steps"
+        if spectrum.stopped == "max_hvps":
+            return (
+                f"positive and converged: max_hvps={self.hvp_limit} products were spent; allow more, or a larger rtol"
+            )
+        return (
+            f"positive and converged: no other is known to lie above the rounding level of {spectrum.rounding:.2g}; "
+            "choose a smaller num_eigenvalues, or more precise products (precision='64-true', an exact hvp)"
+        )
