@@ -576,16 +576,20 @@ class _Solver:
                 limit = self._provable_limit()
                 if limit is not None:
                     before = decomposition.projection()
-                    probe = self._probe(limit)
-                    if probe is not None:
-                        border = min(limit, self._agreed(probe.confident_bound(self._level)))
-                        return self._result(before, border, "converged", return_eigenvectors)
+                    probe, ruled_out = self._probe(limit)
+                    border = self._agreed(probe.confident_bound(self._level))
+                    if ruled_out:
+                        return self._result(before, min(limit, border), "converged", return_eigenvectors)
+                    if decomposition.num_hvps >= self._max_hvps:
+                        return self._result(decomposition.projection(), border, "max_hvps", return_eigenvectors)
                 next_check = decomposition.size + max(1, decomposition.size // 50)
                 chain = None
+                if limit is not None:
+                    continue  # The probe may have filled the space.
             if decomposition.num_hvps >= self._max_hvps - self._reserve:
-                probe = self._probe(np.inf)
-                if probe is not None:
-                    border = self._agreed(probe.confident_bound(self._level))
+                probe, _ = self._probe(None)
+                border = self._agreed(probe.confident_bound(self._level))
+                if decomposition.size < self._dimensions:
                     return self._result(decomposition.projection(), border, "max_hvps", return_eigenvectors)
             elif decomposition.chains:
                 # Chosen anew at each check only: it takes the eigenvectors of H.
@@ -679,11 +683,11 @@ class _Solver:
 
     # -- probing -------------------------------------------------------------------------------
 
-    def _probe(self, limit: float) -> _Probe | None:
+    def _probe(self, limit: float | None) -> tuple[_Probe, bool]:
         """Look for eigenvalues above ``limit`` in the complement of the basis.
 
-        Returns the probe if it rules them out, or, with an infinite limit, when the products are spent.
-        None if it found one or can't tell; its vectors stay in the basis either way.
+        Returns the probe, and whether it ruled them out. It ends when it did, when it found one, when it takes too
+        long, or when the products are spent: without a limit, only then. Its vectors stay in the basis.
         """
         decomposition = self._decomposition
         first = decomposition.size
@@ -698,18 +702,17 @@ class _Solver:
                 run = decomposition.projection().tail(start)
                 rounding = max(decomposition.eps * decomposition.norm, np.finfo(float).tiny)
                 probe.update(run, dimensions=self._dimensions - start, rounding=rounding, new=size == start + 1)
-                spent = decomposition.num_hvps >= self._max_hvps or size == self._dimensions
-                if limit == np.inf:
-                    if spent:
-                        return probe
-                elif self._agreed(probe.missed_probability(limit)) <= self._level:
-                    return probe
-                elif probe.largest_seen > limit or size - first >= longest or spent:
-                    return None
+                if limit is not None:
+                    if self._agreed(probe.missed_probability(limit)) <= self._level:
+                        return probe, True
+                    if self._agreed(probe.largest_seen) > limit or size - first >= longest:
+                        return probe, False
+                if decomposition.num_hvps >= self._max_hvps or size == self._dimensions:
+                    return probe, False
                 own = [chain for chain in decomposition.chains if chain.column == size - 1]
                 if not own or not decomposition.expand(own[0]):
                     break
-        return None
+        raise ArithmeticError("a random vector lies in the span of fewer vectors than there are dimensions")
 
     # -- reporting -----------------------------------------------------------------------------
 
