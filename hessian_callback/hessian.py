@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from hessian_callback.batches import leading_dimension
 from hessian_callback.derivatives import DoubleBackwardError
-from hessian_callback.memory import free_memory
-from hessian_callback.parallel import PeerError, Ranks
+from hessian_callback.memory import free_memory, is_out_of_memory, readable_size
+from hessian_callback.micro_batches import MicroBatches
+from hessian_callback.parallel import PeerError, RankLostError, Ranks
 from hessian_callback.products import BatchLoss, DoubleBackward, FiniteDifference, Linearize, ProductEngine
 from hessian_callback.sharding import ShardedFiniteDifference, is_sharded, reshard, unsharded
 
@@ -28,6 +29,8 @@ ParameterFilter = str | Callable[[str, nn.Parameter], bool]
 _BUDGET_SHARE = 0.25
 # A graph's tensors live beside temporaries of about their size while it is built.
 _BUILD_FACTOR = 2.0
+# Cutting batches further gains nothing once a graph holds mostly what is as large as the parameters.
+_WORTH_CUTTING = 0.75
 
 
 class HessianOperator:
@@ -41,6 +44,10 @@ class HessianOperator:
     batches as ``memory_budget`` allows are kept, those of the others are rebuilt in every product. So parameters,
     buffers and batches must stay as they are while the operator is in use.
 
+    A batch whose graph alone exceeds the budget is cut into micro-batches along its leading dimension. When memory
+    runs out all the same, on any rank and in any product, all ranks halve theirs and go on. Each part then weighs
+    what it holds of its batch, and the mean of the parts is compared with that of the whole.
+
     Of a model under ``fully_shard`` (FSDP2) every rank holds the whole parameters until the operator is closed,
     except with ``hvp="finite_difference"``, which leaves them sharded. Close it, or use it in a ``with`` block.
 
@@ -50,27 +57,31 @@ class HessianOperator:
         loss_fn: ``(model, batch) -> scalar``, the mean loss over the batch.
         batches: this rank's batches, on the model's device. May be empty on some ranks, not on all.
         weights: one positive number per batch; usually its number of samples.
-        batch_weight: ``batch -> float``, instead of ``weights``. Without either, a batch weighs as much as the
-            leading dimension that its tensors share.
+        batch_weight: ``batch -> float``, what the mean loss of a batch averages over, for example counted tokens;
+            default: the leading dimension that its tensors share. Where ``weights`` are given as well, it serves for
+            the parts of batches only.
         parameters: which parameters: a regular expression (``re.search`` on the name) or ``(name, parameter) ->
             bool``; ``None`` for all. Frozen ones are never chosen; tied ones count once, under any of their names.
         process_group: the ranks that share the batches; in a single process leave it out. Pass
             ``torch.distributed.group.WORLD`` for all ranks, or a group of one for a Hessian of this rank alone.
         hvp: ``"double_backward"``, ``"linearize"`` or ``"finite_difference"``; ``"auto"`` is exact.
-        memory_budget: bytes that kept graphs may take on this rank; ``None``: a quarter of what is free.
+        memory_budget: bytes that gradient graphs may take on this rank; ``None``: a quarter of what is free. With 0
+            none are kept and no batch is cut.
 
     Attributes:
         num_parameters: P.
         parameter_names: names of the chosen parameters, in the order of the flat vector.
         engine: the name of the product engine in use.
         num_cached_graphs: batches whose gradient graph is kept on this rank.
-        bytes_per_graph: the size of the largest batch's graph, in bytes; 0 where none is kept.
+        bytes_per_graph: the size of the largest batch's graph, in bytes; 0 where it is not known.
+        num_halvings: how many times the batches were halved because memory had run out.
 
     Raises:
         ValueError: if no parameter matches; if the loss is not a differentiable scalar; if weights don't fit;
             if ``torch.distributed`` runs several ranks and no ``process_group`` was given.
         ArithmeticError: if the loss is NaN or infinite.
         DoubleBackwardError: if an operation cannot be differentiated twice.
+        MemoryError: if not even the smallest parts of the batches fit.
         PeerError: if another rank failed.
 
     Example:
@@ -136,6 +147,9 @@ class HessianOperator:
         self.partition = self.ranks.partition(self.num_parameters)
         self.dtype, self.device = _common_type(chosen)
         self.bytes_per_graph = 0
+        self.num_halvings = 0
+        self._hvp, self._memory_budget = hvp, memory_budget
+        self._mean: float | None = None
         self._loss = BatchLoss(model, loss_fn, list(chosen.values()))
         self._padding = _padding_rows(model, chosen)
         with self.ranks.together("weighing the batches"):
@@ -143,24 +157,34 @@ class HessianOperator:
         total = float(self.ranks.all_reduce(self._control_tensor([sum(own_weights)])))
         if total == 0:
             raise ValueError("no batches, so no Hessian: pass at least one batch on at least one rank")
-        own_weights = [weight / total for weight in own_weights]
-        self._engine: ProductEngine
+        self._parts = MicroBatches(batches, [weight / total for weight in own_weights], batch_weight)
+        self._engine: ProductEngine | None = None
         if sharded and hvp == FiniteDifference.name:
-            self._engine = ShardedFiniteDifference(self._loss, batches, own_weights, self.ranks)
-            self._check_loss(self._engine.batches)
+            sharing = ShardedFiniteDifference(self._loss, batches, self._parts.weights, self.ranks)
+            self._engine = sharing
+            self._check_loss(MicroBatches(sharing.batches, sharing.weights))
             return
-        with self.ranks.together("preparing the Hessian-vector products"):
-            self._engine = self._prepare(hvp, batches, own_weights, memory_budget)
+        self._prepare()
+
+    @property
+    def batches(self) -> list[Any]:
+        """This rank's batches as they are evaluated: those given, or parts of them."""
+        return list(self._parts.batches)
+
+    @property
+    def weights(self) -> list[float]:
+        """The weight of each of them; those of all ranks add up to 1."""
+        return list(self._parts.weights)
 
     @property
     def engine(self) -> str:
         """The name of the product engine in use."""
-        return self._engine.name
+        return self._running.name
 
     @property
     def exact(self) -> bool:
         """Whether products are exact up to rounding."""
-        return self._engine.exact
+        return self._running.exact
 
     @property
     def num_cached_graphs(self) -> int:
@@ -193,8 +217,13 @@ class HessianOperator:
 
     def close(self) -> None:
         """Let go of the gradient graphs, and shard again what was sharded. The operator can't be used afterwards."""
-        self._engine.close()
+        self._running.close()
         self._held.close()
+
+    @property
+    def _running(self) -> ProductEngine:
+        assert self._engine is not None, "the constructor leaves with an engine or an error"
+        return self._engine
 
     def __enter__(self) -> HessianOperator:
         return self
@@ -205,26 +234,25 @@ class HessianOperator:
     # ------------------------------------------------------------------------------------------
 
     def _sum(self, vector: Tensor) -> Tensor:
-        error: Exception | None = None
-        product: Tensor | None = None
-        try:
-            product = self._engine.product(self._without_padding(vector))
-        except Exception as exception:
-            if self.ranks.world_size == 1:
-                raise
-            error = exception
-        try:
-            return self.ranks.reduce_scatter(
-                product,
-                self.partition,
-                dtype=self.dtype,
-                device=self.device,
-                stage="computing a Hessian-vector product",
-            )
-        except PeerError:
-            if error is not None:
-                raise error from None
-            raise
+        while True:
+            error: Exception | None = None
+            product: Tensor | None = None
+            try:
+                product = self._running.product(self._without_padding(vector))
+            except Exception as exception:
+                error = exception
+            try:
+                return self.ranks.reduce_scatter(
+                    product,
+                    self.partition,
+                    dtype=self.dtype,
+                    device=self.device,
+                    stage="computing a Hessian-vector product",
+                )
+            except PeerError as peer:
+                error = error or peer
+            self._make_room(error)
+            self._prepare()
 
     def _without_padding(self, vector: Tensor) -> Tensor:
         if self._padding:
@@ -233,30 +261,98 @@ class HessianOperator:
                 vector[row] = 0
         return vector
 
-    def _prepare(self, hvp: str, batches: list[Any], weights: list[float], memory_budget: int | None) -> ProductEngine:
-        if batches:
-            self._check_loss(batches)
-        if hvp == "finite_difference":
-            return FiniteDifference(self._loss, batches, weights)
-        if hvp == "linearize":
-            linearized = Linearize(self._loss, batches, weights)
-            self._compare(linearized, batches, weights)
-            return linearized
-        if not batches:
-            return DoubleBackward(self._loss, [], [])
-        # The size of the first graph stands for the others, which hold at most as many samples.
-        self.bytes_per_graph = DoubleBackward.graph_size(self._loss, batches[0])
-        budget = memory_budget
+    def _prepare(self) -> None:
+        """Get an engine ready, on all ranks, for the batches as they are or for as small parts as it takes."""
+        while True:
+            try:
+                with self.ranks.together("preparing the Hessian-vector products"):
+                    self._engine = self._new_engine()
+                return
+            except Exception as exception:
+                error = exception
+            self._make_room(error)
+
+    def _make_room(self, error: Exception) -> None:
+        """Halve the batches on all ranks if memory is what a rank ran short of; raise the error if not."""
+        if isinstance(error, RankLostError) or isinstance(self._engine, ShardedFiniteDifference):
+            raise error
+        short = is_out_of_memory(error)
+        if self.ranks.failed_ranks(not short and not isinstance(error, PeerError)) or not self.ranks.failed_ranks(
+            short
+        ):
+            raise error
+        said = str(error)
+        error.__traceback__ = None  # Its frames hold the tensors that there was no room beside.
+        if self._engine is not None:
+            self._engine.close()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        with self.ranks.together("cutting batches, because memory is short"):
+            try:
+                self._parts = self._parts.halved()
+            except ValueError as reason:
+                if short:  # Otherwise the other ranks' batches can still be cut.
+                    raise MemoryError(self._nothing_fits(str(reason), said)) from error
+        self.num_halvings += 1
+
+    def _nothing_fits(self, reason: str, said: str) -> str:
+        free = free_memory(self.device)
+        have = "" if free is None else f", {readable_size(free)} are free"
+        need = (
+            f"about {readable_size(_BUILD_FACTOR * self.bytes_per_graph)} are needed" if self.bytes_per_graph else said
+        )
+        return (
+            f"out of memory for a Hessian-vector product, and {reason}: {need}{have}. Choose fewer parameters "
+            "(parameters=...), shorter or smaller inputs, or hvp='finite_difference', which needs about as much as a "
+            "training step"
+        )
+
+    def _new_engine(self) -> ProductEngine:
+        hvp, parts = self._hvp, self._parts
+        if not parts.batches:
+            return (
+                DoubleBackward(self._loss, [], []) if hvp in ("auto", DoubleBackward.name) else self._other_engine(hvp)
+            )
+        self._mean = self._check_loss(parts)
+        if hvp not in ("auto", DoubleBackward.name):
+            return self._other_engine(hvp)
+        # The size of the largest graph stands for the others.
+        self.bytes_per_graph = DoubleBackward.graph_size(self._loss, parts.largest)
+        budget = self._memory_budget
         if budget is None:
             free = free_memory(self.device)
             # Ranks on one machine share the main memory.
             sharing = self.ranks.world_size if self.device.type == "cpu" else 1
             budget = 0 if free is None else int(_BUDGET_SHARE * free / sharing)
+        self._cut_to(budget)
+        parts = self._parts
         spare = budget - _BUILD_FACTOR * self.bytes_per_graph
-        num_cached = max(0, min(len(batches), int(spare // max(self.bytes_per_graph, 1)) + 1)) if spare >= 0 else 0
-        return DoubleBackward(self._loss, batches, weights, num_cached=num_cached)
+        count = len(parts.batches)
+        num_cached = max(0, min(count, int(spare // max(self.bytes_per_graph, 1)) + 1)) if spare >= 0 else 0
+        return DoubleBackward(self._loss, parts.batches, parts.weights, num_cached=num_cached)
 
-    def _compare(self, engine: ProductEngine, batches: list[Any], weights: list[float]) -> None:
+    def _cut_to(self, budget: int) -> None:
+        """Halve the batches until a graph can be built within the budget, as far as that can be done and helps."""
+        while 0 < budget < _BUILD_FACTOR * self.bytes_per_graph:
+            try:
+                smaller = self._parts.halved()
+                self._check_loss(smaller)
+            except ValueError:
+                return  # One whole batch is then built at a time.
+            size = DoubleBackward.graph_size(self._loss, smaller.largest)
+            if size > _WORTH_CUTTING * self.bytes_per_graph:
+                return
+            self._parts, self.bytes_per_graph = smaller, size
+
+    def _other_engine(self, hvp: str) -> ProductEngine:
+        batches, weights = self._parts.batches, self._parts.weights
+        if hvp == FiniteDifference.name:
+            return FiniteDifference(self._loss, batches, weights)
+        linearized = Linearize(self._loss, batches, weights)
+        self._compare(linearized, batches, weights)
+        return linearized
+
+    def _compare(self, engine: ProductEngine, batches: Sequence[Any], weights: Sequence[float]) -> None:
         """Hold an engine against double backward: some forward derivatives of PyTorch are wrong."""
         vector = torch.linspace(-1, 1, self.num_parameters, dtype=self.dtype, device=self.device)
         expected = DoubleBackward(self._loss, batches, weights, num_cached=0).product(vector)
@@ -269,8 +365,12 @@ class HessianOperator:
                 "Use hvp='double_backward'"
             )
 
-    def _check_loss(self, batches: list[Any]) -> None:
-        """Evaluate every batch once, and the first one twice."""
+    def _check_loss(self, parts: MicroBatches) -> float:
+        """Evaluate every batch once, and the first one twice; return their weighted sum.
+
+        If whole batches were evaluated before these parts of them, their sums must agree.
+        """
+        batches = parts.batches
         values = []
         with self._loss.differentiable():
             for index, batch in enumerate([*batches, batches[0]]):
@@ -281,12 +381,22 @@ class HessianOperator:
                         "batch for invalid inputs and whether training has diverged"
                     )
                 values.append(value)
+        tolerance = 1e4 * torch.finfo(self.dtype).eps
         first, again = values[0], values[-1]
-        if abs(first - again) > 1e4 * torch.finfo(self.dtype).eps * max(abs(first), abs(again)):
+        if abs(first - again) > tolerance * max(abs(first), abs(again)):
             raise ValueError(
                 f"the loss is random: the same batch gave {first:.9g} and then {again:.9g}. Put the model in eval "
                 "mode, and remove sampling or augmentation from the loss, or fix its seed inside loss_fn"
             )
+        terms = [weight * value for value, weight in zip(values, parts.weights, strict=False)]
+        scale = sum(map(abs, terms))
+        if self._mean is not None and abs(sum(terms) - self._mean) > tolerance * scale:
+            raise ValueError(
+                "memory is short, but batches cannot be cut: the loss of a batch is not the mean of its parts' "
+                f"(with its weight, {self._mean:.9g} and {sum(terms):.9g}). Pass "
+                "batch_weight=..., what the mean loss averages over, or a loader with smaller batches"
+            )
+        return sum(terms)
 
     def _control_tensor(self, values: list[float]) -> Tensor:
         return torch.tensor(values, dtype=torch.float64, device=self.ranks.control_device)
@@ -365,8 +475,6 @@ def _weigh(
     *,
     alone: bool,
 ) -> list[float]:
-    if weights is not None and batch_weight is not None:
-        raise ValueError("pass weights or batch_weight, not both")
     if weights is not None:
         result = [float(weight) for weight in weights]
         if len(result) != len(batches):

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from hessian_callback.batches import tensors
 from hessian_callback.derivatives import check_twice_differentiable, exact_derivatives, explained
 from hessian_callback.memory import count_saved_tensors
 
@@ -146,7 +147,7 @@ class DoubleBackward(ProductEngine):
         Raises:
             DoubleBackwardError: if the graph ends in a function that can't be differentiated again.
         """
-        with loss.differentiable(), count_saved_tensors(loss.parameters) as saved:
+        with loss.differentiable(), count_saved_tensors([*loss.parameters, *tensors(batch)]) as saved:
             _, gradients = loss.gradient(batch, create_graph=True)
             for gradient in gradients:
                 saved.add(gradient)
