@@ -6,8 +6,9 @@ import importlib.util
 import re
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -22,8 +23,10 @@ from torchmetrics import MeanMetric, Metric
 
 from hessian_callback import admission
 from hessian_callback.cadence import Cadence, TimeShare
+from hessian_callback.comparisons import Comparisons, Finding
 from hessian_callback.derivatives import DoubleBackwardError
 from hessian_callback.guard import Snapshot, random_state_kept, sigterm_deferred, undisturbed
+from hessian_callback.halves import assign_halves, sampling_stderr
 from hessian_callback.held_out import (
     HeldOut,
     batch_on_device,
@@ -34,15 +37,17 @@ from hessian_callback.held_out import (
     moving_parts,
     warn_of_imbalance,
 )
-from hessian_callback.hessian import HessianOperator
-from hessian_callback.lanczos import LanczosProgress, top_eigenvalues
+from hessian_callback.hessian import HessianOperator, select_parameters
+from hessian_callback.lanczos import LanczosProgress
 from hessian_callback.measurement import Measurement, When
 from hessian_callback.metrics import PowerLawFitError, PowerLawSlope, SpectrumMetric
+from hessian_callback.norms import gradient_norm, parameter_norm
 from hessian_callback.objective import as_in_a_step, mean_loss, resolve_loss
 from hessian_callback.parallel import PeerError, RankLostError, Ranks
-from hessian_callback.power_law import PowerLawFit, fit_power_law
 from hessian_callback.progress import announce, measuring
+from hessian_callback.protocol import Protocol
 from hessian_callback.sharding import is_sharded
+from hessian_callback.sharpness import SpectralDensity
 from hessian_callback.spectrum import Spectrum
 
 __all__ = ["PowerLawHessianCallback"]
@@ -50,11 +55,9 @@ __all__ = ["PowerLawHessianCallback"]
 # What such an error says stays true for the whole run, so it is worth raising while nothing is lost.
 _PERMANENT_ERRORS = (MisconfigurationException, DoubleBackwardError, ValueError, TypeError)
 
-# Below this many samples per eigenvalue the sample's own rank bends the spectrum.
-_SAMPLES_PER_EIGENVALUE = 3
-
-# Products per eigenvalue that small networks took; only for the estimate that is announced.
-_EXPECTED_HVPS_PER_EIGENVALUE = 4
+# Below this many samples per eigenvalue the sample's own rank bends the spectrum: simulated slopes are 23 % too
+# steep at 3, and right from here on (benchmarks/STATISTICS.md).
+_SAMPLES_PER_EIGENVALUE = 10
 
 _STATE_VERSION = 1
 
@@ -76,7 +79,8 @@ class PowerLawHessianCallback(Callback):
     for bit, with and without the callback.
 
     Logged, under ``prefix``: ``slope``, ``fit_error``, ``slope_stderr``, ``density_exponent``,
-    ``lambda_max``, ``num_fitted``, ``num_hvps``, ``seconds``, and ``overhead`` if it is limited.
+    ``lambda_max``, ``num_fitted``, ``num_hvps``, ``seconds``, ``overhead`` if it is limited, and what ``extras``,
+    ``groups`` and ``mode`` add.
     EarlyStopping, ModelCheckpoint and ReduceLROnPlateau can monitor each of them in the epoch of the
     measurement. The measurement before the first step goes to ``history`` and the logger only.
 
@@ -115,6 +119,31 @@ class PowerLawHessianCallback(Callback):
             ``"raise"``: it ends the run. What is certain to fail every time is raised before training.
         prefix: what the logged names begin with; several callbacks in a trainer need different ones.
         seed: chooses samples, fixes their augmentation, and starts the eigenvalue solver.
+        mode: ``"strict"``: only eigenvalues whose error bound meets ``rtol`` are fitted. ``"paper"``: the published
+            protocol, see `paper_protocol`, with what is wrong with it; ``rtol`` and ``max_hvps`` don't matter,
+            and ``critical_distance`` is logged, :math:`1.36 / \sqrt K`.
+        paper_runs: Lanczos runs whose Ritz values are pooled in paper mode.
+        paper_steps: steps, and so products, of each; default ``num_eigenvalues``.
+        groups: regular expressions by name, such as ``{"head": "^head", "last_block": r"blocks\.11"}``: the
+            Hessian's block of the trained parameters whose names match is measured as well, whatever
+            ``parameters`` says, and logged as ``slope/head`` and so on. Each costs about as many products as the
+            Hessian itself.
+        extras: what the slope is compared with, on the same samples. ``"trace"`` and ``"frobenius"``: sum and
+            root of the sum of squares of all eigenvalues, with standard errors, for ``trace_hvps`` products
+            together. ``"density"``: ``negative_mass`` and ``negative_share``, with standard errors, and the
+            density in ``history``, for ``density_hvps`` products. ``"subspace"``: by how much the eigenvectors
+            of the largest eigenvalues turned since the last measurement (``subspace_angle`` in radians,
+            ``subspace_overlap``), by how much the Hessian changed on them (``subspace_change``), and the
+            Davis-Kahan bound on the angle's sine (``subspace_sine_bound``), for ``subspace_dimension`` products;
+            not across a resume. ``"norms"``: ``parameter_norm`` and ``gradient_norm``, for one gradient.
+            ``"numerical_interval"``: the slopes that the eigenvalues' error bounds leave open
+            (``slope_numerical_low``, ``slope_numerical_high``), for nothing. ``"halves"``: the slopes on two random
+            halves of the batches (``slope_half_1``, ``slope_half_2``) and the standard error that follows
+            (``slope_sampling_stderr``), for as much work as the measurement itself.
+        trace_hvps: products for trace and Frobenius norm.
+        density_hvps: products for the density.
+        subspace_dimension: how many eigenvectors to compare; default 10, but fewer than ``num_eigenvalues``.
+        num_classes: log ``outlier_ratio``, the largest eigenvalue over the one after the ``num_classes`` largest.
         figures: add a picture of the spectrum to TensorBoard, if matplotlib is installed.
         verbose: print the expected cost once, and a line for each measurement.
 
@@ -159,23 +188,41 @@ class PowerLawHessianCallback(Callback):
         on_error: str = "warn",
         prefix: str = "hessian",
         seed: int = 0,
+        mode: str = "strict",
+        paper_runs: int = 3,
+        paper_steps: int | None = None,
+        groups: Mapping[str, str] | None = None,
+        extras: Sequence[str] = (),
+        trace_hvps: int = 30,
+        density_hvps: int = 160,
+        subspace_dimension: int | None = None,
+        num_classes: int | None = None,
         figures: bool = True,
         verbose: bool = True,
     ) -> None:
         super().__init__()
-        if num_eigenvalues < 3:
-            raise ValueError(f"num_eigenvalues must be at least 3 to fit a power law, got {num_eigenvalues}")
+        self.protocol = Protocol(
+            num_eigenvalues=num_eigenvalues,
+            mode=mode,
+            rtol=rtol,
+            max_hvps=max_hvps,
+            paper_runs=paper_runs,
+            paper_steps=paper_steps,
+            allow_fewer=allow_fewer,
+            seed=seed,
+        )
+        self.comparisons = Comparisons(
+            extras=tuple(extras),
+            trace_hvps=trace_hvps,
+            density_hvps=density_hvps,
+            subspace_dimension=min(10, num_eigenvalues - 1) if subspace_dimension is None else subspace_dimension,
+            num_classes=num_classes,
+        )
+        self.comparisons.check(self.protocol.num_eigenvalues, mode)
         if num_samples < 1:
             raise ValueError(f"num_samples must be at least 1, got {num_samples}")
         if isinstance(dataloader, str) and dataloader not in ("val", "train"):
             raise ValueError(f"dataloader must be 'val', 'train' or a DataLoader, got {dataloader!r}")
-        if not 0 < rtol < 1:
-            raise ValueError(f"rtol must lie between 0 and 1, got {rtol}")
-        if max_hvps is not None and max_hvps <= num_eigenvalues:
-            raise ValueError(
-                f"max_hvps={max_hvps} cannot give num_eigenvalues={num_eigenvalues} eigenvalues; allow about "
-                f"{_EXPECTED_HVPS_PER_EIGENVALUE * num_eigenvalues}, or leave it out"
-            )
         if on_error not in ("warn", "raise"):
             raise ValueError(f"on_error must be 'warn' or 'raise', got {on_error!r}")
         if not prefix or prefix != prefix.strip("/"):
@@ -183,10 +230,12 @@ class PowerLawHessianCallback(Callback):
         if seed < 0:
             raise ValueError(f"seed must not be negative, got {seed}")
         if isinstance(parameters, str):
-            try:
-                re.compile(parameters)
-            except re.error as error:
-                raise ValueError(f"parameters={parameters!r} is not a valid regular expression: {error}") from error
+            _check_expression("parameters", parameters)
+        self.groups = dict(groups or {})
+        for group, expression in self.groups.items():
+            if not group or "/" in group:
+                raise ValueError(f"the names in groups must be without slashes and not empty, got {group!r}")
+            _check_expression(f"groups[{group!r}]", expression)
         self.num_eigenvalues = num_eigenvalues
         self.cadence = Cadence.checked(every_n_epochs, every_n_train_steps, at_steps)
         self.dataloader = dataloader
@@ -195,7 +244,7 @@ class PowerLawHessianCallback(Callback):
         self.batch_weight = batch_weight
         self.parameters = parameters
         self.rtol = rtol
-        self.max_hvps = 10 * num_eigenvalues if max_hvps is None else max_hvps
+        self.max_hvps = self.protocol.hvp_limit
         self.hvp = hvp
         self.memory_budget = memory_budget
         self.allow_fewer = allow_fewer
@@ -209,6 +258,7 @@ class PowerLawHessianCallback(Callback):
         self._time = TimeShare(max_overhead)
         self._overhead = 0.0
         self._held_out: HeldOut | None = None
+        self._previous_top: Spectrum | None = None
         self._metrics: dict[str, Metric] = {}
         self._active = True
         self._restored = False
@@ -248,12 +298,17 @@ class PowerLawHessianCallback(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check the parameters, which exist for certain only now."""
         if self._active:
-            admission.check_parameters(pl_module, self.parameters, self.num_eigenvalues)
+            self._check_parameters(pl_module)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check the parameters for ``trainer.validate()``, which has no start of fit."""
         if self._active and trainer.state.fn == TrainerFn.VALIDATING:
-            admission.check_parameters(pl_module, self.parameters, self.num_eigenvalues)
+            self._check_parameters(pl_module)
+
+    def _check_parameters(self, pl_module: LightningModule) -> None:
+        admission.check_parameters(pl_module, self.parameters, self.num_eigenvalues)
+        for group, expression in self.groups.items():
+            _check_group(pl_module, group, expression, self.num_eigenvalues)
 
     # -- when ------------------------------------------------------------------------------------
 
@@ -315,6 +370,7 @@ class PowerLawHessianCallback(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Let go of the held-out samples."""
         self._held_out = None
+        self._previous_top = None
         self._restored = False
         self._epoch_began = None
 
@@ -355,7 +411,7 @@ class PowerLawHessianCallback(Callback):
         error: Exception | None = None
         try:
             with undisturbed(trainer, pl_module) as snapshot:
-                found = self._examine(trainer, pl_module, snapshot, ranks)
+                found = self._examine(trainer, pl_module, snapshot, ranks, place)
         except RankLostError:
             raise  # Nobody is left to go on with.
         except _ToldToEnd:
@@ -372,8 +428,13 @@ class PowerLawHessianCallback(Callback):
         # Clocks differ between ranks, and what is logged must not.
         seconds = torch.tensor([time.monotonic() - began], dtype=torch.float64, device=ranks.control_device)
         measurement = Measurement(
-            **place, **found, seconds=float(ranks.broadcast(seconds)), world_size=ranks.world_size
+            **place,
+            **found,
+            seconds=float(ranks.broadcast(seconds)),
+            world_size=ranks.world_size,
+            mode="paper" if self.protocol.mode == "paper" else "strict",
         )
+        self._warn_of_another_protocol(measurement)
         self.history.append(measurement)
         self._time.add(measurement.seconds)
         fraction = torch.tensor([self._time.fraction], dtype=torch.float64, device=ranks.control_device)
@@ -386,15 +447,16 @@ class PowerLawHessianCallback(Callback):
         self._time.spent += time.monotonic() - began - measurement.seconds
 
     def _examine(
-        self, trainer: Trainer, pl_module: LightningModule, snapshot: Snapshot, ranks: Ranks
+        self, trainer: Trainer, pl_module: LightningModule, snapshot: Snapshot, ranks: Ranks, place: Mapping[str, Any]
     ) -> dict[str, Any]:
-        """Go from the run's state to a spectrum and a fit, inside the guard."""
+        """Go from the run's state to a spectrum, a fit and the comparisons, inside the guard."""
         held_out = self._collected(trainer, snapshot, ranks)
         with ranks.together("preparing the loss and the held-out samples"):
             loss = as_in_a_step(trainer, pl_module, resolve_loss(pl_module, self.loss_fn))
-            stage = RunningStage.TRAINING if self._on_training_data else RunningStage.VALIDATING
+            stage = RunningStage.TRAINING if self.dataloader == "train" else RunningStage.VALIDATING
             counted = [number for number, weight in enumerate(held_out.weights) if weight > 0]
             weights = [held_out.weights[number] for number in counted]
+            keys = [held_out.keys[number] for number in counted]
             batches = [
                 batch_on_device(
                     trainer,
@@ -406,44 +468,76 @@ class PowerLawHessianCallback(Callback):
                 )
                 for number in counted
             ]
-        operator = HessianOperator(
-            pl_module,
-            loss,
-            batches,
-            weights=weights,
-            parameters=self.parameters,
-            process_group=ranks.group,
-            hvp=self.hvp,
-            memory_budget=self.memory_budget,
-        )
-        try:
+
+        def operator_of(numbers: Iterable[int], parameters: Any) -> HessianOperator:
+            numbers = list(numbers)
+            return HessianOperator(
+                pl_module,
+                loss,
+                [batches[number] for number in numbers],
+                weights=[weights[number] for number in numbers],
+                parameters=parameters,
+                process_group=ranks.group,
+                hvp=self.hvp,
+                memory_budget=self.memory_budget,
+            )
+
+        everything = range(len(batches))
+        found = _Found()
+        with operator_of(everything, self.parameters) as operator:
             # A forward pass of a sharded module is a collective, and ranks hold different numbers of batches.
             whole = not is_sharded(pl_module) or operator.exact
             value = mean_loss(loss, pl_module, batches, weights, ranks) if whole else None
             timed = self._say_cost(trainer, operator, held_out)
-            with measuring(trainer, "Hessian") as report:
-
-                def progress(now: LanczosProgress) -> None:
-                    report(now)
-                    timed(now)
-                    # Several ranks are not told at the same product, so they go on to the end together.
-                    if trainer.received_sigterm and ranks.world_size == 1:
-                        raise _ToldToEnd
-
-                spectrum = top_eigenvalues(
-                    operator,
-                    self.num_eigenvalues,
-                    rtol=self.rtol,
-                    max_hvps=self.max_hvps,
-                    seed=self.seed,
-                    positive_only=True,
-                    progress=progress,
-                )
+            spectrum = self._solve(
+                trainer, operator, ranks, timed=timed, eigenvectors=self.comparisons.needs_eigenvectors
+            )
             engine = operator.engine
-        finally:
-            operator.close()
-        with ranks.together("fitting the power law"):
-            fit, reason = self._fitted(spectrum)
+            with ranks.together("fitting the power law"):
+                fit, reason = self.protocol.fit(spectrum)
+
+            def norms() -> Finding:
+                if not whole:
+                    raise ValueError("norms need whole parameters, and hvp='finite_difference' leaves them sharded")
+                chosen = list(select_parameters(pl_module, self.parameters).values())
+                gradient = gradient_norm(pl_module, loss, batches, weights, chosen, ranks)
+                return Finding({"parameter_norm": parameter_norm(chosen), "gradient_norm": gradient})
+
+            tasks = self.comparisons.of_spectrum(spectrum, None if fit is None else fit.num_eigenvalues)
+            previous = self._comparable(operator)
+            tasks += self.comparisons.of_operator(operator, spectrum, previous, seed=self.seed)
+            if "norms" in self.comparisons.extras:
+                tasks.append(("norms", norms))
+            self._compare(trainer, ranks, tasks, found)
+            self._keep_top(operator, spectrum)
+            spectrum = replace(spectrum, eigenvectors=None)
+
+        for group, expression in self.groups.items():
+
+            def measure_group(group: str = group, expression: str = expression) -> Finding:
+                found.groups[group] = self._measure_group(
+                    trainer, lambda: operator_of(everything, expression), ranks, place, group
+                )
+                return Finding({})
+
+            self._compare(trainer, ranks, [(f"group {group}", measure_group)], found)
+            if f"group {group}" in found.failures:
+                found.groups.pop(group, None)  # Where only another rank failed it is there.
+
+        if "halves" in self.comparisons.extras and fit is not None:
+            num_fitted = fit.num_eigenvalues
+
+            def halves() -> Finding:
+                half_of = assign_halves(keys, weights, ranks, seed=self.seed)
+                return self._measure_halves(
+                    trainer,
+                    lambda half: operator_of([n for n in everything if half_of[n] == half], self.parameters),
+                    ranks,
+                    num_fitted,
+                )
+
+            self._compare(trainer, ranks, [("halves", halves)], found)
+
         return {
             "spectrum": spectrum,
             "fit": fit,
@@ -452,7 +546,116 @@ class PowerLawHessianCallback(Callback):
             "num_samples": held_out.num_samples,
             "loss": value,
             "engine": engine,
+            "comparisons": found.values,
+            "not_compared": found.failures,
+            "density": found.density,
+            "groups": found.groups,
         }
+
+    def _solve(
+        self,
+        trainer: Trainer,
+        operator: HessianOperator,
+        ranks: Ranks,
+        *,
+        description: str = "Hessian",
+        timed: Callable[[LanczosProgress], None] | None = None,
+        eigenvectors: bool = False,
+    ) -> Spectrum:
+        with measuring(trainer, description) as report:
+
+            def progress(now: LanczosProgress) -> None:
+                report(now)
+                if timed is not None:
+                    timed(now)
+                self._give_way(trainer, ranks)
+
+            return self.protocol.solve(operator, return_eigenvectors=eigenvectors, progress=progress)
+
+    def _give_way(self, trainer: Trainer, ranks: Ranks) -> None:
+        # Several ranks are not told at the same product, so they go on to the end together.
+        if trainer.received_sigterm and ranks.world_size == 1:
+            raise _ToldToEnd
+
+    # -- comparisons -----------------------------------------------------------------------------
+
+    def _compare(
+        self, trainer: Trainer, ranks: Ranks, tasks: Iterable[tuple[str, Callable[[], Finding]]], found: _Found
+    ) -> None:
+        """Make comparisons one by one; one that fails, fails on all ranks and leaves the others."""
+        for name, task in tasks:
+            self._give_way(trainer, ranks)
+            error: Exception | None = None
+            finding = Finding({})
+            try:
+                finding = task()
+            except (RankLostError, _ToldToEnd):
+                raise
+            except Exception as exception:
+                error = exception
+            reason = self._agree_to_go_on(
+                error, ranks, f"comparing ({name})", consequence=f"the Hessian goes without a comparison ({name})"
+            )
+            if reason is None:
+                found.add(finding)
+            else:
+                found.failures[name] = reason
+
+    def _comparable(self, operator: HessianOperator) -> Spectrum | None:
+        """Return the last measurement's top eigenvectors, if they are of the same parameters."""
+        previous = self._previous_top
+        if previous is None or previous.eigenvectors is None:
+            return None
+        if previous.eigenvectors.shape[0] != operator.partition.slice_length:
+            return None
+        return replace(previous, eigenvectors=previous.eigenvectors.to(operator.device, operator.dtype))
+
+    def _keep_top(self, operator: HessianOperator, spectrum: Spectrum) -> None:
+        """Keep the eigenvectors that the next measurement is compared with, off the device."""
+        if "subspace" in self.comparisons.extras and spectrum.eigenvectors is not None:
+            top = spectrum.eigenvectors[:, : self.comparisons.subspace_dimension]
+            self._previous_top = replace(spectrum, eigenvectors=top.cpu().clone())
+
+    def _measure_group(
+        self,
+        trainer: Trainer,
+        make_operator: Callable[[], HessianOperator],
+        ranks: Ranks,
+        place: Mapping[str, Any],
+        group: str,
+    ) -> Measurement:
+        """Measure the Hessian's block of one group of parameters."""
+        began = time.monotonic()
+        with make_operator() as operator:
+            spectrum = self._solve(trainer, operator, ranks, description=f"Hessian ({group})")
+        fit, reason = self.protocol.fit(spectrum)
+        return Measurement(
+            **place,
+            spectrum=spectrum,
+            fit=fit,
+            reason=reason,
+            seconds=time.monotonic() - began,
+            num_parameters=operator.num_parameters,
+            engine=operator.engine,
+            world_size=ranks.world_size,
+            mode="paper" if self.protocol.mode == "paper" else "strict",
+        )
+
+    def _measure_halves(
+        self, trainer: Trainer, make_operator: Callable[[int], HessianOperator], ranks: Ranks, num_fitted: int
+    ) -> Finding:
+        """Measure the slope on two halves of the batches."""
+        slopes, num_hvps = [], 0
+        for half in (0, 1):
+            with make_operator(half) as operator:
+                spectrum = self._solve(trainer, operator, ranks, description=f"Hessian (half {half + 1})")
+            num_hvps += spectrum.num_hvps
+            fit, reason = self.protocol.fit(spectrum)
+            if fit is None or fit.num_eigenvalues != num_fitted:
+                raise ValueError(f"half {half + 1} has no slope of {num_fitted} eigenvalues: {reason}")
+            slopes.append(fit.slope)
+        values = {"slope_half_1": slopes[0], "slope_half_2": slopes[1]}
+        return Finding({**values, "slope_sampling_stderr": sampling_stderr(*slopes)}, num_hvps)
 
     def _collected(self, trainer: Trainer, snapshot: Snapshot, ranks: Ranks) -> HeldOut:
         if self._held_out is None:
@@ -483,46 +686,44 @@ class PowerLawHessianCallback(Callback):
             rank_zero_info(
                 f"num_samples={self.num_samples}, but there are only {held_out.num_samples} samples; all are used"
             )
-        if held_out.num_samples < _SAMPLES_PER_EIGENVALUE * self.num_eigenvalues:
+        wanted = _SAMPLES_PER_EIGENVALUE * self.num_eigenvalues
+        if held_out.num_samples < wanted:
             rank_zero_warn(
-                f"{held_out.num_samples} held-out samples are few for {self.num_eigenvalues} eigenvalues: "
-                "the spectrum's tail is then the sample's, not the loss's, and the slope too steep. Choose "
-                f"num_samples of at least {_SAMPLES_PER_EIGENVALUE * self.num_eigenvalues}, or a smaller "
-                "num_eigenvalues"
+                f"{held_out.num_samples} held-out samples are few for {self.num_eigenvalues} eigenvalues: the "
+                "spectrum's tail is then the sample's, not the loss's, and the slope too steep (by about 23 % at 3 "
+                f"samples an eigenvalue, in simulations). Choose num_samples of at least {wanted}, or a smaller "
+                "num_eigenvalues; extras=['halves'] shows what the number of samples does"
             )
         warn_of_imbalance(held_out)
 
-    def _fitted(self, spectrum: Spectrum) -> tuple[PowerLawFit | None, str | None]:
-        """Return the fit, and why its slope must not be logged if so."""
-        values = spectrum.positive_converged
-        wanted, found = self.num_eigenvalues, len(values)
-        shortage = None
-        if found < wanted:
-            if spectrum.stopped == "max_hvps":
-                why = f"max_hvps={self.max_hvps} products were spent; allow more, or a larger rtol"
-            else:
-                why = (
-                    f"no other is known to lie above the rounding level of {spectrum.rounding:.2g}; choose a smaller "
-                    "num_eigenvalues, or more precise products (precision='64-true', an exact hvp)"
-                )
-            shortage = f"only {found} of {wanted} eigenvalues are positive and converged: {why}"
-        try:
-            fit = fit_power_law(values)
-        except ValueError as error:
-            return None, shortage or _in_one_line(error)
-        if shortage is None or self.allow_fewer:
-            return fit, None
-        return fit, f"{shortage}, or pass allow_fewer=True"
+    def _warn_of_another_protocol(self, measurement: Measurement) -> None:
+        """Say so when a slope is logged that the last one must not be compared with."""
+        last = next((entry for entry in reversed(self.history) if entry.logged and entry.fit is not None), None)
+        if last is None or not measurement.logged or measurement.fit is None:
+            return
+        now, before = ((entry.num_fitted, entry.mode) for entry in (measurement, last))
+        if now != before:
+            rank_zero_warn(
+                f"this slope is of {now[0]} eigenvalues (mode={now[1]!r}), the one before was of {before[0]} "
+                f"(mode={before[1]!r}), and they must not be compared: the slope of one spectrum depends on the number "
+                "of eigenvalues. Keep num_eigenvalues and mode within a run, and allow_fewer=False"
+            )
 
     # -- failing ---------------------------------------------------------------------------------
 
     def _agree_to_go_on(
-        self, error: Exception | None, ranks: Ranks, stage: str, *, raise_permanent: bool = False
-    ) -> None:
-        """Let all ranks know of an error, and raise on all of them or on none."""
+        self,
+        error: Exception | None,
+        ranks: Ranks,
+        stage: str,
+        *,
+        raise_permanent: bool = False,
+        consequence: str = "the Hessian could not be measured, and training goes on without its slope",
+    ) -> str | None:
+        """Let all ranks know of an error, and raise on all of them or on none; return what it was."""
         failed = ranks.failed_ranks(error is not None)
         if not failed:
-            return
+            return None
         permanent = raise_permanent and bool(ranks.failed_ranks(isinstance(error, _PERMANENT_ERRORS)))
         if self.on_error == "raise" or permanent:
             raise error if error is not None else PeerError(stage, failed)
@@ -530,10 +731,8 @@ class PowerLawHessianCallback(Callback):
         # The rank that failed speaks for itself; of the others one is enough.
         if (ranks.rank == 0 or not isinstance(error, PeerError)) and reason not in self._reasons_warned:
             self._reasons_warned.add(reason)
-            warnings.warn(
-                f"the Hessian could not be measured, and training goes on without its slope: {reason}",
-                stacklevel=2,
-            )
+            warnings.warn(f"{consequence}: {reason}", stacklevel=2)
+        return reason
 
     # -- logging ---------------------------------------------------------------------------------
 
@@ -575,8 +774,7 @@ class PowerLawHessianCallback(Callback):
             metric.to(pl_module.device)
             metric.reset()
             if isinstance(metric, SpectrumMetric):
-                assert measurement.spectrum is not None
-                metric.update(measurement.spectrum.positive_converged)
+                metric.update(measurement.fitted_eigenvalues)
             else:
                 metric.update(value)
             pl_module.log(
@@ -639,15 +837,18 @@ class PowerLawHessianCallback(Callback):
         if self._cost_said or not self.verbose:
             return lambda _: None
         self._cost_said = True
-        limit = min(self.max_hvps, operator.num_parameters)
-        expected = min(_EXPECTED_HVPS_PER_EIGENVALUE * self.num_eigenvalues, limit)
-        basis = expected * operator.partition.slice_length * torch.finfo(operator.dtype).bits // 8
+        expected = self.protocol.expected_hvps(operator.num_parameters)
+        in_addition = self.comparisons.expected_hvps(expected) + len(self.groups) * expected
+        reasons = [*self.comparisons.extras, *(f"group {group}" for group in self.groups)]
+        more = f", about {in_addition} more for {', '.join(reasons)}" if in_addition else ""
+        kept = self.num_eigenvalues if self.comparisons.needs_eigenvectors else 0
+        basis = (expected + kept) * operator.partition.slice_length * torch.finfo(operator.dtype).bits // 8
         graphs = operator.num_cached_graphs * operator.bytes_per_graph
         announce(
             trainer,
             f"{self.prefix}: first measurement: {operator.num_parameters:,} parameters, "
             f"{held_out.num_samples:,} samples in {held_out.num_batches} batch(es), about {expected} "
-            f"Hessian-vector products (at most {self.max_hvps}), memory for each rank about "
+            f"Hessian-vector products (at most {self.max_hvps}){more}, memory for each rank about "
             f"{_in_bytes(basis)} of Lanczos vectors and "
             f"{_in_bytes(graphs)} of gradient graphs",
         )
@@ -658,7 +859,8 @@ class PowerLawHessianCallback(Callback):
                 each = (time.monotonic() - began) / 3
                 announce(
                     trainer,
-                    f"{self.prefix}: {1e3 * each:.3g} ms a product, so about {each * expected:.2g} s a measurement",
+                    f"{self.prefix}: {1e3 * each:.3g} ms a product, so about "
+                    f"{each * (expected + in_addition):.2g} s a measurement",
                 )
 
         return timed
@@ -707,6 +909,36 @@ class PowerLawHessianCallback(Callback):
         self.history = [Measurement.from_state(state) for state in state_dict["history"]]
         self._time.restore(state_dict["time"])
         self._restored = True
+
+
+@dataclass
+class _Found:
+    """What the comparisons of one measurement have found so far."""
+
+    values: dict[str, float] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)
+    groups: dict[str, Measurement] = field(default_factory=dict)
+    density: SpectralDensity | None = None
+
+    def add(self, finding: Finding) -> None:
+        self.values |= finding.values
+        self.density = finding.density or self.density
+        if finding.num_hvps:
+            self.values["num_extra_hvps"] = self.values.get("num_extra_hvps", 0.0) + finding.num_hvps
+
+
+def _check_expression(option: str, expression: str) -> None:
+    try:
+        re.compile(expression)
+    except re.error as error:
+        raise ValueError(f"{option}={expression!r} is not a valid regular expression: {error}") from error
+
+
+def _check_group(pl_module: LightningModule, group: str, expression: str, num_eigenvalues: int) -> None:
+    try:
+        admission.check_parameters(pl_module, expression, num_eigenvalues)
+    except MisconfigurationException as error:
+        raise MisconfigurationException(f"groups[{group!r}]: {error}") from error
 
 
 def _callbacks(trainer: Trainer) -> list[Callback]:

@@ -79,6 +79,33 @@ class Comparisons:
         if self.num_classes is not None and self.num_classes < 1:
             raise ValueError(f"num_classes must be at least 1, got {self.num_classes}")
 
+    def check(self, num_eigenvalues: int, mode: str) -> None:
+        """Check that the comparisons fit the spectrum they will get.
+
+        Args:
+            num_eigenvalues: K.
+            mode: ``"strict"`` or ``"paper"``, whose spectra have neither eigenvectors nor bounds by index.
+
+        Raises:
+            ValueError: if they don't.
+        """
+        if "subspace" in self.extras and self.subspace_dimension >= num_eigenvalues:
+            raise ValueError(
+                f"subspace_dimension={self.subspace_dimension} must be below num_eigenvalues={num_eigenvalues}: "
+                "the bound takes the eigenvalue outside the subspace"
+            )
+        if self.num_classes is not None and self.num_classes >= num_eigenvalues:
+            raise ValueError(
+                f"num_classes={self.num_classes} must be below num_eigenvalues={num_eigenvalues}: the ratio takes "
+                "the eigenvalue after those of the classes"
+            )
+        unproven = sorted({"subspace", "numerical_interval"}.intersection(self.extras))
+        if mode == "paper" and unproven:
+            raise ValueError(
+                f"extras={unproven!r} need eigenvalues that are known by index, which mode='paper' does not give; "
+                "leave them out, or use a second callback with mode='strict' and another prefix"
+            )
+
     @property
     def needs_eigenvectors(self) -> bool:
         """Whether the eigenvalue solver has to form eigenvectors: as much memory as K vectors of length P."""

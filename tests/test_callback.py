@@ -223,7 +223,7 @@ def test_strict_monitors_are_warned_of(tmp_path: Any) -> None:
 
 def test_no_warning_where_nothing_is_wrong(tmp_path: Any) -> None:
     stopper = EarlyStopping("hessian/slope", patience=7, strict=False)
-    run = trainer(tmp_path, measure(), stopper, max_epochs=1)
+    run = trainer(tmp_path, measure(num_samples=40), stopper, max_epochs=1)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         run.fit(seeded(), loader(), loader(seed=1))

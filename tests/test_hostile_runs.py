@@ -13,7 +13,7 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from lightning.pytorch.callbacks import EarlyStopping
 from torch import nn
 
-import hessian_callback.callback
+import hessian_callback.protocol
 from hessian_callback.spectrum import Spectrum
 from tests.toy_runs import Net, loader, measure, seeded, trainer
 
@@ -210,7 +210,7 @@ def test_the_papers_slopes_through_early_stopping(
             rtol=0.01,
         )
 
-    monkeypatch.setattr(hessian_callback.callback, "top_eigenvalues", replay)
+    monkeypatch.setattr(hessian_callback.protocol, "top_eigenvalues", replay)
     callback = measure()
     stopper = EarlyStopping("hessian/slope", mode=mode, patience=patience, strict=False)
     run = trainer(tmp_path, callback, stopper, max_epochs=len(PAPER))
