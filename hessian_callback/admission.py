@@ -73,16 +73,15 @@ def check_strategy(strategy: Strategy) -> None:
 
 
 def check_precision(precision: str) -> None:
-    """Refuse precisions that keep the parameters themselves in half precision.
+    """Refuse precisions whose layers exist in less than half precision only.
 
     Raises:
         MisconfigurationException: with what to use instead.
     """
-    if precision in ("16-true", "bf16-true") or precision.startswith("transformer-engine"):
+    if precision.startswith("transformer-engine"):
         raise MisconfigurationException(
-            f"precision={precision!r} keeps parameters in half precision, in which a Hessian's smaller "
-            "eigenvalues drown in rounding; use 'bf16-mixed', '16-mixed' or '32-true', or examine a "
-            "checkpoint with Trainer(precision='32-true').validate()"
+            f"precision={precision!r} replaces layers by ones that have no double backward; use 'bf16-mixed' or "
+            "'bf16-true', or examine a checkpoint with Trainer(precision='32-true').validate()"
         )
 
 

@@ -25,6 +25,7 @@ from hessian_callback import admission
 from hessian_callback.cadence import Cadence, TimeShare
 from hessian_callback.comparisons import Comparisons, Finding
 from hessian_callback.derivatives import DoubleBackwardError
+from hessian_callback.full_precision import in_full_precision
 from hessian_callback.guard import Snapshot, random_state_kept, sigterm_deferred, undisturbed
 from hessian_callback.halves import assign_halves, sampling_stderr
 from hessian_callback.held_out import (
@@ -40,6 +41,7 @@ from hessian_callback.held_out import (
 from hessian_callback.hessian import HessianOperator, select_parameters
 from hessian_callback.lanczos import LanczosProgress
 from hessian_callback.measurement import Measurement, When
+from hessian_callback.memory import readable_size
 from hessian_callback.metrics import PowerLawFitError, PowerLawSlope, SpectrumMetric
 from hessian_callback.norms import gradient_norm, parameter_norm
 from hessian_callback.objective import as_in_a_step, mean_loss, resolve_loss
@@ -85,7 +87,8 @@ class PowerLawHessianCallback(Callback):
     measurement. The measurement before the first step goes to ``history`` and the logger only.
 
     The loss is ``loss_fn(pl_module, batch)``, else ``pl_module.hessian_loss(batch)``, else what
-    ``training_step`` returns, in eval mode, in the parameters' precision, and with logging switched off.
+    ``training_step`` returns, in eval mode, in the parameters' precision without autocast (of half-precision
+    parameters in float32, on a copy), and with logging switched off.
 
     With several ranks (``strategy="ddp"`` and its variants) all of them share the work; the samples are
     the same for any number of ranks, except that of an ``IterableDataset`` each rank takes the first of its
@@ -110,8 +113,9 @@ class PowerLawHessianCallback(Callback):
         max_hvps: Hessian-vector products to spend on a measurement at the most; default ``10
             num_eigenvalues``.
         hvp: how products are formed, see `HessianOperator`.
-        memory_budget: bytes that cached gradient graphs may take on each rank; default: a part of what is
-            free.
+        memory_budget: bytes that gradient graphs may take on each rank, kept ones and the one that is being built,
+            for which batches are cut into smaller ones; default: a part of what is free. Should memory run out all
+            the same, batches are halved and the measurement goes on.
         max_overhead: largest share of the wall time, between 0 and 1, that measurements may take. The first
             and the last are made in any case, others only while they fit.
         allow_fewer: log a slope even if fewer than ``num_eigenvalues`` eigenvalues could be fitted.
@@ -468,6 +472,7 @@ class PowerLawHessianCallback(Callback):
                 )
                 for number in counted
             ]
+            pl_module, precision = in_full_precision(trainer, pl_module)
 
         def operator_of(numbers: Iterable[int], parameters: Any) -> HessianOperator:
             numbers = list(numbers)
@@ -476,6 +481,7 @@ class PowerLawHessianCallback(Callback):
                 loss,
                 [batches[number] for number in numbers],
                 weights=[weights[number] for number in numbers],
+                batch_weight=self.batch_weight,
                 parameters=parameters,
                 process_group=ranks.group,
                 hvp=self.hvp,
@@ -487,12 +493,13 @@ class PowerLawHessianCallback(Callback):
         with operator_of(everything, self.parameters) as operator:
             # A forward pass of a sharded module is a collective, and ranks hold different numbers of batches.
             whole = not is_sharded(pl_module) or operator.exact
-            value = mean_loss(loss, pl_module, batches, weights, ranks) if whole else None
+            value = mean_loss(loss, pl_module, operator.batches, operator.weights, ranks) if whole else None
             timed = self._say_cost(trainer, operator, held_out)
             spectrum = self._solve(
                 trainer, operator, ranks, timed=timed, eigenvectors=self.comparisons.needs_eigenvectors
             )
             engine = operator.engine
+            self._say_halvings(trainer, operator)
             with ranks.together("fitting the power law"):
                 fit, reason = self.protocol.fit(spectrum)
 
@@ -546,6 +553,7 @@ class PowerLawHessianCallback(Callback):
             "num_samples": held_out.num_samples,
             "loss": value,
             "engine": engine,
+            "precision": precision,
             "comparisons": found.values,
             "not_compared": found.failures,
             "density": found.density,
@@ -849,8 +857,8 @@ class PowerLawHessianCallback(Callback):
             f"{self.prefix}: first measurement: {operator.num_parameters:,} parameters, "
             f"{held_out.num_samples:,} samples in {held_out.num_batches} batch(es), about {expected} "
             f"Hessian-vector products (at most {self.max_hvps}){more}, memory for each rank about "
-            f"{_in_bytes(basis)} of Lanczos vectors and "
-            f"{_in_bytes(graphs)} of gradient graphs",
+            f"{readable_size(basis)} of Lanczos vectors and "
+            f"{readable_size(graphs)} of gradient graphs",
         )
         began = time.monotonic()
 
@@ -864,6 +872,14 @@ class PowerLawHessianCallback(Callback):
                 )
 
         return timed
+
+    def _say_halvings(self, trainer: Trainer, operator: HessianOperator) -> None:
+        if operator.num_halvings:
+            announce(
+                trainer,
+                f"{self.prefix}: out of memory, so batches were halved {operator.num_halvings} time(s) and the "
+                "measurement went on; a loader with smaller batches, or a memory_budget, spares it that",
+            )
 
     def _epoch_seconds(self) -> float | None:
         """Return the seconds of the present epoch without the measurements in it."""
@@ -975,11 +991,3 @@ def _new_metric(name: str) -> Metric:
 def _in_one_line(error: Exception) -> str:
     text = " ".join(str(error).split())
     return text if isinstance(error, (MisconfigurationException, PeerError)) else f"{type(error).__name__}: {text}"
-
-
-def _in_bytes(size: float) -> str:
-    for unit in ("B", "kB", "MB"):
-        if size < 1000:
-            return f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:.4g} GB"

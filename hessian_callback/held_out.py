@@ -35,6 +35,7 @@ from torch.utils.data import (
 )
 
 from hessian_callback.batches import leading_dimension
+from hessian_callback.full_precision import batch_in_full_precision, has_half_precision
 from hessian_callback.guard import stage_set_to
 from hessian_callback.parallel import Ranks
 
@@ -275,14 +276,18 @@ def batch_on_device(
 
     Precision conversion and the module's or data module's transfer hooks run as in Lightning's own loops;
     what they draw at random is fixed by seed and key, and ``trainer.training`` or ``trainer.validating``
-    answers alike at every measurement.
+    answers alike at every measurement. For a module in half precision, which is examined in float32, inputs are
+    left or made float32.
     """
     _seed_global_generators(seed, 1, key)
     batch = _cloned(batch)
     with stage_set_to(trainer, stage):
-        batch = trainer.precision_plugin.convert_input(batch)
+        half = has_half_precision(pl_module)
+        if not half:
+            batch = trainer.precision_plugin.convert_input(batch)
         batch = pl_module._on_before_batch_transfer(batch, dataloader_idx=0)
-        return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+        batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+        return batch_in_full_precision(batch) if half else batch
 
 
 # -- choosing ----------------------------------------------------------------------------------------

@@ -45,6 +45,7 @@ class Measurement:
             which there are.
         not_compared: why a comparison that was asked for has no number, by its name.
         density: the spectral density, if it was asked for.
+        precision: of the Hessian-vector products, such as ``"float32"`` or ``"float32 (a copy of bfloat16)"``.
         groups: the same measurement of the Hessian's blocks, by the name of the group of parameters.
 
     Example:
@@ -74,6 +75,7 @@ class Measurement:
     comparisons: Mapping[str, float] = field(default_factory=dict)
     not_compared: Mapping[str, str] = field(default_factory=dict)
     density: SpectralDensity | None = None
+    precision: str | None = None
     groups: Mapping[str, Measurement] = field(default_factory=dict)
 
     @property
@@ -174,7 +176,9 @@ class Measurement:
     def summary(self) -> str:
         """Return the measurement as one line of text; of the groups it says the slopes."""
         where = f"epoch {self.epoch}, step {self.step}"
-        cost = f"{self.num_hvps} HVPs, {self.seconds:.1f} s" if self.spectrum else f"{self.seconds:.1f} s"
+        seconds = f"{self.seconds:.1f} s"
+        products = f"{self.num_hvps} HVPs" + (f" in {self.precision}" if self.precision else "")
+        cost = f"{products}, {seconds}" if self.spectrum else seconds
         groups = "".join(f"; {group}: {measurement._slope_in_words()}" for group, measurement in self.groups.items())
         if self.fit is None:
             return f"{where}: no slope ({self.reason}), {cost}{groups}"
@@ -203,6 +207,7 @@ class Measurement:
             "num_samples": self.num_samples,
             "loss": self.loss,
             "engine": self.engine,
+            "precision": self.precision,
             "world_size": int(self.world_size),
             "num_fitted": self.num_fitted,
             "mode": str(self.mode),

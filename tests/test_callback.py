@@ -122,7 +122,7 @@ REFUSED = {
     "loss no tensor": (r"loss tensor is needed.*Pass loss_fn=", {"loss_fn": no_tensor}, {}, True),
     "no double backward": (r"double backward|twice", {"loss_fn": not_twice}, {}, True),
     "random loss": (r"the loss is random.*fix its seed", {"loss_fn": random_loss}, {}, True),
-    "half precision": (r"use 'bf16-mixed'.*'32-true'", {}, {"precision": "bf16-true"}, True),
+    "float8": (r"no double backward; use 'bf16-mixed'.*'32-true'", {}, {"precision": "transformer-engine"}, True),
     "ambiguous batch": (
         r"leading dimensions \[4, 5\]. Pass batch_weight=",
         {"dataloader": RAGGED, "loss_fn": ragged_loss},

@@ -5,15 +5,18 @@ from __future__ import annotations
 import gc
 import os
 import signal
+import threading
 from typing import Any
 
 import pytest
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from lightning.pytorch.callbacks import EarlyStopping
 from torch import nn
 
 import hessian_callback.protocol
+from hessian_callback import full_precision
 from hessian_callback.spectrum import Spectrum
 from tests.toy_runs import Net, loader, measure, seeded, trainer
 
@@ -78,13 +81,51 @@ class MakesTensors(Net):
 
 
 @pytest.mark.parametrize(
-    ("precision", "rtol"), [("64-true", 1e-4), ("bf16-mixed", 1e-6), ("32-true", 0.0)], ids=lambda v: str(v)
+    ("precision", "rtol", "used"),
+    [
+        ("64-true", 1e-4, "float64"),
+        ("32-true", 0.0, "float32"),
+        ("bf16-mixed", 1e-6, "float32"),
+        ("16-mixed", 1e-6, "float32"),
+        ("bf16-true", 1e-5, "float32 (a copy of bfloat16)"),
+        ("16-true", 1e-5, "float32 (a copy of float16)"),
+    ],
 )
-def test_precision(precision: str, rtol: float, tmp_path: Any) -> None:
-    expected = first_eigenvalues(tmp_path, seeded(MakesTensors), loader(), loader(seed=1))
-    found = first_eigenvalues(tmp_path, seeded(MakesTensors), loader(), loader(seed=1), precision=precision)
-    torch.testing.assert_close(found, expected, rtol=rtol, atol=0)
+@pytest.mark.filterwarnings("ignore:.*AMP with fp16 is not supported on CPU")
+def test_precision(precision: str, rtol: float, used: str, tmp_path: Any) -> None:
+    expected_of = seeded(MakesTensors)
+    if "-true" in precision and "16" in precision:
+        half = torch.bfloat16 if precision.startswith("b") else torch.float16
+        expected_of.to(half).float()  # the values that there are, in more digits
+    expected = first_eigenvalues(tmp_path, expected_of, loader(), loader(seed=1))
+    callback = measure()
+    model = seeded(MakesTensors)
+    trainer(tmp_path, callback, max_epochs=1, precision=precision).fit(model, loader(), loader(seed=1))
+    first = callback.history[0]
+    assert first.spectrum is not None, first.reason
+    torch.testing.assert_close(first.spectrum.eigenvalues, expected, rtol=rtol, atol=0)
+    assert [m.precision for m in callback.history] == [used, used]
+    assert f"HVPs in {used}, " in first.summary()
     assert torch.get_default_dtype() == torch.float32
+
+
+def test_no_room_for_a_copy_in_float32(tmp_path: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr(full_precision, "free_memory", lambda device: 400)
+    run = trainer(tmp_path, measure(), max_epochs=1, precision="bf16-true")
+    with pytest.raises(
+        MisconfigurationException, match=r"would take 276 B of the 400 B that are free: use precision='bf16-mixed', or"
+    ):
+        run.fit(seeded(), loader(), loader(seed=1))
+
+
+def test_a_module_that_cannot_be_copied(tmp_path: Any) -> None:
+    model = seeded()
+    model.lock = threading.Lock()
+    run = trainer(tmp_path, measure(), max_epochs=1, precision="bf16-true")
+    with pytest.raises(
+        MisconfigurationException, match=r"cannot be copied.*pickle.*use precision='bf16-mixed'"
+    ):
+        run.fit(model, loader(), loader(seed=1))
 
 
 class Quiet(Net):
