@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
+import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EarlyStopping
-from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from hessian_callback import PowerLawHessianCallback
@@ -53,6 +54,24 @@ class HessianCLI(LightningCLI):
     def subcommands() -> dict[str, set[str]]:
         """The trainer's methods that measure; ``test`` and ``predict`` do not."""
         return {name: skip for name, skip in LightningCLI.subcommands().items() if name in ("fit", "validate")}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add what concerns the process rather than model, data or trainer."""
+        from jsonargparse.typing import PositiveInt
+
+        parser.add_argument(
+            "--num_threads",
+            type=PositiveInt | None,
+            default=None,
+            help="Threads that torch uses on the CPU; its own choice unless given. One is often as fast for small "
+            "networks, and does not wait for a core that another process holds.",
+        )
+
+    def before_instantiate_classes(self) -> None:
+        """Set the number of threads before anything is computed."""
+        threads = self._get(self.config, "num_threads")
+        if threads is not None:
+            torch.set_num_threads(threads)
 
     def after_fit(self) -> None:
         """Report the measurements of the run."""

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,9 +27,7 @@ CONFIGS = ROOT / "example_configs"
 
 def command(*args: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     """Run the command line in a process of its own, in a folder of its own."""
-    # One thread: as fast for these sizes, and it does not suffer from others on the machine.
     environment = os.environ | {
-        "OMP_NUM_THREADS": "1",
         "COLUMNS": "100",
         "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
     }
@@ -252,6 +251,25 @@ def test_bad_option_of_the_callback_is_refused_before_training(tmp_path: Path) -
     assert done.returncode == 2
     assert "nun_eigenvalues" in done.stderr
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(("threads", "code"), [("2", 0), ("0", 2)])
+def test_number_of_threads(tmp_path: Path, threads: str, code: int) -> None:
+    source = """
+        import torch
+        from hessian_callback.demos import DigitsCNN
+        class Telling(DigitsCNN):
+            def on_fit_start(self):
+                print("threads:", torch.get_num_threads())
+    """
+    (tmp_path / "telling.py").write_text(textwrap.dedent(source))
+    done = command(
+        *("fit", "--model", "telling.Telling", "--data", "hessian_callback.demos.DigitsData"),
+        *("--trainer.fast_dev_run", "true", "--trainer.accelerator", "cpu", "--num_threads", threads),
+        cwd=tmp_path,
+    )
+    assert done.returncode == code, done.stderr
+    assert "threads: 2" in done.stdout if code == 0 else "num_threads" in done.stderr
 
 
 def test_missing_jsonargparse_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
