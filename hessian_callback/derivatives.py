@@ -5,12 +5,19 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-__all__ = ["DoubleBackwardError", "check_twice_differentiable", "exact_derivatives", "explained"]
+__all__ = [
+    "DoubleBackwardError",
+    "check_parameters_visible",
+    "check_twice_differentiable",
+    "exact_derivatives",
+    "explained",
+]
 
 
 class DoubleBackwardError(RuntimeError):
@@ -56,21 +63,43 @@ def check_twice_differentiable(gradients: Sequence[Tensor]) -> None:
     Raises:
         DoubleBackwardError: if there is one.
     """
-    pending = [gradient.grad_fn for gradient in gradients if gradient.grad_fn is not None]
-    seen = set(pending)
-    while pending:
-        node = pending.pop()
+    for node in _nodes(gradients):
         if node.name() in ("torch::autograd::Error", "DelayedError", "NotImplemented"):
             raise DoubleBackwardError(
                 "a custom autograd function of the model has no double backward (its backward is marked "
                 "once_differentiable): replace it, or " + _ALTERNATIVE
             )
+
+
+def check_parameters_visible(loss: Tensor) -> None:
+    """Search the graph behind a loss for reentrant checkpointing, behind which autograd finds no parameters.
+
+    Where only parameters lie behind it, `torch.autograd.grad` prunes it, and returns zeros for their gradients.
+
+    Raises:
+        DoubleBackwardError: if there is some.
+    """
+    if any(node.name() == "CheckpointFunctionBackward" for node in _nodes([loss])):
+        raise DoubleBackwardError(_REENTRANT)
+
+
+def _nodes(tensors: Sequence[Tensor]) -> Iterator[Any]:
+    """Yield the nodes of the graph behind some tensors, each once."""
+    pending = [tensor.grad_fn for tensor in tensors if tensor.grad_fn is not None]
+    seen = set(pending)
+    while pending:
+        node = pending.pop()
+        yield node
         for following, _ in node.next_functions:
             if following is not None and following not in seen:
                 seen.add(following)
                 pending.append(following)
 
 
+_REENTRANT = (
+    "reentrant activation checkpointing has no double backward: pass use_reentrant=False to "
+    "torch.utils.checkpoint.checkpoint"
+)
 _ALTERNATIVE = "use hvp='finite_difference', which needs first derivatives only"
 
 # (what PyTorch says, what it means and what helps); {0} is the pattern's first group.
@@ -86,8 +115,7 @@ _CAUSES = [
     ),
     (
         r"checkpoint.*(?:use_reentrant=True|is incompatible with \.grad\(\))",
-        "reentrant activation checkpointing has no double backward: pass use_reentrant=False to "
-        "torch.utils.checkpoint.checkpoint",
+        _REENTRANT,
     ),
     (
         r"aot_autograd does not currently support double backward",

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from hessian_callback.batches import leading_dimension
-from hessian_callback.derivatives import DoubleBackwardError
+from hessian_callback.derivatives import DoubleBackwardError, check_parameters_visible
 from hessian_callback.memory import free_memory, is_out_of_memory, readable_size
 from hessian_callback.micro_batches import MicroBatches
 from hessian_callback.parallel import PeerError, RankLostError, Ranks
@@ -374,13 +374,17 @@ class HessianOperator:
         values = []
         with self._loss.differentiable():
             for index, batch in enumerate([*batches, batches[0]]):
-                value = float(self._loss.value(batch).detach())
+                loss = self._loss.value(batch)
+                if index == 0:
+                    check_parameters_visible(loss)
+                value = float(loss.detach())
                 if value != value or abs(value) == float("inf"):
                     raise ArithmeticError(
                         f"the loss of batch {index % len(batches)} is {value}: no Hessian exists there. Check the "
                         "batch for invalid inputs and whether training has diverged"
                     )
                 values.append(value)
+                del loss  # with its graph, before the next
         tolerance = 1e4 * torch.finfo(self.dtype).eps
         first, again = values[0], values[-1]
         if abs(first - again) > tolerance * max(abs(first), abs(again)):

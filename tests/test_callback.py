@@ -122,7 +122,6 @@ REFUSED = {
     "loss no tensor": (r"loss tensor is needed.*Pass loss_fn=", {"loss_fn": no_tensor}, {}, True),
     "no double backward": (r"double backward|twice", {"loss_fn": not_twice}, {}, True),
     "random loss": (r"the loss is random.*fix its seed", {"loss_fn": random_loss}, {}, True),
-    "float8": (r"no double backward; use 'bf16-mixed'.*'32-true'", {}, {"precision": "transformer-engine"}, True),
     "ambiguous batch": (
         r"leading dimensions \[4, 5\]. Pass batch_weight=",
         {"dataloader": RAGGED, "loss_fn": ragged_loss},
@@ -159,6 +158,14 @@ def test_what_cannot_work_is_refused_before_training(case: str, tmp_path: Any) -
     with pytest.raises(Exception, match=rf"(?s){message}"):
         run.fit(seeded(), loader(), loader(seed=1) if with_validation else None)
     assert not started
+
+
+def test_layers_without_double_backward_are_refused() -> None:
+    from hessian_callback.admission import check_precision
+
+    check_precision("bf16-true")
+    with pytest.raises(MisconfigurationException, match=r"use 'bf16-mixed' or 'bf16-true', or.*'32-true'"):
+        check_precision("transformer-engine-float16")
 
 
 def test_unsupported_strategies_are_refused_with_the_reason() -> None:

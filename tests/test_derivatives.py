@@ -150,3 +150,19 @@ def test_a_pruned_branch_is_found() -> None:
     assert second == 0
     with pytest.raises(DoubleBackwardError, match="once_differentiable"):
         check_twice_differentiable([gradient])
+
+
+def test_parameters_behind_a_reentrant_checkpoint_are_missed() -> None:
+    """Left to itself, autograd gives them a gradient of zero."""
+    first, second = nn.Linear(3, 4), nn.Linear(4, 2)
+
+    def loss_fn(model: nn.Module, x: Tensor) -> Tensor:
+        inside = checkpoint(lambda y: torch.tanh(first(y)), x.clone().requires_grad_(), use_reentrant=True)
+        return second(inside).square().mean()
+
+    model = nn.ModuleList([first, second])
+    loss = loss_fn(model, torch.ones(2, 3))
+    assert torch.autograd.grad(loss, [first.weight], materialize_grads=True)[0].eq(0).all()
+    for hvp in ("double_backward", "linearize", "finite_difference"):
+        with pytest.raises(DoubleBackwardError, match="pass use_reentrant=False"):
+            HessianOperator(model, loss_fn, [torch.ones(2, 3)], hvp=hvp)
