@@ -429,12 +429,12 @@ class PowerLawHessianCallback(Callback):
             found["reason"] = _in_one_line(error)
         elif "reason" not in found:
             found["reason"] = "another rank could not leave the measurement"
-        # Clocks differ between ranks, and what is logged must not.
-        seconds = torch.tensor([time.monotonic() - began], dtype=torch.float64, device=ranks.control_device)
+        # Kept only now: inside, whatever a module refers to is put back, and it may refer to its callbacks.
+        self._previous_top = found.pop("top", None) or self._previous_top
         measurement = Measurement(
             **place,
             **found,
-            seconds=float(ranks.broadcast(seconds)),
+            seconds=_seconds_since(began, ranks),
             world_size=ranks.world_size,
             mode="paper" if self.protocol.mode == "paper" else "strict",
         )
@@ -516,7 +516,7 @@ class PowerLawHessianCallback(Callback):
             if "norms" in self.comparisons.extras:
                 tasks.append(("norms", norms))
             self._compare(trainer, ranks, tasks, found)
-            self._keep_top(operator, spectrum)
+            top = self._top_of(spectrum)
             spectrum = replace(spectrum, eigenvectors=None)
 
         for group, expression in self.groups.items():
@@ -558,6 +558,7 @@ class PowerLawHessianCallback(Callback):
             "not_compared": found.failures,
             "density": found.density,
             "groups": found.groups,
+            "top": top,
         }
 
     def _solve(
@@ -618,11 +619,12 @@ class PowerLawHessianCallback(Callback):
             return None
         return replace(previous, eigenvectors=previous.eigenvectors.to(operator.device, operator.dtype))
 
-    def _keep_top(self, operator: HessianOperator, spectrum: Spectrum) -> None:
-        """Keep the eigenvectors that the next measurement is compared with, off the device."""
-        if "subspace" in self.comparisons.extras and spectrum.eigenvectors is not None:
-            top = spectrum.eigenvectors[:, : self.comparisons.subspace_dimension]
-            self._previous_top = replace(spectrum, eigenvectors=top.cpu().clone())
+    def _top_of(self, spectrum: Spectrum) -> Spectrum | None:
+        """Return the eigenvectors that the next measurement is compared with, off the device."""
+        if "subspace" not in self.comparisons.extras or spectrum.eigenvectors is None:
+            return None
+        top = spectrum.eigenvectors[:, : self.comparisons.subspace_dimension]
+        return replace(spectrum, eigenvectors=top.cpu().clone())
 
     def _measure_group(
         self,
@@ -642,7 +644,7 @@ class PowerLawHessianCallback(Callback):
             spectrum=spectrum,
             fit=fit,
             reason=reason,
-            seconds=time.monotonic() - began,
+            seconds=_seconds_since(began, ranks),
             num_parameters=operator.num_parameters,
             engine=operator.engine,
             world_size=ranks.world_size,
@@ -941,6 +943,12 @@ class _Found:
         self.density = finding.density or self.density
         if finding.num_hvps:
             self.values["num_extra_hvps"] = self.values.get("num_extra_hvps", 0.0) + finding.num_hvps
+
+
+def _seconds_since(began: float, ranks: Ranks) -> float:
+    """Clocks differ between ranks, and what is noted must not."""
+    seconds = torch.tensor([time.monotonic() - began], dtype=torch.float64, device=ranks.control_device)
+    return float(ranks.broadcast(seconds))
 
 
 def _check_expression(option: str, expression: str) -> None:

@@ -11,6 +11,7 @@ import random
 import signal
 import sys
 import time
+import traceback
 import warnings
 from pathlib import Path
 from typing import Any
@@ -111,8 +112,26 @@ RUNS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
+def failing_gradient(module: Any, batch: Any) -> torch.Tensor:
+    """Goes wrong on rank 1 where the gradient's norm is taken, and nowhere else."""
+    if module.global_rank == 1 and any(frame.name == "gradient_norm" for frame in traceback.extract_stack()):
+        raise RuntimeError("rank one's own trouble")
+    return cross_entropy(module, batch)
+
+
+EXTRAS = ["trace", "frobenius", "density", "subspace", "norms", "numerical_interval", "halves"]
+COMPARISONS = {"extras": EXTRAS, "trace_hvps": 9, "density_hvps": 16, "subspace_dimension": 2}
+ONE_EPOCH = {"max_epochs": 1, "precision": "64-true"}
+# As above, for test_callback_comparisons_ddp.py.
+COMPARISON_RUNS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "compared": ({**COMPARISONS, "groups": {"first": r"net\.0", "head": r"net\.4"}, "rtol": 1e-6}, ONE_EPOCH),
+    "paper": ({"mode": "paper", "paper_steps": 6}, ONE_EPOCH),
+    "no gradient": ({"extras": ["norms", "trace"], "loss_fn": failing_gradient}, ONE_EPOCH),
+}
+
+
 def run_one(name: str, out: Path, strategy: str, world_size: int) -> None:
-    choice, options = RUNS[name]
+    choice, options = {**RUNS, **COMPARISON_RUNS}[name]
     callback = measure(**choice)
     model = seeded(Sharded if name.startswith("sharded") else Reporting)
     model.report_to = out / name

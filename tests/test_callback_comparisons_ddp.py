@@ -1,0 +1,58 @@
+"""Comparisons, blocks and the published protocol on two ranks: the numbers of one rank, and failing together."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.ddp_runs import COMPARISON_RUNS
+from tests.test_callback_ddp import finish, launch, results
+from tests.toy_runs import loader, measure, seeded, trainer
+
+pytestmark = pytest.mark.filterwarnings("ignore:a measurement of the Hessian took", "ignore:.*held-out samples are few")
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: Any) -> Path:
+    out = tmp_path_factory.mktemp("two")
+    (out / "output").write_text(finish(launch(out, "ddp", 2, list(COMPARISON_RUNS))))
+    return out
+
+
+@pytest.mark.parametrize("name", ["compared", "paper"])
+def test_the_number_of_ranks_does_not_matter(name: str, two_ranks: Path, tmp_path: Any) -> None:
+    one, other = results(two_ranks, name)
+    assert one["error"] is other["error"] is None
+    assert one["history"] == other["history"]
+    choice, options = COMPARISON_RUNS[name]
+    callback = measure(**choice)
+    trainer(tmp_path, callback, **options).fit(seeded(), loader(num=48, shuffle=True), loader(num=45, seed=1))
+    together, alone = one["history"][0], callback.history[0]  # later on, two ranks have trained otherwise
+    assert not together.not_compared
+    expected = {name: value for name, value in alone.scalars().items() if name != "seconds"}
+    found = {name: value for name, value in together.scalars().items() if name != "seconds"}
+    # What one more product moves, and an interval that is as narrow as the bounds.
+    assert found == pytest.approx(expected, rel=1e-5)
+    assert one["history"][-1].scalars().keys() >= found.keys()
+
+
+def test_the_later_measurement_is_compared_with_the_first(two_ranks: Path) -> None:
+    first, last = results(two_ranks, "compared")[1]["history"]
+    assert "subspace_angle" not in first.comparisons
+    assert 0 < last.comparisons["subspace_angle"] < 1.6
+    assert set(last.groups) == {"first", "head"}
+
+
+def test_a_comparison_fails_on_all_ranks_and_leaves_the_rest(two_ranks: Path) -> None:
+    for rank, result in enumerate(results(two_ranks, "no gradient")):
+        assert result["error"] is None
+        for measurement in result["history"]:
+            assert measurement.logged
+            assert "trace" in measurement.comparisons
+            assert "gradient_norm" not in measurement.comparisons
+            reason = measurement.not_compared["norms"]
+            assert ("rank one's own trouble" in reason) if rank == 1 else reason.startswith("rank 1 failed")
+        assert "hessian/trace" in result["metrics"]
+        assert "hessian/gradient_norm" not in result["metrics"]
