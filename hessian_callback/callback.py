@@ -27,7 +27,7 @@ from hessian_callback.comparisons import Comparisons, Finding
 from hessian_callback.derivatives import DoubleBackwardError
 from hessian_callback.full_precision import in_full_precision
 from hessian_callback.guard import Snapshot, random_state_kept, sigterm_deferred, undisturbed
-from hessian_callback.halves import assign_halves, sampling_stderr
+from hessian_callback.halves import assign_halves, cut_large, sampling_stderr
 from hessian_callback.held_out import (
     HeldOut,
     batch_on_device,
@@ -474,13 +474,14 @@ class PowerLawHessianCallback(Callback):
             ]
             pl_module, precision = in_full_precision(trainer, pl_module)
 
-        def operator_of(numbers: Iterable[int], parameters: Any) -> HessianOperator:
-            numbers = list(numbers)
+        def operator_of(
+            parameters: Any, some: Sequence[Any] = batches, their: Sequence[float] = weights
+        ) -> HessianOperator:
             return HessianOperator(
                 pl_module,
                 loss,
-                [batches[number] for number in numbers],
-                weights=[weights[number] for number in numbers],
+                some,
+                weights=their,
                 batch_weight=self.batch_weight,
                 parameters=parameters,
                 process_group=ranks.group,
@@ -488,9 +489,8 @@ class PowerLawHessianCallback(Callback):
                 memory_budget=self.memory_budget,
             )
 
-        everything = range(len(batches))
         found = _Found()
-        with operator_of(everything, self.parameters) as operator:
+        with operator_of(self.parameters) as operator:
             # A forward pass of a sharded module is a collective, and ranks hold different numbers of batches.
             whole = not is_sharded(pl_module) or operator.exact
             value = mean_loss(loss, pl_module, operator.batches, operator.weights, ranks) if whole else None
@@ -507,7 +507,7 @@ class PowerLawHessianCallback(Callback):
                 if not whole:
                     raise ValueError("norms need whole parameters, and hvp='finite_difference' leaves them sharded")
                 chosen = list(select_parameters(pl_module, self.parameters).values())
-                gradient = gradient_norm(pl_module, loss, batches, weights, chosen, ranks)
+                gradient = gradient_norm(pl_module, loss, operator.batches, operator.weights, chosen, ranks)
                 return Finding({"parameter_norm": parameter_norm(chosen), "gradient_norm": gradient})
 
             tasks = self.comparisons.of_spectrum(spectrum, None if fit is None else fit.num_eigenvalues)
@@ -523,7 +523,11 @@ class PowerLawHessianCallback(Callback):
 
             def measure_group(group: str = group, expression: str = expression) -> Finding:
                 found.groups[group] = self._measure_group(
-                    trainer, lambda: operator_of(everything, expression), ranks, place, group
+                    trainer,
+                    lambda: operator_of(expression),
+                    ranks,
+                    {**place, "precision": precision},
+                    group,
                 )
                 return Finding({})
 
@@ -535,13 +539,14 @@ class PowerLawHessianCallback(Callback):
             num_fitted = fit.num_eigenvalues
 
             def halves() -> Finding:
-                half_of = assign_halves(keys, weights, ranks, seed=self.seed)
-                return self._measure_halves(
-                    trainer,
-                    lambda half: operator_of([n for n in everything if half_of[n] == half], self.parameters),
-                    ranks,
-                    num_fitted,
-                )
+                parts, shares, numbers = cut_large(batches, weights, keys, ranks, batch_weight=self.batch_weight)
+                half_of = assign_halves(numbers, shares, ranks, seed=self.seed)
+
+                def operator_of_half(half: int) -> HessianOperator:
+                    chosen = [position for position, other in enumerate(half_of) if other == half]
+                    return operator_of(self.parameters, [parts[n] for n in chosen], [shares[n] for n in chosen])
+
+                return self._measure_halves(trainer, operator_of_half, ranks, num_fitted)
 
             self._compare(trainer, ranks, [("halves", halves)], found)
 

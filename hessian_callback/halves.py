@@ -13,14 +13,66 @@ with few of them for K eigenvalues, halves are steeper.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 
+from hessian_callback.batches import halves, leading_dimension
 from hessian_callback.parallel import Ranks
 
-__all__ = ["assign_halves", "sampling_stderr"]
+__all__ = ["assign_halves", "cut_large", "sampling_stderr"]
+
+# A batch with a larger share of the weight is cut: two halves out of a few large batches would be uneven.
+_LARGEST_SHARE = 1 / 4
+
+
+def cut_large(
+    batches: Sequence[Any],
+    weights: Sequence[float],
+    keys: Sequence[int],
+    ranks: Ranks,
+    *,
+    batch_weight: Callable[[Any], float] | None = None,
+) -> tuple[list[Any], list[float], list[int]]:
+    """Cut batches in two until none holds more than a quarter of all ranks' weight, where they can be cut.
+
+    Args:
+        batches: this rank's batches.
+        weights: the weight of each.
+        keys: a number for each that no other batch has.
+        ranks: the processes that hold the other batches; all of them must call.
+        batch_weight: what a batch's mean loss averages over; ``None``: its samples.
+
+    Returns:
+        The parts, their weights, and keys that are as unique.
+
+    Example:
+        >>> parts, weights, keys = cut_large([torch.arange(8.0)], [8.0], [0], Ranks())
+        >>> [len(part) for part in parts], weights, keys
+        ([2, 2, 2, 2], [2.0, 2.0, 2.0, 2.0], [0, 1, 2, 3])
+    """
+    total = torch.tensor([float(sum(weights))], dtype=torch.float64, device=ranks.control_device)
+    limit = float(ranks.all_reduce(total)) * _LARGEST_SHARE
+    weigh = batch_weight or leading_dimension
+    parts: list[tuple[Any, float, int]] = []
+    for batch, weight, key in zip(batches, weights, keys, strict=True):
+        whole = [(batch, float(weight))]
+        # Twice is enough: a batch has at most the whole weight.
+        for _ in range(2):
+            whole = [part for one in whole for part in (_cut(*one, weigh) if one[1] > limit else [one])]
+        parts += [(part, share, 4 * key + number) for number, (part, share) in enumerate(whole)]
+    return [part for part, _, _ in parts], [share for _, share, _ in parts], [key for _, _, key in parts]
+
+
+def _cut(batch: Any, weight: float, weigh: Callable[[Any], float]) -> list[tuple[Any, float]]:
+    try:
+        parts = [(part, float(weigh(part))) for part in halves(batch)]
+    except ValueError:  # Of a batch that has no halves there is only the whole.
+        return [(batch, weight)]
+    total = sum(share for _, share in parts)
+    return [(part, weight * share / total) for part, share in parts if share > 0]
 
 
 def assign_halves(keys: Sequence[int], weights: Sequence[float], ranks: Ranks, *, seed: int = 0) -> list[int]:
@@ -51,7 +103,7 @@ def assign_halves(keys: Sequence[int], weights: Sequence[float], ranks: Ranks, *
     if sum(numbers) < 2:
         raise ValueError(
             f"{sum(numbers)} batch(es) can't be divided into halves; give the loader a smaller batch size, so that "
-            "the held-out samples come in several batches"
+            "the held-out samples come in several batches, or batches whose tensors share a leading dimension"
         )
     table = torch.zeros(2, ranks.world_size, max(numbers), dtype=torch.float64)
     table[0, ranks.rank, : len(keys)] = torch.tensor(list(keys), dtype=torch.float64)

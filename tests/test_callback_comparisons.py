@@ -184,9 +184,26 @@ def test_another_protocol_within_a_run_is_warned_of(tmp_path: Any) -> None:
 # -- failing -----------------------------------------------------------------------------------------
 
 
+def uncut() -> dict[str, Any]:
+    """A single batch that can't be cut, because its tensors are of different lengths."""
+    (x, y), *_ = loader(seed=1, batch_size=48)
+    return {
+        "dataloader": [(x, y, torch.zeros(3))],
+        "num_samples": 48,
+        "batch_weight": lambda batch: float(len(batch[0])),
+        "loss_fn": lambda module, batch: nn.functional.cross_entropy(module(batch[0]), batch[1]),
+    }
+
+
+def test_a_single_batch_is_cut_into_halves(tmp_path: Any) -> None:
+    callback = measure(num_samples=48, dataloader=loader(seed=1, batch_size=48), extras=["halves"])
+    fit(callback, tmp_path)
+    assert not callback.history[0].not_compared
+    assert callback.history[0].comparisons["slope_sampling_stderr"] > 0
+
+
 def test_a_comparison_that_fails_leaves_the_slope(tmp_path: Any) -> None:
-    one_batch = loader(seed=1, batch_size=48)
-    callback = measure(num_samples=48, dataloader=one_batch, extras=["halves", "norms"])
+    callback = measure(**uncut(), extras=["halves", "norms"])
     with pytest.warns(UserWarning, match=r"(?s)without a comparison \(halves\).*smaller batch size"):
         fit(callback, tmp_path)
     for measurement in callback.history:
@@ -197,7 +214,7 @@ def test_a_comparison_that_fails_leaves_the_slope(tmp_path: Any) -> None:
 
 
 def test_a_comparison_that_fails_ends_the_run_on_demand(tmp_path: Any) -> None:
-    callback = measure(on_error="raise", dataloader=loader(seed=1, batch_size=48), extras=["halves"])
+    callback = measure(**uncut(), on_error="raise", extras=["halves"])
     with pytest.raises(ValueError, match="smaller batch size"):
         fit(callback, tmp_path)
 

@@ -6,11 +6,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hessian_callback.halves import assign_halves, sampling_stderr
+from hessian_callback.halves import assign_halves, cut_large, sampling_stderr
 from hessian_callback.parallel import Ranks
 from tests.ranks import run_ranks
 
@@ -44,6 +45,27 @@ def test_the_number_of_ranks_does_not_matter(world_size: int) -> None:
     for outcome in run_ranks(_on_ranks, world_size):
         shared |= outcome.value
     assert shared == dict(zip(KEYS, assign_halves(KEYS, WEIGHTS, Ranks(), seed=4), strict=True))
+
+
+@given(st.lists(st.integers(1, 200), min_size=1, max_size=6))
+@settings(max_examples=50, deadline=None)
+def test_large_batches_are_cut_and_nothing_is_lost(sizes: list[int]) -> None:
+    samples = torch.arange(sum(sizes))
+    parts, weights, keys = cut_large(samples.split(sizes), sizes, range(5, 5 + len(sizes)), Ranks())
+    assert torch.equal(torch.cat(parts), samples)
+    assert weights == pytest.approx([len(part) for part in parts])
+    assert len(set(keys)) == len(parts)
+    # Of an odd number one half is larger by one, twice.
+    assert max(weights) <= max(1, sum(sizes) / 4 + 1)
+
+
+def test_parts_share_what_their_batch_weighs() -> None:
+    tokens = torch.tensor([[1, 1, 1], [1, 0, 0], [0, 0, 0], [1, 1, 0]])
+    parts, weights, _ = cut_large([tokens], [12.0], [0], Ranks(), batch_weight=lambda part: float(part.sum()))
+    assert [part.shape[0] for part in parts] == [1, 1, 1]  # the sample without a token is left out
+    assert weights == pytest.approx([6.0, 2.0, 4.0])
+    odd = (torch.zeros(4), torch.zeros(3))
+    assert cut_large([odd], [1.0], [7], Ranks()) == ([odd], [1.0], [28])
 
 
 def test_one_batch_has_no_halves() -> None:
