@@ -100,6 +100,7 @@ def top_eigenvalues(
     positive_only: bool = False,
     return_eigenvectors: bool = False,
     progress: Callable[[LanczosProgress], None] | None = None,
+    basis_device: torch.device | str | None = None,
 ) -> Spectrum:
     r"""Compute the k largest eigenvalues (algebraically) of a symmetric operator.
 
@@ -120,6 +121,8 @@ def top_eigenvalues(
             fewer than ``k`` are positive; what is returned behind the last positive one may then be unconverged.
         return_eigenvectors: also form the Ritz vectors, this rank's slice of each.
         progress: called after every product.
+        basis_device: where to keep the basis, one vector for each product; default: the operator's device. On the
+            CPU it costs a transfer of three vectors a product, and leaves the device to the products.
 
     Returns:
         The eigenvalues with their bounds, and how they were come by.
@@ -151,7 +154,7 @@ def top_eigenvalues(
         raise ValueError(
             f"max_hvps={max_hvps} cannot give k={k} eigenvalues; allow at least {min(k + 1, size)} products"
         )
-    solver = _Solver(operator, k, rtol, max_hvps, seed, probe_level, positive_only, progress)
+    solver = _Solver(operator, k, rtol, max_hvps, seed, probe_level, positive_only, progress, basis_device)
     return solver.solve(start, return_eigenvectors)
 
 
@@ -162,8 +165,9 @@ class _Basis:
     matrix-vector product per block.
     """
 
-    def __init__(self, operator: SymmetricOperator) -> None:
-        self._like = torch.empty(0, dtype=operator.dtype, device=operator.device)
+    def __init__(self, operator: SymmetricOperator, device: torch.device | str | None = None) -> None:
+        self._home = operator.device
+        self._like = torch.empty(0, dtype=operator.dtype, device=operator.device if device is None else device)
         self._length = operator.partition.slice_length
         self._blocks: list[Tensor] = []
         self.size = 0
@@ -181,13 +185,17 @@ class _Basis:
 
     def coefficients(self, vector: Tensor) -> Tensor:
         """``V^T w`` of this rank's slices, ``(N,)`` in float64."""
-        return torch.cat([_inner_products(block, vector) for block in self._filled()])
+        vector = vector.to(self._like.device)
+        return torch.cat([_inner_products(block, vector) for block in self._filled()]).to(self._home)
 
     def subtract(self, vector: Tensor, coefficients: Tensor) -> None:
         """``w -= V h`` in place."""
-        coefficients = coefficients.to(vector.dtype)
+        coefficients = coefficients.to(self._like)
+        here = vector.to(self._like.device)  # the vector itself, if the basis is on its device
         for block, part in zip(self._filled(), coefficients.split(_BLOCK), strict=True):
-            vector.addmv_(block.t(), part, alpha=-1)
+            here.addmv_(block.t(), part, alpha=-1)
+        if here is not vector:
+            vector.copy_(here)
 
     def combine(self, weights: Tensor) -> Tensor:
         """``V S``, ``(N, k) -> (slice_length, k)``; ``S`` may have fewer rows than there are vectors."""
@@ -195,7 +203,7 @@ class _Basis:
         blocks = self._filled()[: -(-weights.shape[0] // _BLOCK)]
         for block, part in zip(blocks, weights.to(self._like).split(_BLOCK), strict=True):
             result.addmm_(block[: part.shape[0]].t(), part)
-        return result
+        return result.to(self._home)
 
 
 @dataclass(eq=False)
@@ -308,9 +316,9 @@ class _Projection:
 class _Decomposition:
     """``A V = V H + R`` and the operations that keep it true: begin a chain, expand one."""
 
-    def __init__(self, operator: SymmetricOperator, seed: int) -> None:
+    def __init__(self, operator: SymmetricOperator, seed: int, basis_device: torch.device | str | None = None) -> None:
         self.operator = operator
-        self.basis = _Basis(operator)
+        self.basis = _Basis(operator, basis_device)
         self.chains: list[_Chain] = []
         self.norm = 0.0  # a lower bound of ||A||
         self.asymmetry = 0.0
@@ -544,6 +552,7 @@ class _Solver:
         level: float,
         positive_only: bool,
         progress: Callable[[LanczosProgress], None] | None,
+        basis_device: torch.device | str | None,
     ) -> None:
         self._operator = operator
         self._dimensions = operator.partition.size
@@ -556,7 +565,7 @@ class _Solver:
         self._progress = progress
         self._num_converged = 0
         self._num_probes = 0
-        self._decomposition = _Decomposition(operator, seed)
+        self._decomposition = _Decomposition(operator, seed, basis_device)
         # The last products are kept for a probe, so that what is returned unconverged has true bounds too.
         self._reserve = min(12, max(1, max_hvps // 5))
 

@@ -11,7 +11,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-__all__ = ["SavedTensors", "count_saved_tensors", "free_memory", "is_out_of_memory", "readable_size"]
+__all__ = [
+    "SavedTensors",
+    "count_saved_tensors",
+    "device_with_room",
+    "free_memory",
+    "is_out_of_memory",
+    "readable_size",
+]
 
 
 def free_memory(device: torch.device) -> int | None:
@@ -37,6 +44,28 @@ def free_memory(device: torch.device) -> int | None:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):
         return None
+
+
+def device_with_room(device: torch.device, num_bytes: float, budget: int | None = None) -> torch.device:
+    """Return where to keep vectors that are used now and then: on a device, or on the CPU if they would fill it.
+
+    Args:
+        device: where they are used.
+        num_bytes: what they take.
+        budget: bytes that they may take there; default: a quarter of what is free.
+
+    Example:
+        >>> device_with_room(torch.device("cuda"), num_bytes=1e9, budget=10**8)
+        device(type='cpu')
+    """
+    if device.type == "cpu":
+        return device
+    if budget is None:
+        free = free_memory(device)
+        if free is None:
+            return device
+        budget = free // 4
+    return device if num_bytes <= budget else torch.device("cpu")
 
 
 # What allocators say in an error of no type of its own.

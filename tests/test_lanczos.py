@@ -357,3 +357,16 @@ def test_nan_in_a_product_is_reported() -> None:
     calls: list[int] = []
     with pytest.raises(ArithmeticError, match="basis vector 4 holds NaN or infinity; check the loss"):
         top_eigenvalues(MatvecOperator(matvec, 30), 10)
+
+
+def test_a_basis_on_another_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As far as one device can show it: what goes from one to the other is a copy."""
+    matrix = rotated(SPECTRA["five times"]())
+    here = top_eigenvalues(operator_of(matrix), 20, return_eigenvectors=True)
+    original = Tensor.to
+    monkeypatch.setattr(Tensor, "to", lambda tensor, *args, **kwargs: original(tensor, *args, **kwargs).clone())
+    there = top_eigenvalues(operator_of(matrix), 20, return_eigenvectors=True, basis_device="cpu")
+    assert torch.equal(here.eigenvalues, there.eigenvalues)
+    assert here.eigenvectors is not None
+    assert there.eigenvectors is not None
+    assert torch.equal(here.eigenvectors, there.eigenvectors)

@@ -34,3 +34,15 @@ def test_shared_storage_counts_once_and_parameters_do_not() -> None:
         (hidden.view(40, 25).exp() * hidden.view(40, 25).exp()).sum()
     # x, and the two exponentials, which exp and the product both save.
     assert saved.num_bytes == 4 * (20 * 50 + 2 * 20 * 50)
+
+
+def test_a_basis_goes_to_the_cpu_where_the_device_lacks_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
+    assert memory.device_with_room(cpu, 1e20) == cpu
+    assert memory.device_with_room(gpu, 1e6, budget=10**6) == gpu
+    assert memory.device_with_room(gpu, 1e6 + 1, budget=10**6) == cpu
+    monkeypatch.setattr(memory, "free_memory", lambda device: 4000)
+    assert memory.device_with_room(gpu, 1000) == gpu
+    assert memory.device_with_room(gpu, 1001) == cpu
+    monkeypatch.setattr(memory, "free_memory", lambda device: None)
+    assert memory.device_with_room(gpu, 1e20) == gpu
