@@ -134,16 +134,17 @@ class PowerLawHessianCallback(Callback):
             Hessian itself.
         extras: what the slope is compared with, on the same samples. ``"trace"`` and ``"frobenius"``: sum and
             root of the sum of squares of all eigenvalues, with standard errors, for ``trace_hvps`` products
-            together. ``"density"``: ``negative_mass`` and ``negative_share``, with standard errors, and the
-            density in ``history``, for ``density_hvps`` products. ``"subspace"``: by how much the eigenvectors
-            of the largest eigenvalues turned since the last measurement (``subspace_angle`` in radians,
-            ``subspace_overlap``), by how much the Hessian changed on them (``subspace_change``), and the
-            Davis-Kahan bound on the angle's sine (``subspace_sine_bound``), for ``subspace_dimension`` products;
-            not across a resume. ``"norms"``: ``parameter_norm`` and ``gradient_norm``, for one gradient.
-            ``"numerical_interval"``: the slopes that the eigenvalues' error bounds leave open
-            (``slope_numerical_low``, ``slope_numerical_high``), for nothing. ``"halves"``: the slopes on two random
-            halves of the batches (``slope_half_1``, ``slope_half_2``) and the standard error that follows
-            (``slope_sampling_stderr``), for as much work as the measurement itself.
+            together. ``"density"``: ``negative_mass``, the negative eigenvalues' part in the sum of absolute values,
+            with its standard error, and the density in ``history``, for ``density_hvps`` products.
+            ``"subspace"``: by how much the eigenvectors of the largest eigenvalues turned since the last
+            measurement (``subspace_angle`` in radians, ``subspace_overlap``), by how much the Hessian changed on
+            them (``subspace_change``), and the Davis-Kahan bound on the angle's sine (``subspace_sine_bound``), for
+            ``subspace_dimension`` products; not across a resume. ``"norms"``: ``parameter_norm`` and
+            ``gradient_norm``, for one gradient. ``"numerical_interval"``: the slopes that the eigenvalues' error
+            bounds leave open (``slope_numerical_low``, ``slope_numerical_high``), for nothing. ``"halves"``: the
+            slopes on two random halves of the samples (``slope_half_1``, ``slope_half_2``) and the standard error
+            that follows (``slope_sampling_stderr``), for as much work as the measurement itself. One that fails
+            is warned of and noted in ``not_compared``; the slope is logged all the same.
         trace_hvps: products for trace and Frobenius norm.
         density_hvps: products for the density.
         subspace_dimension: how many eigenvectors to compare; default 10, but fewer than ``num_eigenvalues``.
@@ -584,7 +585,9 @@ class PowerLawHessianCallback(Callback):
                     timed(now)
                 self._give_way(trainer, ranks)
 
-            return self.protocol.solve(operator, return_eigenvectors=eigenvectors, progress=progress)
+            return self.protocol.solve(
+                operator, return_eigenvectors=eigenvectors, progress=progress, memory_budget=self.memory_budget
+            )
 
     def _give_way(self, trainer: Trainer, ranks: Ranks) -> None:
         # Several ranks are not told at the same product, so they go on to the end together.

@@ -61,7 +61,7 @@ def test_what_is_logged(measured: Any) -> None:
     assert names >= base | {f"{name}/{group}" for name in base for group in GROUPS}
     comparisons = {
         *("trace", "trace_stderr", "frobenius_norm", "frobenius_norm_stderr"),
-        *("negative_mass", "negative_mass_stderr", "negative_share", "negative_share_stderr"),
+        *("negative_mass", "negative_mass_stderr"),
         *("subspace_angle", "subspace_overlap", "subspace_change", "subspace_sine_bound"),
         *("parameter_norm", "gradient_norm", "slope_numerical_low", "slope_numerical_high"),
         *("slope_half_1", "slope_half_2", "slope_sampling_stderr", "outlier_ratio", "num_extra_hvps"),
