@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
+
 from hessian_callback.lanczos import LanczosProgress, top_eigenvalues
 from hessian_callback.linear_operator import SymmetricOperator
+from hessian_callback.memory import device_with_room
 from hessian_callback.paper_protocol import pooled_ritz_values
 from hessian_callback.power_law import PowerLawFit, fit_power_law
 from hessian_callback.spectrum import Spectrum
@@ -103,6 +106,7 @@ class Protocol:
         *,
         return_eigenvectors: bool = False,
         progress: Callable[[LanczosProgress], None] | None = None,
+        memory_budget: int | None = None,
     ) -> Spectrum:
         """Compute the K largest eigenvalues, or in paper mode Ritz values, of an operator.
 
@@ -110,6 +114,8 @@ class Protocol:
             operator: the matrix.
             return_eigenvectors: also form eigenvectors; the paper's protocol has none.
             progress: called after every product.
+            memory_budget: bytes that Lanczos vectors may take on the operator's device, and go to the CPU beyond;
+                default: a quarter of what is free there.
 
         Raises:
             ArithmeticError: when a product holds NaN or infinity.
@@ -119,6 +125,8 @@ class Protocol:
                 operator, num_runs=self.paper_runs, num_steps=self.steps, seed=self.seed, progress=progress
             )
             return pool.top(self.num_eigenvalues, rtol=self.rtol)
+        length = operator.partition.slice_length
+        vectors = self.expected_hvps(operator.partition.size) * length * torch.finfo(operator.dtype).bits // 8
         return top_eigenvalues(
             operator,
             self.num_eigenvalues,
@@ -128,6 +136,7 @@ class Protocol:
             positive_only=True,
             return_eigenvectors=return_eigenvectors,
             progress=progress,
+            basis_device=device_with_room(operator.device, vectors, memory_budget),
         )
 
     def fit(self, spectrum: Spectrum) -> tuple[PowerLawFit | None, str | None]:
