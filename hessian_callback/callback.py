@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import re
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -43,6 +42,7 @@ from hessian_callback.lanczos import LanczosProgress
 from hessian_callback.measurement import Measurement, When
 from hessian_callback.memory import readable_size
 from hessian_callback.metrics import PowerLawFitError, PowerLawSlope, SpectrumMetric
+from hessian_callback.names import check_log_name, compile_pattern
 from hessian_callback.norms import gradient_norm, parameter_norm
 from hessian_callback.objective import as_in_a_step, mean_loss, resolve_loss
 from hessian_callback.parallel import PeerError, RankLostError, Ranks
@@ -232,15 +232,17 @@ class PowerLawHessianCallback(Callback):
             raise ValueError(f"on_error must be 'warn' or 'raise', got {on_error!r}")
         if not prefix or prefix != prefix.strip("/"):
             raise ValueError(f"prefix must be a name without slashes at its ends, got {prefix!r}")
+        check_log_name("prefix", prefix)
         if seed < 0:
             raise ValueError(f"seed must not be negative, got {seed}")
         if isinstance(parameters, str):
-            _check_expression("parameters", parameters)
+            compile_pattern("parameters", parameters)
         self.groups = dict(groups or {})
         for group, expression in self.groups.items():
             if not group or "/" in group:
                 raise ValueError(f"the names in groups must be without slashes and not empty, got {group!r}")
-            _check_expression(f"groups[{group!r}]", expression)
+            check_log_name("the names in groups", group)
+            compile_pattern(f"groups[{group!r}]", expression)
         self.num_eigenvalues = num_eigenvalues
         self.cadence = Cadence.checked(every_n_epochs, every_n_train_steps, at_steps)
         self.dataloader = dataloader
@@ -957,13 +959,6 @@ def _seconds_since(began: float, ranks: Ranks) -> float:
     """Clocks differ between ranks, and what is noted must not."""
     seconds = torch.tensor([time.monotonic() - began], dtype=torch.float64, device=ranks.control_device)
     return float(ranks.broadcast(seconds))
-
-
-def _check_expression(option: str, expression: str) -> None:
-    try:
-        re.compile(expression)
-    except re.error as error:
-        raise ValueError(f"{option}={expression!r} is not a valid regular expression: {error}") from error
 
 
 def _check_group(pl_module: LightningModule, group: str, expression: str, num_eigenvalues: int) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -16,6 +15,7 @@ from hessian_callback.batches import leading_dimension
 from hessian_callback.derivatives import DoubleBackwardError, check_parameters_visible
 from hessian_callback.memory import free_memory, is_out_of_memory, readable_size
 from hessian_callback.micro_batches import MicroBatches
+from hessian_callback.names import matching
 from hessian_callback.parallel import PeerError, RankLostError, Ranks
 from hessian_callback.products import BatchLoss, DoubleBackward, FiniteDifference, Linearize, ProductEngine
 from hessian_callback.sharding import ShardedFiniteDifference, is_sharded, reshard, unsharded
@@ -417,7 +417,7 @@ def select_parameters(model: nn.Module, parameters: ParameterFilter | None = Non
         parameters: a regular expression (``re.search``), ``(name, parameter) -> bool``, or ``None`` for all.
 
     Raises:
-        ValueError: if none is chosen, or the expression is not valid.
+        ValueError: if none is chosen, or the expression is not valid or takes too long.
 
     Example:
         >>> list(select_parameters(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1)), r"^1\."))
@@ -425,13 +425,11 @@ def select_parameters(model: nn.Module, parameters: ParameterFilter | None = Non
     """
     wanted: Callable[[str, nn.Parameter], bool]
     if isinstance(parameters, str):
-        try:
-            pattern = re.compile(parameters)
-        except re.error as error:
-            raise ValueError(f"parameters={parameters!r} is not a valid regular expression: {error}") from error
+        every = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+        matched = set(matching("parameters", parameters, every))
 
         def wanted(name: str, parameter: nn.Parameter) -> bool:
-            return pattern.search(name) is not None
+            return name in matched
 
     else:
         wanted = parameters if parameters is not None else lambda name, parameter: True
