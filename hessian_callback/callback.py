@@ -57,8 +57,8 @@ __all__ = ["PowerLawHessianCallback"]
 # What such an error says stays true for the whole run, so it is worth raising while nothing is lost.
 _PERMANENT_ERRORS = (MisconfigurationException, DoubleBackwardError, ValueError, TypeError)
 
-# Below this many samples per eigenvalue the sample's own rank bends the spectrum: simulated slopes are 23 % too
-# steep at 3, and right from here on (benchmarks/STATISTICS.md).
+# Below this many samples per eigenvalue the sample's own rank bends the spectrum: a small network's slope was 23 %
+# too steep at 3, and 6 % here (benchmarks/STATISTICS.md).
 _SAMPLES_PER_EIGENVALUE = 10
 
 _STATE_VERSION = 1
@@ -710,9 +710,9 @@ class PowerLawHessianCallback(Callback):
         if held_out.num_samples < wanted:
             rank_zero_warn(
                 f"{held_out.num_samples} held-out samples are few for {self.num_eigenvalues} eigenvalues: the "
-                "spectrum's tail is then the sample's, not the loss's, and the slope too steep (by about 23 % at 3 "
-                f"samples an eigenvalue, in simulations). Choose num_samples of at least {wanted}, or a smaller "
-                "num_eigenvalues; extras=['halves'] shows what the number of samples does"
+                "spectrum's tail is then the sample's, not the loss's, and the slope too steep (on a small network by "
+                f"23 % at 3 samples an eigenvalue, by 6 % at 10). Choose num_samples of at least {wanted}, or a "
+                "smaller num_eigenvalues; extras=['halves'] shows what the number of samples does"
             )
         warn_of_imbalance(held_out)
 
