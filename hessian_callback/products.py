@@ -241,6 +241,12 @@ class FiniteDifference(ProductEngine):
     :math:`\epsilon^{1/3}` would balance truncation, of order :math:`h^2`, against cancellation, of order
     :math:`\epsilon / h`; but a long step crosses the kinks of ReLU units, and each adds a jump. The parameters are
     changed for the time of two gradients and then get their former bits back.
+
+    No step suits ReLU networks in float32: a shorter one crosses fewer kinks, and divides the jump at each by less.
+    With 16 units and 32 samples the largest eigenvalue, .87, came out as .65 with a bound of 1.4 (as .82 with steps
+    ten times as long, as .88 with a hundred times), while tanh networks lost no more than 2e-5 of theirs. The
+    solver's bounds hold all the same, because such products are not symmetric and it measures that. What helps is
+    float64, whose step is 1e-4 of this one, or an exact product.
     """
 
     name = "finite_difference"
