@@ -108,6 +108,39 @@ def test_a_loss_that_is_not_deterministic(tmp_path: Any) -> None:
         outcome(tmp_path, measure(loss_fn=loss_fn))
 
 
+# -- memory --------------------------------------------------------------------------------------------------
+
+
+class Room:
+    """A loss for whose batches there is room up to a size."""
+
+    def __init__(self, samples: int) -> None:
+        self.samples = samples
+
+    def __call__(self, module: Any, batch: Any) -> torch.Tensor:
+        if len(batch[0]) > self.samples:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return resolve_loss(module)(module, batch)
+
+
+def test_out_of_memory_halves_the_batches_and_goes_on(tmp_path: Any, capsys: Any) -> None:
+    callback, roomy = measure(loss_fn=Room(3), verbose=True), measure()
+    unchanged(tmp_path, callback)
+    unchanged(tmp_path, roomy)
+    # Of the loader's batches of 8 quarters are left.
+    assert "out of memory, so batches were halved 2 time(s) and the measurement went on" in capsys.readouterr().out
+    for tight, ample in zip(callback.history, roomy.history, strict=True):
+        torch.testing.assert_close(tight.spectrum.eigenvalues, ample.spectrum.eigenvalues, rtol=1e-3, atol=1e-5)
+        assert tight.loss == pytest.approx(ample.loss)
+
+
+def test_when_nothing_fits_the_reason_says_what_would(tmp_path: Any) -> None:
+    callback = measure(loss_fn=Room(0))
+    unchanged(tmp_path, callback)
+    assert all(m.spectrum is None for m in callback.history)
+    assert all("Choose fewer parameters (parameters=...), shorter" in str(m.reason) for m in callback.history)
+
+
 # -- from outside --------------------------------------------------------------------------------------------
 
 
