@@ -28,13 +28,13 @@ _REMEDY = (
 
 
 def has_half_precision(module: nn.Module) -> bool:
-    """Whether any parameter or buffer of a module is in half precision.
+    """Whether any parameter of a module is in half precision, a frozen one included.
 
     Example:
         >>> has_half_precision(nn.Linear(2, 2)), has_half_precision(nn.Linear(2, 2).bfloat16())
         (False, True)
     """
-    return any(tensor.dtype in _HALF for tensor in itertools.chain(module.parameters(), module.buffers()))
+    return any(parameter.dtype in _HALF for parameter in module.parameters())
 
 
 def in_full_precision(trainer: Trainer, pl_module: LightningModule) -> tuple[LightningModule, str]:
