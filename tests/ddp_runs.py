@@ -126,6 +126,8 @@ ONE_EPOCH = {"max_epochs": 1, "precision": "64-true"}
 COMPARISON_RUNS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "compared": ({**COMPARISONS, "groups": {"first": r"net\.0", "head": r"net\.4"}, "rtol": 1e-6}, ONE_EPOCH),
     "paper": ({"mode": "paper", "paper_steps": 6}, ONE_EPOCH),
+    "sharded compared": ({**COMPARISONS, "groups": {"head": r"net\.4"}}, {"max_epochs": 1}),
+    "sharded differences compared": ({**COMPARISONS, "hvp": "finite_difference"}, {"max_epochs": 1}),
     "no gradient": ({"extras": ["norms", "trace"], "loss_fn": failing_gradient}, ONE_EPOCH),
 }
 

@@ -45,6 +45,22 @@ def test_the_later_measurement_is_compared_with_the_first(two_ranks: Path) -> No
     assert set(last.groups) == {"first", "head"}
 
 
+@pytest.mark.parametrize("name", ["sharded compared", "sharded differences compared"])
+def test_sharded_modules_are_compared_as_well(name: str, two_ranks: Path) -> None:
+    one, other = results(two_ranks, name)
+    assert one["error"] is other["error"] is None
+    assert one["history"] == other["history"]
+    last = one["history"][-1]
+    assert {"trace", "negative_mass", "subspace_angle"} <= last.comparisons.keys()
+    if name == "sharded compared":
+        assert not last.not_compared
+        assert {"gradient_norm", "parameter_norm", "slope_half_1"} <= last.comparisons.keys()
+        assert last.groups["head"].logged
+    else:
+        assert list(last.not_compared) == ["norms"]
+        assert "leaves them sharded" in last.not_compared["norms"]
+
+
 def test_a_comparison_fails_on_all_ranks_and_leaves_the_rest(two_ranks: Path) -> None:
     for rank, result in enumerate(results(two_ranks, "no gradient")):
         assert result["error"] is None
