@@ -90,6 +90,7 @@ class MakesTensors(Net):
         ("bf16-true", 1e-5, "float32 (a copy of bfloat16)"),
         ("16-true", 1e-5, "float32 (a copy of float16)"),
     ],
+    ids=["64-true", "32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true"],
 )
 @pytest.mark.filterwarnings("ignore:.*AMP with fp16 is not supported on CPU")
 def test_precision(precision: str, rtol: float, used: str, tmp_path: Any) -> None:
