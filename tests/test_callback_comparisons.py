@@ -265,3 +265,13 @@ def test_an_option_out_of_range_is_refused_at_once(message: str) -> None:
 def test_a_group_that_cannot_be_measured_is_refused_before_training(expression: str, text: str, tmp_path: Any) -> None:
     with pytest.raises(MisconfigurationException, match=rf"groups\['few'\].*{text}"):
         fit(measure(groups={"few": expression}), tmp_path)
+
+
+def test_options_can_be_given_in_a_configuration_file() -> None:
+    jsonargparse = pytest.importorskip("jsonargparse")
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(PowerLawHessianCallback, "callback")
+    choice = {"groups": {"head": "^head", "body": r"net\.\d"}, "extras": ["trace", "halves"], "mode": "strict"}
+    callback = parser.instantiate_classes(parser.parse_object({"callback": choice})).callback
+    assert callback.groups == choice["groups"]
+    assert callback.comparisons.extras == ("trace", "halves")
