@@ -107,8 +107,9 @@ class PowerLawHessianCallback(Callback):
         loss_fn: ``callable(pl_module, batch)`` that returns the mean loss of the batch.
         batch_weight: ``callable(batch)`` that returns what the mean loss averages over, such as the number of
             counted tokens; default: the leading dimension, where the batch has only one.
-        parameters: which parameters: a regular expression for ``re.search`` on their names, or
-            ``callable(name, parameter) -> bool``; default: all that are trained.
+        parameters: which parameters: a regular expression for ``re.search`` on their names (refused before
+            training if it would not end on them), or ``callable(name, parameter) -> bool``; default: all that are
+            trained.
         rtol: relative tolerance of each eigenvalue.
         max_hvps: Hessian-vector products to spend on a measurement at the most; default ``10
             num_eigenvalues``.
