@@ -13,7 +13,9 @@ import statistics
 import tempfile
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
+from queue import Empty
 from typing import Any
 
 import torch
@@ -39,7 +41,14 @@ def launch(world_size: int, function: Any, *args: Any) -> list[Any]:
         ]
         for process in processes:
             process.start()
-        results = dict(queue.get() for _ in processes)
+        results: dict[int, Any] = {}
+        while len(results) < world_size:
+            if any(process.exitcode for process in processes):
+                for process in processes:
+                    process.kill()
+                raise RuntimeError("a rank ended with an error, which is printed above")
+            with suppress(Empty):
+                results.update([queue.get(timeout=1)])
         for process in processes:
             process.join()
     return [results[rank] for rank in range(world_size)]

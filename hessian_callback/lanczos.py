@@ -66,8 +66,8 @@ _Array = NDArray[np.float64]
 
 # Vectors in one block of the basis: large enough for BLAS, small enough to allocate little in advance.
 _BLOCK = 32
-# Longest sum that is left to BLAS on a CPU, whose accumulators lose half the digits of float32 over a million
-# terms; beyond it, partial sums are added in float64. GPUs sum in a tree.
+# Longest sum that is left to BLAS on a CPU, whose few accumulators lose two or three digits over a million terms;
+# beyond it, partial sums are added in float64. GPUs sum in a tree.
 _LONGEST_SUM = 8192
 
 
@@ -773,7 +773,7 @@ class _Solver:
 
 def _inner_products(rows: Tensor, vector: Tensor) -> Tensor:
     """``(m, n), (n,) -> (m,)`` in float64; see `_LONGEST_SUM`."""
-    if vector.device.type != "cpu" or vector.dtype == torch.float64:
+    if vector.device.type != "cpu":
         return _precise(rows.mv(vector))
     partial = [
         part.mv(piece) for part, piece in zip(rows.split(_LONGEST_SUM, 1), vector.split(_LONGEST_SUM), strict=True)

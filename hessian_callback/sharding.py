@@ -111,6 +111,7 @@ class ShardedFiniteDifference(FiniteDifference):
     def product(self, vector: Tensor) -> Tensor:
         """Form two gradients a batch; the result holds this rank's rows, and zeros elsewhere."""
         parameters = self.loss.parameters
+        reshard(self.loss.model)
         with self.loss.differentiable():
             total = torch.zeros_like(vector)
             length = float(vector.norm())
@@ -127,6 +128,8 @@ class ShardedFiniteDifference(FiniteDifference):
             gradients = {parameter: parameter.grad for parameter in self.loss.model.parameters()}
             try:
                 for sign in (1.0, -1.0):
+                    # A module that a forward pass left whole would go on with the unmoved parameters.
+                    reshard(self.loss.model)
                     for parameter in gradients:
                         parameter.grad = None
                     for piece, original, direction in zip(own, originals, directions, strict=True):
@@ -137,6 +140,7 @@ class ShardedFiniteDifference(FiniteDifference):
                         if parameter.grad is not None:
                             result.add_(_local(parameter.grad), alpha=sign / (2 * step))
             finally:
+                reshard(self.loss.model)
                 for piece, original in zip(own, originals, strict=True):
                     piece.copy_(original)
                 for parameter, gradient in gradients.items():

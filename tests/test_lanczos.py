@@ -303,6 +303,16 @@ def test_the_decomposition_holds(num_chains: int, dtype: torch.dtype) -> None:
     assert torch.linalg.matrix_norm(remainder, 2) <= 100 * eps
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_million_parameters(dtype: torch.dtype) -> None:
+    """Sums of so many terms must not cost the basis its orthogonality."""
+    size = 1_200_000
+    diagonal = torch.cat([torch.tensor([4.0, 2.0, 1.0]), torch.linspace(-0.1, 0.1, size - 3)]).to(dtype)
+    spectrum = top_eigenvalues(MatvecOperator(lambda v: diagonal * v, size, dtype=dtype), 3)
+    assert_bounds_hold(spectrum, diagonal.double().sort(descending=True).values)
+    assert spectrum.all_converged
+
+
 def test_eigenvectors() -> None:
     matrix = rotated(ranks(150) ** -1.0)
     spectrum = top_eigenvalues(operator_of(matrix), 5, return_eigenvectors=True)

@@ -16,20 +16,22 @@ from tests.ranks import run_ranks
 from tests.test_parallel import deal
 
 
-def sharded_and_whole(rank: int, hvp: str, dtype: torch.dtype, holders: int) -> tuple[float, Tensor, Tensor, Tensor]:
+def sharded_and_whole(
+    rank: int, hvp: str, dtype: torch.dtype, holders: int, layers: tuple[int, ...] = (0, 2)
+) -> tuple[float, Tensor, Tensor]:
     world = dist.get_world_size()
     whole, batches, weights = deal("mlp", dtype, 0, 1, 1)
     reference = HessianOperator(whole.model, whole.loss_fn, batches, weights=weights, process_group=_own_group(rank))
     case, batches, weights = deal("mlp", dtype, rank, world, holders)
     model = case.model
     mesh = init_device_mesh("cpu", (world,))
-    for module in (model[0], model[2], model):
+    for module in (*[model[layer] for layer in layers], model):
         fully_shard(module, mesh=mesh)
     # A training step's leftovers, which a measurement must neither lose nor use.
     case.loss_fn(model, whole.batches[0]).backward()
+    before = {name: (p.to_local().clone(), p.grad.to_local().clone()) for name, p in model.named_parameters()}
     with torch.no_grad():  # leaves the outermost module whole
         case.loss_fn(model, whole.batches[0])
-    before = {name: (p.to_local().clone(), p.grad.to_local().clone()) for name, p in model.named_parameters()}
     vector = torch.linspace(-1, 1, reference.num_parameters, dtype=dtype)
     with HessianOperator(
         model, case.loss_fn, batches, weights=weights, process_group=dist.group.WORLD, hvp=hvp
@@ -56,6 +58,8 @@ def _own_group(rank: int) -> dist.ProcessGroup:
     return groups[rank]
 
 
+# Without layers the outermost module holds the parameters, and a forward pass leaves those whole.
+@pytest.mark.parametrize("layers", [(0, 2), ()], ids=["layers", "whole"])
 @pytest.mark.parametrize(
     ("hvp", "dtype", "tolerance"),
     [
@@ -66,8 +70,10 @@ def _own_group(rank: int) -> dist.ProcessGroup:
     ],
     ids=str,
 )
-def test_sharded_parameters_have_the_same_hessian(hvp: str, dtype: torch.dtype, tolerance: float) -> None:
-    for outcome in run_ranks(sharded_and_whole, 2, hvp, dtype, 2):
+def test_sharded_parameters_have_the_same_hessian(
+    hvp: str, dtype: torch.dtype, tolerance: float, layers: tuple[int, ...]
+) -> None:
+    for outcome in run_ranks(sharded_and_whole, 2, hvp, dtype, 2, layers):
         error, eigenvalues, expected = outcome.value
         assert error < tolerance
         torch.testing.assert_close(eigenvalues, expected, rtol=tolerance, atol=0)
