@@ -108,8 +108,9 @@ class ProductEngine(ABC):
         """Let go of everything that was kept between products."""
 
     def _accumulate(self, total: Tensor, pieces: Sequence[Tensor], weight: float) -> None:
-        for part, piece in zip(self.loss.split(total), pieces, strict=True):
-            part.add_(piece, alpha=weight)
+        with torch.no_grad():
+            for part, piece in zip(self.loss.split(total), pieces, strict=True):
+                part.add_(piece, alpha=weight)
 
 
 class DoubleBackward(ProductEngine):

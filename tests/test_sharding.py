@@ -15,6 +15,10 @@ from hessian_callback import HessianOperator, top_eigenvalues
 from tests.ranks import run_ranks
 from tests.test_parallel import deal
 
+pytestmark = pytest.mark.skipif(
+    not hasattr(torch.cpu.Stream, "record_event"), reason="fully_shard of this PyTorch does not run on a CPU"
+)
+
 
 def sharded_and_whole(
     rank: int, hvp: str, dtype: torch.dtype, holders: int, layers: tuple[int, ...] = (0, 2)
