@@ -116,7 +116,10 @@ class _RichLine(_Display):
         self._bars: Any = shared if self._own is None else self._own
         if self._own is not None:
             self._own.start()
-        self._task = self._bars.add_task(description, total=1)
+        # Hidden and shown again, never removed: Lightning before 2.6.1 takes a task's id for its place in the list.
+        ours = [task.id for task in self._bars.tasks if task.fields.get("hessian")]
+        self._task = ours[0] if ours else self._bars.add_task(description, total=1, hessian=True)
+        self._bars.reset(self._task, description=description, total=1, visible=True)
 
     def show(self, progress: LanczosProgress) -> _Display:
         text = f"{self._description}: {_found(progress)}"
@@ -124,6 +127,6 @@ class _RichLine(_Display):
         return self
 
     def close(self) -> None:
-        self._bars.remove_task(self._task)
+        self._bars.update(self._task, visible=False)
         if self._own is not None:
             self._own.stop()
