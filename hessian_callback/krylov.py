@@ -14,7 +14,7 @@ import scipy.linalg
 import torch
 from torch import Tensor
 
-from hessian_callback.lanczos import _Decomposition
+from hessian_callback.decomposition import Decomposition
 from hessian_callback.linear_operator import SymmetricOperator
 
 __all__ = ["KrylovRun", "krylov_run"]
@@ -75,7 +75,7 @@ def krylov_run(
     """
     if num_steps < 1:
         raise ValueError(f"num_steps must be at least 1, got {num_steps}")
-    decomposition = _Decomposition(operator, seed=0)
+    decomposition = Decomposition(operator, seed=0)
     if not decomposition.begin(start):
         raise ValueError("the start vector is zero")
     num_steps = min(num_steps, operator.partition.size)

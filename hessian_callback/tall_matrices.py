@@ -7,10 +7,10 @@ from torch import Tensor
 
 from hessian_callback.parallel import Partition, Ranks
 
-__all__ = ["inner_products", "orthonormal_columns", "triangular_factor"]
+__all__ = ["LONGEST_SUM", "inner_products", "orthonormal_columns", "triangular_factor"]
 
 # Longest sum that is left to BLAS in float32 on a CPU, whose accumulators lose digits over a million terms.
-_LONGEST_SUM = 8192
+LONGEST_SUM = 8192
 
 
 def inner_products(left: Tensor, right: Tensor, ranks: Ranks) -> Tensor:
@@ -32,7 +32,7 @@ def inner_products(left: Tensor, right: Tensor, ranks: Ranks) -> Tensor:
     """
     if left.device.type == "cpu" and left.dtype != torch.float64:
         total = torch.zeros(left.shape[1], right.shape[1], dtype=torch.float64)
-        for x, y in zip(left.split(_LONGEST_SUM), right.split(_LONGEST_SUM), strict=True):
+        for x, y in zip(left.split(LONGEST_SUM), right.split(LONGEST_SUM), strict=True):
             total += (x.T @ y).double()
     else:
         total = (left.T @ right).cpu().double()

@@ -15,8 +15,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hessian_callback import HessianOperator, Spectrum, top_eigenvalues
-from hessian_callback.lanczos import LanczosProgress, _Decomposition, _Probe
+from hessian_callback.decomposition import Decomposition
+from hessian_callback.lanczos import LanczosProgress
 from hessian_callback.linear_operator import MatvecOperator
+from hessian_callback.probe import Probe
 from tests.cases import CASES, dense_hessian, rotated
 
 DTYPES = [torch.float64, torch.float32]
@@ -184,9 +186,9 @@ def test_the_probe_misses_no_more_often_than_it_says() -> None:
     bound, level, runs = 1.01, 0.2, 400
     passed = 0
     for seed in range(runs):
-        run = _Decomposition(operator, seed)
+        run = Decomposition(operator, seed)
         run.begin()
-        probe = _Probe()
+        probe = Probe()
         for step in range(14):
             probe.update(run.projection(), dimensions=61, rounding=1e-16, new=step == 0)
             if probe.missed_probability(bound) <= level:
@@ -202,11 +204,11 @@ def test_the_confident_bound_covers_the_truth() -> None:
     operator = operator_of(torch.diag(ranks(200) ** -1.0))
     level, runs, misses = 0.05, 400, 0
     for seed in range(runs):
-        run = _Decomposition(operator, seed)
+        run = Decomposition(operator, seed)
         run.begin()
         for _ in range(3):
             run.expand(run.chains[0])
-        probe = _Probe()
+        probe = Probe()
         probe.update(run.projection(), dimensions=200, rounding=1e-16, new=True)
         bound = probe.confident_bound(level)
         excess = bound - probe.largest_seen
@@ -286,7 +288,7 @@ def test_an_eigenvalue_below_the_noise_is_said_to_be_unresolved() -> None:
 @pytest.mark.parametrize("num_chains", [1, 2, 3])
 def test_the_decomposition_holds(num_chains: int, dtype: torch.dtype) -> None:
     matrix = rotated(torch.cat([ranks(100) ** -1.0, -(ranks(50) ** -1.0)])).to(dtype)
-    decomposition = _Decomposition(operator_of(matrix, dtype), seed=0)
+    decomposition = Decomposition(operator_of(matrix, dtype), seed=0)
     for chain in range(num_chains):
         decomposition.begin()
         for _ in range(11):

@@ -1,0 +1,79 @@
+"""The vectors of a Krylov basis, cut over the ranks, and their inner products at the precision of the dtype."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hessian_callback.linear_operator import SymmetricOperator
+from hessian_callback.tall_matrices import LONGEST_SUM
+
+__all__ = ["KrylovBasis", "row_products"]
+
+# Vectors in one block of the basis: large enough for BLAS, small enough to allocate little in advance.
+_BLOCK = 32
+
+
+class KrylovBasis:
+    """Orthonormal vectors in the operator's dtype, this rank's slice of each, as rows of fixed blocks.
+
+    Blocks are allocated as the basis grows, so that growing copies nothing, and every operation is a
+    matrix-vector product per block.
+    """
+
+    def __init__(self, operator: SymmetricOperator, device: torch.device | str | None = None) -> None:
+        self._home = operator.device
+        self._like = torch.empty(0, dtype=operator.dtype, device=operator.device if device is None else device)
+        self._length = operator.partition.slice_length
+        self._blocks: list[Tensor] = []
+        self.size = 0
+
+    def append(self, vector: Tensor) -> None:
+        """Take a vector in."""
+        block, row = divmod(self.size, _BLOCK)
+        if block == len(self._blocks):
+            self._blocks.append(self._like.new_empty(_BLOCK, self._length))
+        self._blocks[block][row] = vector
+        self.size += 1
+
+    def _filled(self) -> list[Tensor]:
+        full, rest = divmod(self.size, _BLOCK)
+        return self._blocks[:full] + ([self._blocks[full][:rest]] if rest else [])
+
+    def coefficients(self, vector: Tensor) -> Tensor:
+        """``V^T w`` of this rank's slices, ``(N,)`` in float64."""
+        vector = vector.to(self._like.device)
+        return torch.cat([row_products(block, vector) for block in self._filled()]).to(self._home)
+
+    def subtract(self, vector: Tensor, coefficients: Tensor) -> None:
+        """``w -= V h`` in place."""
+        coefficients = coefficients.to(self._like)
+        here = vector.to(self._like.device)  # the vector itself, if the basis is on its device
+        for block, part in zip(self._filled(), coefficients.split(_BLOCK), strict=True):
+            here.addmv_(block.t(), part, alpha=-1)
+        if here is not vector:
+            vector.copy_(here)
+
+    def combine(self, weights: Tensor) -> Tensor:
+        """``V S``, ``(N, k) -> (slice_length, k)``; ``S`` may have fewer rows than there are vectors."""
+        result = self._like.new_zeros(self._length, weights.shape[1])
+        blocks = self._filled()[: -(-weights.shape[0] // _BLOCK)]
+        for block, part in zip(blocks, weights.to(self._like).split(_BLOCK), strict=True):
+            result.addmm_(block[: part.shape[0]].t(), part)
+        return result.to(self._home)
+
+
+def row_products(rows: Tensor, vector: Tensor) -> Tensor:
+    """``(m, n), (n,) -> (m,)`` in float64; see `LONGEST_SUM`."""
+    if vector.device.type != "cpu":
+        return _precise(rows.mv(vector))
+    partial = [
+        part.mv(piece) for part, piece in zip(rows.split(LONGEST_SUM, 1), vector.split(LONGEST_SUM), strict=True)
+    ]
+    return torch.stack(partial).sum(0, dtype=torch.float64)
+
+
+def _precise(values: Tensor) -> Tensor:
+    if values.device.type == "mps":  # has no float64
+        values = values.cpu()
+    return values.to(torch.float64)

@@ -1,0 +1,125 @@
+"""The small matrices of a Krylov decomposition, whose eigenvalues bound those of the operator on both sides."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import scipy.linalg
+from numpy.typing import NDArray
+
+__all__ = ["Projection"]
+
+_Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Projection:
+    """The small matrices of ``A V = V H + R``: ``H``, and the inner products of R's columns.
+
+    Attributes:
+        diagonal: of ``H``.
+        couplings: its other entries, as (row, column, value) with row > column.
+        columns: the columns in which ``R`` is not zero.
+        gram: inner products of these columns.
+    """
+
+    diagonal: _Array
+    couplings: list[tuple[int, int, float]]
+    columns: list[int]
+    gram: _Array
+
+    @property
+    def size(self) -> int:
+        """Rows of ``H``."""
+        return len(self.diagonal)
+
+    @cached_property
+    def _off_diagonal(self) -> _Array | None:
+        """The off-diagonal, if ``H`` is one unbroken chain that at most its last vector leads out of."""
+        links = self.couplings
+        if len(links) != self.size - 1 or any(row != column + 1 for row, column, _ in links):
+            return None
+        if self.columns not in ([], [self.size - 1]):
+            return None
+        return np.array([value for _, _, value in links])
+
+    def dense(self) -> _Array:
+        """Return ``H`` as a dense matrix."""
+        matrix = np.diag(self.diagonal)
+        for row, column, value in self.couplings:
+            matrix[row, column] = matrix[column, row] = value
+        return matrix
+
+    def bordered(self, border: float) -> _Array:
+        """``[[H, R^T], [R, border I]]``, which bounds ``A`` from above when ``border`` bounds the complement."""
+        # R = W L with orthonormal W: the border holds L^T, a root of the Gram matrix.
+        values, vectors = np.linalg.eigh(self.gram)
+        root = vectors * np.sqrt(np.maximum(values, 0))
+        size, width = self.size, len(self.columns)
+        matrix = np.zeros((size + width, size + width))
+        matrix[:size, :size] = self.dense()
+        matrix[self.columns, size:] = root
+        matrix[size:, self.columns] = root.T
+        matrix[range(size, size + width), range(size, size + width)] = border
+        return matrix
+
+    @cached_property
+    def ritz_values(self) -> _Array:
+        """Eigenvalues of ``H``, descending: lower bounds of the operator's."""
+        if self._off_diagonal is None:
+            return _descending(scipy.linalg.eigvalsh(self.dense()))
+        return _tridiagonal_eigenvalues(self.diagonal, self._off_diagonal)
+
+    def upper_bounds(self, border: float, k: int) -> _Array:
+        """Upper bounds of the k largest eigenvalues, given a bound on the complement's."""
+        if self._off_diagonal is None:
+            values = _descending(scipy.linalg.eigvalsh(self.bordered(border)))
+        elif self.columns:
+            off = np.append(self._off_diagonal, np.sqrt(self.gram[0, 0]))
+            values = _tridiagonal_eigenvalues(np.append(self.diagonal, border), off)
+        else:
+            values = self.ritz_values
+        upper = np.full(k, border)
+        upper[: len(values)] = np.maximum(values[:k], border)
+        return upper
+
+    def eigenvectors(self, k: int) -> _Array:
+        """Eigenvectors of ``H`` for its k largest eigenvalues, ``(N, k)``."""
+        first = self.size - k
+        if self._off_diagonal is None or self.size == 1:
+            _, vectors = scipy.linalg.eigh(self.dense(), subset_by_index=(first, self.size - 1))
+        else:
+            _, vectors = scipy.linalg.eigh_tridiagonal(
+                self.diagonal, self._off_diagonal, select="i", select_range=(first, self.size - 1)
+            )
+        reversed_order: _Array = vectors[:, ::-1]
+        return reversed_order
+
+    def tail(self, first: int) -> Projection:
+        """The part of the basis from vector ``first`` on: the compression of ``A`` to those vectors."""
+        couplings = [(row - first, column - first, value) for row, column, value in self.couplings if column >= first]
+        kept = [position for position, column in enumerate(self.columns) if column >= first]
+        columns = [self.columns[position] - first for position in kept]
+        return Projection(self.diagonal[first:], couplings, columns, self.gram[np.ix_(kept, kept)])
+
+    def recurrence(self, floor: float) -> tuple[_Array, _Array]:
+        """Diagonal (m) and off-diagonal (m) of an unbroken chain; the last link leads out of it.
+
+        A link of less than ``floor``, the rounding level, counts as ``floor``: what lies below it was not seen.
+        """
+        assert self._off_diagonal is not None, "only a single chain has a recurrence"
+        last = float(np.sqrt(self.gram[0, 0])) if self.columns else 0.0
+        return self.diagonal, np.append(self._off_diagonal, max(last, floor))
+
+
+def _tridiagonal_eigenvalues(diagonal: _Array, off_diagonal: _Array) -> _Array:
+    if len(diagonal) == 1:
+        return diagonal.copy()
+    return _descending(scipy.linalg.eigvalsh_tridiagonal(diagonal, off_diagonal, lapack_driver="sterf"))
+
+
+def _descending(ascending: _Array) -> _Array:
+    reversed_order: _Array = ascending[::-1]
+    return reversed_order
