@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
@@ -38,6 +38,7 @@ from hessian_callback.held_out import (
     warn_of_imbalance,
 )
 from hessian_callback.hessian import HessianOperator, select_parameters
+from hessian_callback.history_file import FILE_NAME, HistoryWriter
 from hessian_callback.lanczos import LanczosProgress
 from hessian_callback.measurement import Measurement, When
 from hessian_callback.memory import readable_size
@@ -155,7 +156,8 @@ class PowerLawHessianCallback(Callback):
 
     Attributes:
         history: the measurements in order of time, each a `Measurement`, those without a slope included. With
-            ``strategy="ddp_spawn"`` it is filled in the processes that train, and the checkpoints they write.
+            ``strategy="ddp_spawn"`` it is filled in the processes that train, and the checkpoints they write. Beside
+            the files of a TensorBoardLogger or CSVLogger it is kept as ``hessian_history.jsonl``, see `history_file`.
 
     Raises:
         ValueError: if an option is out of range.
@@ -263,6 +265,7 @@ class PowerLawHessianCallback(Callback):
         self.verbose = verbose
 
         self.history = []
+        self._history_file = HistoryWriter(prefix)
         self._time = TimeShare(max_overhead)
         self._overhead = 0.0
         self._held_out: HeldOut | None = None
@@ -448,6 +451,7 @@ class PowerLawHessianCallback(Callback):
         fraction = torch.tensor([self._time.fraction], dtype=torch.float64, device=ranks.control_device)
         self._overhead = float(ranks.broadcast(fraction))
         self._log(trainer, pl_module, measurement)
+        self._store(trainer, ranks)
         if self.verbose:
             announce(trainer, f"{self.prefix}: {measurement.summary()}")
         self._draw(trainer, measurement, ranks)
@@ -817,6 +821,24 @@ class PowerLawHessianCallback(Callback):
         if last is not None:
             for name, value in last.scalars().items():
                 trainer.callback_metrics[f"{self.prefix}/{name}"] = _scalar(value, pl_module.device)
+
+    def _store(self, trainer: Trainer, ranks: Ranks) -> None:
+        """Append the measurement to the history file beside what the loggers write on this machine."""
+        loggers = [logger for logger in trainer.loggers if isinstance(logger, (TensorBoardLogger, CSVLogger))]
+        if not loggers:
+            return
+        error: Exception | None = None
+        try:
+            if trainer.is_global_zero:
+                for logger in loggers:
+                    _ = logger.experiment  # A CSVLogger warns of a folder that is not empty when it begins.
+                folders = [logger.log_dir for logger in loggers if "://" not in logger.log_dir]
+                self._history_file.write(folders, self.history)
+        except Exception as exception:
+            error = exception
+        self._agree_to_go_on(
+            error, ranks, "writing the history", consequence=f"{FILE_NAME} lacks a measurement for now"
+        )
 
     def _draw(self, trainer: Trainer, measurement: Measurement, ranks: Ranks) -> None:
         # Not asked of the logger itself: the one of fast_dev_run claims to have everything.
