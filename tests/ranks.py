@@ -33,7 +33,7 @@ class Outcome:
 
 
 def run_ranks(
-    function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 60, expect_errors: bool = False
+    function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120, expect_errors: bool = False
 ) -> list[Outcome]:
     """Call ``function(rank, *args)`` on every rank of a group; the test fails if a rank hangs.
 
@@ -77,9 +77,9 @@ def _main(
     torch.set_num_threads(1)
     os.environ.pop("MASTER_ADDR", None)
     store = dist.FileStore(str(Path(folder) / "store"), world_size)
-    # A minute: no test of ours may depend on the group's timeout.
+    # Twice the time that a test waits: none may depend on the group's timeout.
     dist.init_process_group(
-        "gloo", store=store, rank=rank, world_size=world_size, timeout=datetime.timedelta(seconds=120)
+        "gloo", store=store, rank=rank, world_size=world_size, timeout=datetime.timedelta(seconds=240)
     )
     started = time.monotonic()
     try:

@@ -60,7 +60,9 @@ def test_what_is_not_a_tensor_is_cut_only_if_it_has_an_entry_for_each_sample() -
 
 
 @pytest.mark.parametrize(
-    "batch", [["a"], torch.tensor(1.0), [torch.zeros(2), torch.zeros(3)], {"text": "abc"}, object()], ids=str
+    "batch",
+    [["a"], torch.tensor(1.0), [torch.zeros(2), torch.zeros(3)], {"text": "abc"}, object()],
+    ids=["no tensor", "scalar", "unequal", "text", "object"],
 )
 def test_what_is_not_clear_is_not_guessed_at(batch: Any) -> None:
     with pytest.raises(ValueError, match=r"Pass batch_weight=.*counted tokens"):

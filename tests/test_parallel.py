@@ -203,7 +203,7 @@ def failing_product(rank: int, failing: int, fault: str) -> None:
 
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_a_rank_that_raises_in_a_product_fails_all(world_size: int) -> None:
-    outcomes = run_ranks(failing_product, world_size, 1, "raise", expect_errors=True, timeout=40)
+    outcomes = run_ranks(failing_product, world_size, 1, "raise", expect_errors=True)
     for rank, outcome in enumerate(outcomes):
         if rank == 1:
             assert (outcome.error, outcome.message) == ("OSError", "no reading on this rank")
@@ -213,13 +213,13 @@ def test_a_rank_that_raises_in_a_product_fails_all(world_size: int) -> None:
 
 
 def test_nan_on_one_rank_fails_all() -> None:
-    for outcome in run_ranks(failing_product, 2, 1, "nan", expect_errors=True, timeout=40):
+    for outcome in run_ranks(failing_product, 2, 1, "nan", expect_errors=True):
         assert outcome.error == "ArithmeticError"
         assert "check the loss" in outcome.message
 
 
 def test_the_survivors_of_a_killed_rank_end_soon_and_say_why() -> None:
-    survivor, killed = run_ranks(failing_product, 2, 1, "kill", expect_errors=True, timeout=40)
+    survivor, killed = run_ranks(failing_product, 2, 1, "kill", expect_errors=True)
     assert (killed.error, killed.exitcode) == ("Killed", -signal.SIGKILL)
     assert survivor.error == "RankLostError"
     assert "another rank's process has ended" in survivor.message
@@ -244,7 +244,7 @@ def failing_preparation(rank: int, fault: str) -> None:
     [("weights", "ValueError", "weighing the batches"), ("loss", "KeyError", "preparing the Hessian-vector products")],
 )
 def test_a_rank_that_fails_before_the_first_product_fails_all(fault: str, error: str, stage: str) -> None:
-    failing, other = run_ranks(failing_preparation, 2, fault, expect_errors=True, timeout=40)
+    failing, other = run_ranks(failing_preparation, 2, fault, expect_errors=True)
     assert failing.error == error
     assert other.error == "PeerError"
     assert f"rank 0 failed while {stage}" in other.message
