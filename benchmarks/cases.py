@@ -143,7 +143,30 @@ def gpt() -> Case:
     return Case(GPT(depth=6, width=128, heads=4, block=64), next_token, text(64, 64, 16))
 
 
-CASES: dict[str, Callable[[], Case]] = {"mlp": mlp, "lenet": lenet, "resnet": resnet, "gpt": gpt}
+def tiny() -> Case:
+    """For tests of the benchmarks themselves."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 12), nn.Tanh(), nn.Linear(12, 10))
+    return Case(model, cross_entropy, digits(8, 128, 32))
+
+
+CASES: dict[str, Callable[[], Case]] = {"mlp": mlp, "lenet": lenet, "resnet": resnet, "gpt": gpt, "tiny": tiny}
+
+# Samples, and samples a batch, that `measured` leaves: two batches at least, so that two ranks can share them.
+MEASURED: dict[str, tuple[int, int]] = {
+    "mlp": (1024, 256),
+    "lenet": (256, 128),
+    "resnet": (64, 32),
+    "gpt": (16, 8),
+    "tiny": (128, 32),
+}
+
+
+def measured(name: str, *, weights: Path | None = None, samples: tuple[int, int] | None = None) -> Case:
+    """A trained case on as many of its samples as the comparisons with others can afford."""
+    case = trained(name, weights=weights)
+    num_samples, batch_size = samples or MEASURED[name]
+    columns = [torch.cat(column)[:num_samples].split(batch_size) for column in zip(*case.batches, strict=True)]
+    return Case(case.model, case.loss_fn, list(zip(*columns, strict=True)))
 
 
 def trained(name: str, *, steps: int = 60, seed: int = 0, weights: Path | None = None) -> Case:
