@@ -1,7 +1,7 @@
 """Eigenvalues that every contestant is measured by: this project's in float64 with bounds of 1e-6.
 
-They take longer than what they judge, so they are kept in references.json under a digest of the weights and the samples,
-and computed again where that differs. `independent` compares them with ARPACK over another project's products.
+They take longer than what they judge, so they are kept in references.json under a digest of the weights and the
+samples, and computed again where that differs. `independent` compares them with ARPACK over another project's products.
 
     python -m benchmarks.references mlp lenet
 
@@ -16,7 +16,6 @@ import hashlib
 import json
 from pathlib import Path
 
-import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.cases import Case, measured

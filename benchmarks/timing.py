@@ -88,12 +88,9 @@ def processor() -> str:
 
 def circumstances(num_threads: int) -> str:
     """Date, machine and versions, for the head of a report."""
+    installed = {str(one.metadata["Name"]).lower(): one.version for one in metadata.distributions()}
     versions = [f"Python {platform.python_version()}"]
-    for name in DISTRIBUTIONS:
-        try:
-            versions.append(f"{name} {metadata.version(name)}")
-        except metadata.PackageNotFoundError:
-            versions.append(f"{name} missing")
+    versions += [f"{name} {installed.get(name, 'missing')}" for name in DISTRIBUTIONS]
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return (
         f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC; {processor()}, {os.cpu_count()} cores, "
