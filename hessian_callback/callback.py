@@ -40,6 +40,7 @@ from hessian_callback.held_out import (
 from hessian_callback.hessian import HessianOperator, select_parameters
 from hessian_callback.history_file import FILE_NAME, HistoryWriter
 from hessian_callback.lanczos import LanczosProgress
+from hessian_callback.live_prediction import HELD_OUT, LivePrediction
 from hessian_callback.measurement import Measurement, When
 from hessian_callback.memory import readable_size
 from hessian_callback.metrics import PowerLawFitError, PowerLawSlope, SpectrumMetric
@@ -49,6 +50,7 @@ from hessian_callback.objective import as_in_a_step, mean_loss, resolve_loss
 from hessian_callback.parallel import PeerError, RankLostError, Ranks
 from hessian_callback.progress import announce, measuring
 from hessian_callback.protocol import Protocol
+from hessian_callback.run_losses import losses_of
 from hessian_callback.sharding import is_sharded
 from hessian_callback.sharpness import SpectralDensity
 from hessian_callback.spectrum import Spectrum
@@ -150,6 +152,14 @@ class PowerLawHessianCallback(Callback):
         trace_hvps: products for trace and Frobenius norm.
         density_hvps: products for the density.
         subspace_dimension: how many eigenvectors to compare; default 10, but fewer than ``num_eigenvalues``.
+        predict: the validation loss that the next measurement's is predicted of, from slope and fit error and, for
+            comparison, from what costs nothing: ``"held_out"``, the mean loss on the Hessian's own samples (with
+            ``dataloader="train"`` nothing is predicted then); the name of a metric that ``validation_step`` logs,
+            where measurements are made at ends of epochs; or ``None``. From the fifth measurement on
+            `LivePrediction.scalars` says what is logged: ``loss``, ``predicted_loss``, ``next_loss``, their
+            ``_low`` and ``_high``, ``predicted_loss_baseline/log_step``, ``prediction_error/spectrum``,
+            ``rank_correlation/slope`` and so on.
+        train_loss: the name of the training loss that the run logs, for the gap between the two; used where present.
         num_classes: log ``outlier_ratio``, the largest eigenvalue over the one after the ``num_classes`` largest.
         figures: add a picture of the spectrum to TensorBoard, if matplotlib is installed.
         verbose: print the expected cost once, and a line for each measurement.
@@ -158,6 +168,7 @@ class PowerLawHessianCallback(Callback):
         history: the measurements in order of time, each a `Measurement`, those without a slope included. With
             ``strategy="ddp_spawn"`` it is filled in the processes that train, and the checkpoints they write. Beside
             the files of a TensorBoardLogger or CSVLogger it is kept as ``hessian_history.jsonl``, see `history_file`.
+        prediction: a `LivePrediction` of the history; ``None`` if nothing is predicted.
 
     Raises:
         ValueError: if an option is out of range.
@@ -205,6 +216,8 @@ class PowerLawHessianCallback(Callback):
         density_hvps: int = 160,
         subspace_dimension: int | None = None,
         num_classes: int | None = None,
+        predict: str | None = HELD_OUT,
+        train_loss: str | None = "train_loss",
         figures: bool = True,
         verbose: bool = True,
     ) -> None:
@@ -236,6 +249,8 @@ class PowerLawHessianCallback(Callback):
         if not prefix or prefix != prefix.strip("/"):
             raise ValueError(f"prefix must be a name without slashes at its ends, got {prefix!r}")
         check_log_name("prefix", prefix)
+        if "" in (predict, train_loss):
+            raise ValueError("predict and train_loss must be names of metrics, or None for none")
         if seed < 0:
             raise ValueError(f"seed must not be negative, got {seed}")
         if isinstance(parameters, str):
@@ -261,10 +276,16 @@ class PowerLawHessianCallback(Callback):
         self.on_error = on_error
         self.prefix = prefix
         self.seed = seed
+        self.predict = None if self._on_training_data and predict == HELD_OUT else predict
+        self.train_loss = train_loss
         self.figures = figures
         self.verbose = verbose
 
         self.history = []
+        self.prediction = (
+            None if self.predict is None else LivePrediction(self.predict, on_training_data=self._on_training_data)
+        )
+        self._validated_at: int | None = None
         self._history_file = HistoryWriter(prefix)
         self._time = TimeShare(max_overhead)
         self._overhead = 0.0
@@ -302,6 +323,11 @@ class PowerLawHessianCallback(Callback):
         resolve_loss(pl_module, self.loss_fn)
         if isinstance(self.dataloader, str) and not has_loader(trainer, self.dataloader):
             raise MisconfigurationException(missing_loader(self.dataloader))
+        if self.predict not in (None, HELD_OUT) and not self.cadence.by_epochs:
+            raise MisconfigurationException(
+                f"predict={self.predict!r} is known at ends of validation only, and measurements by steps come before; "
+                f"use predict={HELD_OUT!r}, the loss on the Hessian's own samples, or every_n_epochs"
+            )
         if stage == "fit":
             every_epoch = self.cadence.by_epochs and self.cadence.every_n_epochs == 1 and self._time.limit is None
             admission.warn_of_strict_monitors(trainer, self.prefix, every_epoch=every_epoch)
@@ -358,6 +384,7 @@ class PowerLawHessianCallback(Callback):
         """Measure in ``trainer.validate()``, and where monitoring callbacks look after validation."""
         if not self._active or trainer.sanity_checking:
             return
+        self._validated_at = trainer.global_step
         if trainer.state.fn == TrainerFn.VALIDATING:
             self._measure(trainer, pl_module, "validate")
         elif not self._at_train_epoch_end and self._epoch_is_due(trainer):
@@ -377,6 +404,9 @@ class PowerLawHessianCallback(Callback):
         limited = self._active and self._time.limit is not None
         if limited and self.history and self.history[-1].step != trainer.global_step:
             self._measure(trainer, pl_module, "fit_end")
+        summary = None if self.prediction is None or not self._active else self.prediction.summary()
+        if summary and self.verbose:
+            announce(trainer, f"{self.prefix}: {summary}")
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Let go of the held-out samples."""
@@ -419,6 +449,7 @@ class PowerLawHessianCallback(Callback):
         ranks = _ranks_of(trainer)
         place: dict[str, Any] = {"epoch": trainer.current_epoch, "step": trainer.global_step, "when": when}
         found: dict[str, Any] = {"spectrum": None, "fit": None}
+        losses = self._losses(trainer, ranks, when)
         error: Exception | None = None
         try:
             with undisturbed(trainer, pl_module) as snapshot:
@@ -441,19 +472,22 @@ class PowerLawHessianCallback(Callback):
         measurement = Measurement(
             **place,
             **found,
+            **losses,
             seconds=_seconds_since(began, ranks),
             world_size=ranks.world_size,
             mode="paper" if self.protocol.mode == "paper" else "strict",
         )
         self._warn_of_another_protocol(measurement)
         self.history.append(measurement)
+        self._predict(ranks)
         self._time.add(measurement.seconds)
         fraction = torch.tensor([self._time.fraction], dtype=torch.float64, device=ranks.control_device)
         self._overhead = float(ranks.broadcast(fraction))
         self._log(trainer, pl_module, measurement)
         self._store(trainer, ranks)
         if self.verbose:
-            announce(trainer, f"{self.prefix}: {measurement.summary()}")
+            expected = "" if self.prediction is None else self.prediction.expectation()
+            announce(trainer, f"{self.prefix}: {measurement.summary()}{expected}")
         self._draw(trainer, measurement, ranks)
         # What logging and drawing took is the callback's time as well.
         self._time.spent += time.monotonic() - began - measurement.seconds
@@ -600,6 +634,43 @@ class PowerLawHessianCallback(Callback):
         # Several ranks are not told at the same product, so they go on to the end together.
         if trainer.received_sigterm and ranks.world_size == 1:
             raise _ToldToEnd
+
+    # -- prediction ------------------------------------------------------------------------------
+
+    def _losses(self, trainer: Trainer, ranks: Ranks, when: When) -> dict[str, float | None]:
+        """Read the run's own losses, the validation loss only if it is that of the present weights."""
+        if self.prediction is None or when in ("fit_start", "validate"):
+            return {}
+        fresh = self.predict != HELD_OUT and self._validated_at == trainer.global_step
+        error: Exception | None = None
+        try:
+            val_loss, train_loss = losses_of(trainer, [self.predict if fresh else None, self.train_loss], ranks)
+        except RankLostError:
+            raise
+        except Exception as exception:
+            error = exception
+        consequence = "nothing is predicted from this measurement"
+        self._agree_to_go_on(error, ranks, "reading the run's losses", consequence=consequence)
+        if error is not None:
+            return {}
+        if fresh and val_loss is None and "predict" not in self._reasons_warned:
+            self._reasons_warned.add("predict")
+            rank_zero_warn(
+                f"predict={self.predict!r}, but no finite metric of that name is logged in validation, so nothing can "
+                f"be predicted; log it in validation_step, or use predict={HELD_OUT!r}"
+            )
+        return {"val_loss": val_loss, "train_loss": train_loss}
+
+    def _predict(self, ranks: Ranks) -> None:
+        error: Exception | None = None
+        try:
+            if self.prediction is not None:
+                self.prediction.follow(self.history)
+        except Exception as exception:
+            error = exception
+        consequence = "the next loss is not predicted"
+        if self._agree_to_go_on(error, ranks, "predicting the next loss", consequence=consequence):
+            self.prediction = None
 
     # -- comparisons -----------------------------------------------------------------------------
 
@@ -763,6 +834,8 @@ class PowerLawHessianCallback(Callback):
 
     def _log(self, trainer: Trainer, pl_module: LightningModule, measurement: Measurement) -> None:
         values = measurement.scalars()
+        if self.prediction is not None and measurement.when not in ("fit_start", "validate"):
+            values |= self.prediction.scalars()
         if self._time.limit is not None and measurement.when != "validate":
             values["overhead"] = self._overhead
         if measurement.when in ("epoch", "validate"):
@@ -819,7 +892,8 @@ class PowerLawHessianCallback(Callback):
         """
         last = next((e for e in reversed(self.history) if e.when in ("epoch", "step") and e.logged), None)
         if last is not None:
-            for name, value in last.scalars().items():
+            values = last.scalars() | (self.prediction.scalars() if self.prediction is not None else {})
+            for name, value in values.items():
                 trainer.callback_metrics[f"{self.prefix}/{name}"] = _scalar(value, pl_module.device)
 
     def _store(self, trainer: Trainer, ranks: Ranks) -> None:
@@ -958,6 +1032,8 @@ class PowerLawHessianCallback(Callback):
                 f"{_STATE_VERSION}; resume with the release that wrote it, or with another prefix"
             )
         self.history = [Measurement.from_state(state) for state in state_dict["history"]]
+        if self.prediction is not None:
+            self.prediction.follow(self.history)
         self._time.restore(state_dict["time"])
         self._restored = True
 

@@ -47,6 +47,8 @@ class Measurement:
         density: the spectral density, if it was asked for.
         precision: of the Hessian-vector products, such as ``"float32"`` or ``"float32 (a copy of bfloat16)"``.
         groups: the same measurement of the Hessian's blocks, by the name of the group of parameters.
+        val_loss: the run's own validation loss with the same weights, where `live_prediction` was told its name.
+        train_loss: the run's own training loss as it was logged last, mostly the mean over the epoch.
 
     Example:
         >>> failed = Measurement(epoch=3, step=120, when="epoch", spectrum=None, fit=None,
@@ -77,6 +79,8 @@ class Measurement:
     density: SpectralDensity | None = None
     precision: str | None = None
     groups: Mapping[str, Measurement] = field(default_factory=dict)
+    val_loss: float | None = None
+    train_loss: float | None = None
 
     @property
     def logged(self) -> bool:
@@ -206,6 +210,8 @@ class Measurement:
             "num_parameters": self.num_parameters,
             "num_samples": self.num_samples,
             "loss": self.loss,
+            "val_loss": self.val_loss,
+            "train_loss": self.train_loss,
             "engine": self.engine,
             "precision": self.precision,
             "world_size": int(self.world_size),
