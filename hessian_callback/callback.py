@@ -637,7 +637,7 @@ class PowerLawHessianCallback(Callback):
 
     # -- prediction ------------------------------------------------------------------------------
 
-    def _losses(self, trainer: Trainer, ranks: Ranks, when: When) -> dict[str, float | None]:
+    def _losses(self, trainer: Trainer, ranks: Ranks, when: When) -> dict[str, Any]:
         """Read the run's own losses, the validation loss only if it is that of the present weights."""
         if self.prediction is None or when in ("fit_start", "validate"):
             return {}

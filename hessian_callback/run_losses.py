@@ -32,7 +32,7 @@ def losses_of(trainer: Trainer, names: Sequence[str | None], ranks: Ranks) -> li
     with ranks.together("reading the losses that the run has logged"):
         # Lightning computes metrics at each access, so only once, and only if one is wanted.
         metrics: Mapping[str, torch.Tensor] = trainer.callback_metrics if any(names) else {}
-        own = [float(metrics[name]) if name in metrics else None for name in names]
+        own = [float(metrics[name]) if name is not None and name in metrics else None for name in names]
     rows = [[float(value is not None), 0.0 if value is None else value] for value in own]
     dtype = torch.float32 if ranks.control_device.type == "mps" else torch.float64
     summed = ranks.all_reduce(torch.tensor(rows, dtype=dtype, device=ranks.control_device)).tolist()
