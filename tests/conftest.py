@@ -8,7 +8,7 @@ import pytest
 
 from tests.browser import browser, tensorboard
 
-__all__ = ["browser", "pytest_collection_modifyitems", "pytest_xdist_auto_num_workers", "tensorboard"]
+__all__ = ["browser", "pytest_itemcollected", "pytest_xdist_auto_num_workers", "tensorboard"]
 
 # Read by torch when it is imported, in this process and in those that tests start, which share the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -19,11 +19,9 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     return 2 if config.args_source == pytest.Config.ArgsSource.TESTPATHS else 0
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_itemcollected(item: pytest.Item) -> None:
     """Keep tests that share a fixture of their module on one worker: on two it would be made twice."""
-    for item in items:
-        fixtures = getattr(item, "_fixtureinfo", None)
-        used = fixtures.name2fixturedefs.values() if fixtures is not None else ()
-        if any(definitions[-1].scope == "module" for definitions in used):
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+    fixtures = getattr(item, "_fixtureinfo", None)
+    used = fixtures.name2fixturedefs.values() if fixtures is not None else ()
+    if any(definitions[-1].scope == "module" for definitions in used):
+        item.add_marker(pytest.mark.xdist_group(item.path.stem))
