@@ -25,6 +25,13 @@ weights under SGD, which is a change of the Hessian and no error in measuring it
 
 The reference r is the last measurement that was progress, not the one before, so that steps too small to be seen one
 by one add up until they are.
+
+**How long to wait.** Where the noise is large, a slow trend takes long to be seen, and a patience that is shorter
+proves nothing. With w measurements since the reference, a trend of the relative size :math:`\delta` (``min_trend``)
+a measurement would have come to :math:`w \delta |s_r|`. It is time to stop when that would have been twice what is
+required, so that it would be overlooked about as rarely as noise is taken for progress:
+
+.. math:: w \ge \text{patience} \quad\text{and}\quad w \, \delta \, |s_r| \ge 2 (\nu + z \sigma_D) .
 """
 
 from __future__ import annotations
@@ -153,7 +160,7 @@ class Plateau:
     """Whether a sequence of readings has stopped getting better, at its last one.
 
     Attributes:
-        stop: whether patience has run out.
+        stop: whether it is time to stop.
         wait: readings since the last progress.
         best: index of the last progress, the first reading if there was none.
         reference: index of the reading that the last one was compared with: ``best``, or where the last one is
@@ -179,11 +186,13 @@ def plateau(
     patience: int,
     min_delta: float | Literal["noise"] = "noise",
     num_sigmas: float = 2.0,
+    min_trend: float = 0.02,
 ) -> Plateau:
     """Judge whether a quantity that is measured with noise has stopped getting better.
 
     A reading is progress if it is better than the last progress by more than ``min_delta``. Where ``patience``
-    readings in a row are not, it is time to stop. What came before decides, never what comes after.
+    readings in a row are not, and a trend of ``min_trend`` would have shown by now, it is time to stop. What came
+    before decides, never what comes after.
 
     Args:
         readings: in order of time, at least one.
@@ -191,6 +200,7 @@ def plateau(
         patience: how many readings in a row may be without progress, at least 1.
         min_delta: ``"noise"``, or a fixed number that is at least 0.
         num_sigmas: how many standard errors of the sampling noise count, with ``"noise"``.
+        min_trend: relative change a reading that must not be overlooked, with ``"noise"``; 0: patience alone decides.
 
     Returns:
         The verdict at the last reading.
@@ -220,7 +230,10 @@ def plateau(
         change = readings[current].value - readings[best].value
         progress = (change if mode == "max" else -change) > required
         wait = 0 if progress else verdict.wait + 1
-        verdict = Plateau(wait >= patience, wait, current if progress else best, best, change, required, noise)
+        enough = wait >= patience
+        if noise is not None and min_trend > 0:
+            enough = enough and wait * min_trend * abs(readings[best].value) >= 2 * noise.total
+        verdict = Plateau(enough, wait, current if progress else best, best, change, required, noise)
     return verdict
 
 
