@@ -10,15 +10,17 @@ from hessian_callback.tall_matrices import LONGEST_SUM
 
 __all__ = ["KrylovBasis", "row_products"]
 
-# Vectors in one block of the basis: large enough for BLAS, small enough to allocate little in advance.
-_BLOCK = 32
+# Vectors in the first block of the basis, and the share by which later ones grow it: large enough for BLAS, small
+# enough to allocate little in advance.
+_FIRST_BLOCK = 32
+_GROWTH = 16
 
 
 class KrylovBasis:
-    """Orthonormal vectors in the operator's dtype, this rank's slice of each, as rows of fixed blocks.
+    """Orthonormal vectors in the operator's dtype, this rank's slice of each, as rows of a few blocks.
 
-    Blocks are allocated as the basis grows, so that growing copies nothing, and every operation is a
-    matrix-vector product per block.
+    Blocks are allocated as the basis grows, so that growing copies nothing, and every operation is a matrix-vector
+    product per block, which reads the basis once.
     """
 
     def __init__(self, operator: SymmetricOperator, device: torch.device | str | None = None) -> None:
@@ -26,30 +28,36 @@ class KrylovBasis:
         self._like = torch.empty(0, dtype=operator.dtype, device=operator.device if device is None else device)
         self._length = operator.partition.slice_length
         self._blocks: list[Tensor] = []
+        self._capacity = 0
         self.size = 0
 
     def append(self, vector: Tensor) -> None:
         """Take a vector in."""
-        block, row = divmod(self.size, _BLOCK)
-        if block == len(self._blocks):
-            self._blocks.append(self._like.new_empty(_BLOCK, self._length))
-        self._blocks[block][row] = vector
+        if self.size == self._capacity:
+            rows = max(_FIRST_BLOCK, self.size // _GROWTH)
+            self._blocks.append(self._like.new_empty(rows, self._length))
+            self._capacity += rows
+        self._blocks[-1][self.size - self._capacity] = vector
         self.size += 1
 
-    def _filled(self) -> list[Tensor]:
-        full, rest = divmod(self.size, _BLOCK)
-        return self._blocks[:full] + ([self._blocks[full][:rest]] if rest else [])
+    def vector(self, index: int) -> Tensor:
+        """Return a vector, on the operator's device."""
+        for block in self._blocks:
+            if index < len(block):
+                return block[index].to(self._home)
+            index -= len(block)
+        raise IndexError("the basis has no such vector")
 
     def coefficients(self, vector: Tensor) -> Tensor:
         """``V^T w`` of this rank's slices, ``(N,)`` in float64."""
         vector = vector.to(self._like.device)
-        return torch.cat([row_products(block, vector) for block in self._filled()]).to(self._home)
+        return torch.cat([row_products(block, vector) for block in self._filled(self.size)]).to(self._home)
 
     def subtract(self, vector: Tensor, coefficients: Tensor) -> None:
         """``w -= V h`` in place."""
-        coefficients = coefficients.to(self._like)
         here = vector.to(self._like.device)  # the vector itself, if the basis is on its device
-        for block, part in zip(self._filled(), coefficients.split(_BLOCK), strict=True):
+        blocks = self._filled(self.size)
+        for block, part in zip(blocks, coefficients.to(self._like).split([len(b) for b in blocks]), strict=True):
             here.addmv_(block.t(), part, alpha=-1)
         if here is not vector:
             vector.copy_(here)
@@ -57,10 +65,20 @@ class KrylovBasis:
     def combine(self, weights: Tensor) -> Tensor:
         """``V S``, ``(N, k) -> (slice_length, k)``; ``S`` may have fewer rows than there are vectors."""
         result = self._like.new_zeros(self._length, weights.shape[1])
-        blocks = self._filled()[: -(-weights.shape[0] // _BLOCK)]
-        for block, part in zip(blocks, weights.to(self._like).split(_BLOCK), strict=True):
-            result.addmm_(block[: part.shape[0]].t(), part)
+        blocks = self._filled(len(weights))
+        for block, part in zip(blocks, weights.to(self._like).split([len(b) for b in blocks]), strict=True):
+            result.addmm_(block.t(), part)
         return result.to(self._home)
+
+    def _filled(self, size: int) -> list[Tensor]:
+        """Return the first ``size`` vectors, block by block."""
+        filled = []
+        for block in self._blocks:
+            if size <= 0:
+                break
+            filled.append(block[:size])
+            size -= len(block)
+        return filled
 
 
 def row_products(rows: Tensor, vector: Tensor) -> Tensor:

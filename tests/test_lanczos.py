@@ -294,7 +294,7 @@ def test_the_decomposition_holds(num_chains: int, dtype: torch.dtype) -> None:
         for _ in range(11):
             decomposition.expand(decomposition.chains[chain])
     decomposition.expand(decomposition.chains[0])
-    basis = torch.cat(decomposition.basis._filled())
+    basis = torch.stack([decomposition.basis.vector(index) for index in range(decomposition.size)])
     size = decomposition.size
     eps = torch.finfo(dtype).eps
     gram = basis.double() @ basis.double().T
