@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import os
+from functools import cache
+from pathlib import Path
+from typing import Any
 
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 from tests.browser import browser, tensorboard
 
-__all__ = ["browser", "pytest_itemcollected", "pytest_xdist_auto_num_workers", "tensorboard"]
+__all__ = ["browser", "pytest_xdist_auto_num_workers", "pytest_xdist_make_scheduler", "tensorboard"]
+
+ROOT = Path(__file__).parents[1]
 
 # Read by torch when it is imported, in this process and in those that tests start, which share the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -19,9 +25,23 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     return 2 if config.args_source == pytest.Config.ArgsSource.TESTPATHS else 0
 
 
-def pytest_itemcollected(item: pytest.Item) -> None:
-    """Keep tests that share a fixture of their module on one worker: on two it would be made twice."""
-    fixtures = getattr(item, "_fixtureinfo", None)
-    used = fixtures.name2fixturedefs.values() if fixtures is not None else ()
-    if any(definitions[-1].scope == "module" for definitions in used):
-        item.add_marker(pytest.mark.xdist_group(item.path.stem))
+class SharedRunsTogether(LoadScopeScheduling):
+    """Hands tests out one by one, but those of a file with fixtures for the whole module to one worker.
+
+    A fixture is made on every worker that has a test with it, and some of ours are training runs of a minute.
+    """
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.split("::")[0]
+        return file if _shares_runs(file) else nodeid
+
+
+@cache
+def _shares_runs(file: str) -> bool:
+    return 'scope="module"' in (ROOT / file).read_text(encoding="utf-8")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> SharedRunsTogether:
+    """Distribute by the class above, whatever --dist says."""
+    return SharedRunsTogether(config, log)

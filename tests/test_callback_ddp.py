@@ -216,7 +216,7 @@ def test_ranks_raise_together(name: str, own: str, two_ranks: Path) -> None:
     zero, one = results(two_ranks, name)
     assert own in one["error"]
     assert zero["error"].startswith("PeerError: rank 1 failed while")
-    assert max(zero["seconds"], one["seconds"]) < 20
+    assert max(zero["seconds"], one["seconds"]) < 100
 
 
 @pytest.mark.parametrize(("strategy", "name"), [("ddp_spawn", "warn"), ("ddp_fork", "late")])
@@ -237,5 +237,6 @@ def test_survivors_of_a_killed_rank_end_at_once(tmp_path: Path) -> None:
     result = torch.load(tmp_path / "killed-0.pt", weights_only=True)
     assert "RankLostError" in result["error"], output[-3000:]
     assert "another rank's process has ended" in result["error"]
-    assert result["seconds"] < 20
+    # The limit is the group's own, which survivors would wait for if they did not notice: half an hour.
+    assert result["seconds"] < 100
     assert time.monotonic() - began < TIMEOUT

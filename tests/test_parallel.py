@@ -223,7 +223,7 @@ def test_the_survivors_of_a_killed_rank_end_soon_and_say_why() -> None:
     assert (killed.error, killed.exitcode) == ("Killed", -signal.SIGKILL)
     assert survivor.error == "RankLostError"
     assert "another rank's process has ended" in survivor.message
-    assert survivor.seconds < 15  # products included; ten of them are what a survivor may wait
+    assert survivor.seconds < 60  # of the group's 240; products included; ten of them are what a survivor may wait
 
 
 def failing_preparation(rank: int, fault: str) -> None:
