@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks import peers
 from benchmarks.cases import Case, cross_entropy, lenet
 from benchmarks.timing import circumstances, pin_threads
 from hessian_callback import HessianOperator, top_eigenvalues
@@ -124,6 +125,7 @@ def measure(case: Case, k: int, *, rtol: float, hvp: str, max_hvps: int | None =
                 shown = time.perf_counter()
                 print(f"{shown - began:.0f} s: {state.num_hvps} products, {state.num_converged} of {k}", flush=True)
 
+        peers.expect(operator, k)
         clock.start()
         spectrum = top_eigenvalues(operator, k, rtol=rtol, max_hvps=max_hvps, progress=progress)
         clock.checks += clock.lap()

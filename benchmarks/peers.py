@@ -137,6 +137,13 @@ def _pyhessian(case: Case, batches: Any) -> Any:
     return hessian(model, criterion, dataloader=batches, cuda=False)
 
 
+def expect(operator: HessianOperator, k: int) -> None:
+    """Tell an operator that chooses its engine what is coming: some three products an eigenvalue."""
+    tell = getattr(operator, "expect_products", None)
+    if tell is not None:
+        tell(3 * k + 15)
+
+
 OWN_PRODUCTS: dict[str, Callable[[Case], Product]] = {
     "double backward, graphs kept": lambda case: own(case, "double_backward"),
     "double backward, rebuilt": lambda case: own(case, "double_backward", 0),
@@ -152,7 +159,7 @@ PEER_PRODUCTS: dict[str, Callable[[Case], Product]] = {
 # Eigenvalues.
 
 
-def own_top(case: Case, k: int, *, hvp: str = "auto", rtol: float = 1e-2) -> Found:
+def own_top(case: Case, k: int, *, hvp: str = "auto", rtol: float = 1e-2, max_hvps: int | None = None) -> Found:
     """This project: an operator is made, used and closed."""
     began = time.perf_counter()
     with HessianOperator(case.model, case.loss_fn, case.batches, hvp=hvp, memory_budget=MEMORY) as operator:
@@ -167,7 +174,8 @@ def own_top(case: Case, k: int, *, hvp: str = "auto", rtol: float = 1e-2) -> Fou
             return product
 
         operator.matvec_slice = matvec_slice  # type: ignore[method-assign]
-        spectrum = top_eigenvalues(operator, k, rtol=rtol)
+        expect(operator, k)
+        spectrum = top_eigenvalues(operator, k, rtol=rtol, max_hvps=max_hvps)
         note = operator.engine if spectrum.all_converged else f"{operator.engine}, stopped: {spectrum.stopped}"
     return Found(spectrum.eigenvalues.tolist(), spectrum.num_hvps, note, preparing, seconds[0])
 

@@ -58,6 +58,7 @@ def measure(
 
         def own(label: str, part: Case, group: Any) -> None:
             with _operator(part, group) as operator:
+                peers.expect(operator, k)
                 spectrum = top_eigenvalues(operator, k)
             found[label], spent[label] = spectrum.eigenvalues.tolist(), spectrum.num_hvps
 
