@@ -13,6 +13,7 @@ from hessian_callback._version import __version__
 
 if TYPE_CHECKING:
     from hessian_callback.callback import PowerLawHessianCallback
+    from hessian_callback.early_stopping import PowerLawEarlyStopping
     from hessian_callback.hessian import HessianOperator
     from hessian_callback.lanczos import top_eigenvalues
     from hessian_callback.metrics import PowerLawFitError, PowerLawSlope
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "HessianOperator",
+    "PowerLawEarlyStopping",
     "PowerLawFit",
     "PowerLawFitError",
     "PowerLawHessianCallback",
@@ -33,6 +35,7 @@ __all__ = [
 
 _ROOMS = {
     "HessianOperator": "hessian",
+    "PowerLawEarlyStopping": "early_stopping",
     "PowerLawFit": "power_law",
     "PowerLawFitError": "metrics",
     "PowerLawHessianCallback": "callback",

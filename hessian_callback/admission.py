@@ -120,11 +120,12 @@ def warn_of_strict_monitors(trainer: pl.Trainer, prefix: str, *, every_epoch: bo
                 f"{name} monitors {key!r} with strict=True: should the first measurement fail, it ends the "
                 "run with an error. Pass strict=False to let it wait for the first slope"
             )
-        if isinstance(callback, EarlyStopping) and not every_epoch:
+        # Who is told of measurements needs no warning of epochs without one.
+        if isinstance(callback, EarlyStopping) and not every_epoch and not hasattr(callback, "on_hessian_measured"):
             rank_zero_warn(
-                f"{name} monitors {key!r}, which is not measured every epoch; it counts "
-                f"patience={callback.patience} in its own checks, and an unmeasured epoch counts as one "
-                "without improvement. Choose patience accordingly"
+                f"{name} monitors {key!r}, which is not measured every epoch: where it is not, it sees the last "
+                f"value again and counts that as a check without improvement, of which patience={callback.patience} "
+                "allows. PowerLawEarlyStopping counts measurements instead; or choose patience accordingly"
             )
         if isinstance(callback, ModelCheckpoint):
             rank_zero_warn(
