@@ -17,6 +17,7 @@ __all__ = [
     "check_twice_differentiable",
     "exact_derivatives",
     "explained",
+    "graph_nodes",
 ]
 
 
@@ -63,7 +64,7 @@ def check_twice_differentiable(gradients: Sequence[Tensor]) -> None:
     Raises:
         DoubleBackwardError: if there is one.
     """
-    for node in _nodes(gradients):
+    for node in graph_nodes(gradients):
         if node.name() in ("torch::autograd::Error", "DelayedError", "NotImplemented"):
             raise DoubleBackwardError(
                 "a custom autograd function of the model has no double backward (its backward is marked "
@@ -79,11 +80,11 @@ def check_parameters_visible(loss: Tensor) -> None:
     Raises:
         DoubleBackwardError: if there is some.
     """
-    if any(node.name() == "CheckpointFunctionBackward" for node in _nodes([loss])):
+    if any(node.name() == "CheckpointFunctionBackward" for node in graph_nodes([loss])):
         raise DoubleBackwardError(_REENTRANT)
 
 
-def _nodes(tensors: Sequence[Tensor]) -> Iterator[Any]:
+def graph_nodes(tensors: Sequence[Tensor]) -> Iterator[Any]:
     """Yield the nodes of the graph behind some tensors, each once."""
     pending = [tensor.grad_fn for tensor in tensors if tensor.grad_fn is not None]
     seen = set(pending)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import statistics
+import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,13 +15,23 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from hessian_callback.batches import leading_dimension
-from hessian_callback.derivatives import DoubleBackwardError, check_parameters_visible
+from hessian_callback.derivatives import check_parameters_visible
+from hessian_callback.engine_choice import TIMED_PRODUCTS, EngineExperience, Timing, tracing_pays, trial_pays
 from hessian_callback.memory import free_memory, is_out_of_memory, readable_size
 from hessian_callback.micro_batches import MicroBatches
 from hessian_callback.names import matching
 from hessian_callback.parallel import PeerError, RankLostError, Ranks
-from hessian_callback.products import BatchLoss, DoubleBackward, FiniteDifference, Linearize, ProductEngine
+from hessian_callback.products import (
+    BatchLoss,
+    DoubleBackward,
+    FiniteDifference,
+    Linearize,
+    ProductEngine,
+    check_agreement,
+    trial_directions,
+)
 from hessian_callback.sharding import ShardedFiniteDifference, is_sharded, reshard, unsharded
+from hessian_callback.tracing import TracedProduct, signature
 
 __all__ = ["HessianOperator", "select_parameters"]
 
@@ -64,14 +77,19 @@ class HessianOperator:
             bool``; ``None`` for all. Frozen ones are never chosen; tied ones count once, under any of their names.
         process_group: the ranks that share the batches; in a single process leave it out. Pass
             ``torch.distributed.group.WORLD`` for all ranks, or a group of one for a Hessian of this rank alone.
-        hvp: ``"double_backward"``, ``"linearize"`` or ``"finite_difference"``; ``"auto"`` is exact.
+        hvp: ``"double_backward"``, ``"linearize"`` or ``"finite_difference"``; ``"auto"`` begins with double
+            backward and changes over to linearize where that, measured on this model, saves time: see
+            `expect_products`. All but differences are exact.
         memory_budget: bytes that gradient graphs may take on this rank; ``None``: a quarter of what is free. With 0
             none are kept and no batch is cut.
+        experience: what earlier operators of this model have learnt for ``"auto"``; added to.
 
     Attributes:
         num_parameters: P.
         parameter_names: names of the chosen parameters, in the order of the flat vector.
         engine: the name of the product engine in use.
+        engine_reason: why it is, in a few words.
+        mean_loss: the weighted mean loss over all ranks' batches, as it was evaluated while preparing.
         num_cached_graphs: batches whose gradient graph is kept on this rank.
         bytes_per_graph: the size of the largest batch's graph, in bytes; 0 where it is not known.
         num_halvings: how many times the batches were halved because memory had run out.
@@ -107,6 +125,7 @@ class HessianOperator:
         process_group: dist.ProcessGroup | None = None,
         hvp: str = "auto",
         memory_budget: int | None = None,
+        experience: EngineExperience | None = None,
     ) -> None:
         if process_group is None and Ranks.default().world_size > 1:
             raise ValueError(
@@ -117,6 +136,11 @@ class HessianOperator:
         if hvp not in _ENGINES:
             raise ValueError(f"hvp must be one of {', '.join(map(repr, _ENGINES))}, got {hvp!r}")
         self.ranks = Ranks(process_group)
+        self.engine_reason = "asked for by name" if hvp != "auto" else "no change-over was considered"
+        self._experience = experience if experience is not None else EngineExperience()
+        self._products_left = 0
+        self._seconds: list[float] = []
+        self._considered = hvp != "auto"
         self._held = ExitStack()
         sharded = is_sharded(model)
         if sharded and hvp == FiniteDifference.name:
@@ -150,6 +174,7 @@ class HessianOperator:
         self.num_halvings = 0
         self._hvp, self._memory_budget = hvp, memory_budget
         self._mean: float | None = None
+        self._budget = 0
         self._loss = BatchLoss(model, loss_fn, list(chosen.values()))
         self._padding = _padding_rows(model, chosen)
         with self.ranks.together("weighing the batches"):
@@ -162,7 +187,7 @@ class HessianOperator:
         if sharded and hvp == FiniteDifference.name:
             sharing = ShardedFiniteDifference(self._loss, batches, self._parts.weights, self.ranks)
             self._engine = sharing
-            self._check_loss(MicroBatches(sharing.batches, sharing.weights))
+            self._mean = self._check_loss(MicroBatches(sharing.batches, sharing.weights)) / self.ranks.world_size
             return
         self._prepare()
 
@@ -201,6 +226,24 @@ class HessianOperator:
         eps = torch.finfo(self.dtype).eps
         return float(64 * eps if self.exact else eps**0.5)
 
+    @property
+    def mean_loss(self) -> float:
+        """The weighted mean loss over all ranks' batches; a collective."""
+        own = self._control_tensor([0.0 if self._mean is None else self._mean])
+        return float(self.ranks.all_reduce(own))
+
+    def expect_products(self, count: int) -> None:
+        """Say how many products are going to be formed, so that ``hvp="auto"`` can weigh a change-over.
+
+        After `TIMED_PRODUCTS` products all ranks decide together, in one short exchange, whether one batch is
+        worth tracing, and, if so, in another whether the products left are worth tracing the rest. Never told,
+        ``"auto"`` stays with double backward. Both engines are exact, so eigenvalues agree to rounding.
+
+        Args:
+            count: products expected from now on, the same on all ranks.
+        """
+        self._products_left = count
+
     def matvec(self, vector: Tensor) -> Tensor:
         """Multiply, ``(P,) -> (P,)``: the same vector on all ranks, and the same result."""
         if vector.shape != (self.num_parameters,):
@@ -234,11 +277,19 @@ class HessianOperator:
     # ------------------------------------------------------------------------------------------
 
     def _sum(self, vector: Tensor) -> Tensor:
+        timed = not self._considered and self._products_left > 0
+        if timed and len(self._seconds) >= TIMED_PRODUCTS:
+            self._consider_tracing()
+            timed = False
+        self._products_left -= 1
         while True:
             error: Exception | None = None
             product: Tensor | None = None
             try:
+                began = self._now() if timed else 0.0
                 product = self._running.product(self._without_padding(vector))
+                if timed:
+                    self._seconds.append(self._now() - began)
             except Exception as exception:
                 error = exception
             try:
@@ -324,6 +375,7 @@ class HessianOperator:
             # Ranks on one machine share the main memory.
             sharing = self.ranks.world_size if self.device.type == "cpu" else 1
             budget = 0 if free is None else int(_BUDGET_SHARE * free / sharing)
+        self._budget = budget
         self._cut_to(budget)
         parts = self._parts
         spare = budget - _BUILD_FACTOR * self.bytes_per_graph
@@ -348,22 +400,119 @@ class HessianOperator:
         batches, weights = self._parts.batches, self._parts.weights
         if hvp == FiniteDifference.name:
             return FiniteDifference(self._loss, batches, weights)
-        linearized = Linearize(self._loss, batches, weights)
-        self._compare(linearized, batches, weights)
-        return linearized
+        return Linearize(self._loss, batches, weights)
 
-    def _compare(self, engine: ProductEngine, batches: Sequence[Any], weights: Sequence[float]) -> None:
-        """Hold an engine against double backward: some forward derivatives of PyTorch are wrong."""
-        vector = torch.linspace(-1, 1, self.num_parameters, dtype=self.dtype, device=self.device)
-        expected = DoubleBackward(self._loss, batches, weights, num_cached=0).product(vector)
-        engine.product(-vector)  # A traced function that keeps state would now give something else.
-        error = float((engine.product(vector) - expected).norm())
-        if not error <= 1e4 * torch.finfo(self.dtype).eps * float(expected.norm()):
-            raise DoubleBackwardError(
-                f"hvp={engine.name!r} gave a product that differs from double backward by {error:.1e} in norm "
-                f"{float(expected.norm()):.1e}: an operation of the model has a wrong or missing forward derivative. "
-                "Use hvp='double_backward'"
-            )
+    # -- choosing an engine --------------------------------------------------------------------
+
+    def _consider_tracing(self) -> None:
+        """Change over to `Linearize`, on all ranks or on none, if that is measured to save time."""
+        self._considered = True
+        left, known = self._products_left, self._experience
+        engine = self._running
+        assert isinstance(engine, DoubleBackward)
+        own = statistics.median(self._seconds[1:])
+        product, trace, steady = self._largest(own, known.expected_trace_seconds(self._num_nodes()), self._shapes())
+        # A trace for each further shape; for each batch its constants and a product by either engine.
+        rest = max(0.0, steady - 1) * trace + 3 * product
+        if not trial_pays(Timing(product, trace, rest), left, known):
+            self.engine_reason = known.failure or "too few products are left to pay for tracing"
+            return
+        trial = self._trial(engine)
+        # One number says for each rank what went wrong, if something did.
+        out_of_room = trial is not None and trial.num_bytes > self._budget
+        failed = trial is not None and trial.failure is not None
+        seconds = (0.0, 0.0, 0.0) if trial is None else (trial.trace_seconds, trial.ratio * own, trial.ratio)
+        trace, changed, ratio, any_failed, any_out = self._largest(*seconds, float(failed), float(out_of_room))
+        if any_failed:
+            known.failure = (trial.failure if trial is not None else None) or "another rank cannot trace the loss"
+        elif any_out:
+            known.failure = "the constants of a trace exceed the memory budget"
+        if known.failure is not None:
+            self.engine_reason = known.failure
+            return
+        known.trace_seconds, known.ratio = trace, changed / product
+        if not tracing_pays(Timing(product, 0.0, max(0.0, steady - 1) * trace + 3 * product), left, known.ratio):
+            self.engine_reason = f"a traced product takes {ratio:.2f} of its time, not enough for the products left"
+            return
+        self._change_over(engine, trial)
+
+    def _trial(self, engine: DoubleBackward) -> _Trial | None:
+        """Trace one batch and time its product against double backward; ``None`` on a rank without batches."""
+        if not engine.batches:
+            return None
+        batch = self._parts.largest
+        index = next(n for n, other in enumerate(engine.batches) if other is batch)
+        directions = trial_directions(self._loss)
+        try:
+            with self._loss.differentiable():
+                began = self._now()
+                traced, shared = Linearize.trace(self._loss, batch)
+                seconds = self._now() - began
+                constants = traced.constants(batch)
+                check_agreement(Linearize.name, traced.product(constants, directions), engine, index)
+                times: tuple[list[float], list[float]] = ([], [])
+                for _ in range(2):
+                    began = self._now()
+                    traced.product(constants, directions)
+                    between = self._now()
+                    engine.part(index, directions)
+                    times[0].append(between - began)
+                    times[1].append(self._now() - between)
+            size = traced.size(batch, constants) * len(engine.batches)
+            first = (signature(batch), traced) if shared else None
+            return _Trial(seconds, min(times[0]) / min(times[1]), size, first)
+        except Exception as error:
+            return _Trial(failure=f"tracing failed ({type(error).__name__}: {_beginning(error)})")
+
+    def _change_over(self, engine: DoubleBackward, trial: _Trial | None) -> None:
+        """Replace double backward batch by batch; where that fails on any rank, all go back to it."""
+        error: Exception | None = None
+        changed: ProductEngine = engine
+        if engine.batches:
+            try:
+                changed = Linearize(
+                    self._loss,
+                    engine.batches,
+                    engine.weights,
+                    reference=engine,
+                    first=None if trial is None else trial.first,
+                )
+            except Exception as exception:
+                exception.__traceback__ = None  # Its frames hold what was traced so far.
+                error = exception
+        else:
+            changed = Linearize(self._loss, [], [])
+        if self.ranks.failed_ranks(error is not None):
+            why = "on another rank" if error is None else f"{type(error).__name__}: {_beginning(error)}"
+            self._experience.failure = self.engine_reason = f"tracing failed ({why})"
+            del changed
+            engine.close()
+            self._prepare()
+            return
+        self._engine = changed
+        ratio = self._experience.ratio
+        assert ratio is not None
+        self.engine_reason = f"measured to take {ratio:.2f} of double backward's time"
+
+    def _num_nodes(self) -> int:
+        return self._running.num_nodes if isinstance(self._running, DoubleBackward) else 0
+
+    def _shapes(self) -> float:
+        """How many traces the batches need; those that share none need one each."""
+        keys = [signature(batch) for batch in self._parts.batches]
+        return float(len({key for key in keys if key is not None}) + sum(key is None for key in keys))
+
+    def _largest(self, *values: float) -> list[float]:
+        """Return the largest of the ranks' values, each; one exchange."""
+        table = torch.zeros(self.ranks.world_size, len(values), dtype=torch.float64, device=self.ranks.control_device)
+        table[self.ranks.rank] = torch.tensor(values, dtype=torch.float64)
+        largest: list[float] = self.ranks.all_reduce(table).amax(dim=0).tolist()
+        return largest
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":  # Only while engines are compared: what was queued must be done.
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
 
     def _check_loss(self, parts: MicroBatches) -> float:
         """Evaluate every batch once, and the first one twice; return their weighted sum.
@@ -404,6 +553,22 @@ class HessianOperator:
 
     def _control_tensor(self, values: list[float]) -> Tensor:
         return torch.tensor(values, dtype=torch.float64, device=self.ranks.control_device)
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """What tracing one batch has shown on this rank."""
+
+    trace_seconds: float = 0.0
+    ratio: float = 0.0
+    num_bytes: int = 0  # of the constants of all batches
+    first: tuple[Hashable, TracedProduct] | None = None
+    failure: str | None = None
+
+
+def _beginning(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) <= 100 else text[:97] + "..."
 
 
 _ENGINES = ("auto", DoubleBackward.name, Linearize.name, FiniteDifference.name)

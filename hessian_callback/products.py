@@ -8,7 +8,7 @@ function forward over reverse once and folds what does not depend on the directi
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
@@ -16,10 +16,25 @@ import torch
 from torch import Tensor, nn
 
 from hessian_callback.batches import tensors
-from hessian_callback.derivatives import check_twice_differentiable, exact_derivatives, explained
+from hessian_callback.derivatives import (
+    DoubleBackwardError,
+    check_twice_differentiable,
+    exact_derivatives,
+    explained,
+    graph_nodes,
+)
 from hessian_callback.memory import count_saved_tensors
+from hessian_callback.tracing import TracedProduct, signature
 
-__all__ = ["BatchLoss", "DoubleBackward", "FiniteDifference", "Linearize", "ProductEngine"]
+__all__ = [
+    "BatchLoss",
+    "DoubleBackward",
+    "FiniteDifference",
+    "Linearize",
+    "ProductEngine",
+    "check_agreement",
+    "trial_directions",
+]
 
 
 class BatchLoss:
@@ -107,10 +122,11 @@ class ProductEngine(ABC):
     def close(self) -> None:
         """Let go of everything that was kept between products."""
 
-    def _accumulate(self, total: Tensor, pieces: Sequence[Tensor], weight: float) -> None:
+    def _accumulate(self, total: Tensor, pieces: Sequence[Tensor | None], weight: float) -> None:
         with torch.no_grad():
             for part, piece in zip(self.loss.split(total), pieces, strict=True):
-                part.add_(piece, alpha=weight)
+                if piece is not None:
+                    part.add_(piece, alpha=weight)
 
 
 class DoubleBackward(ProductEngine):
@@ -134,12 +150,18 @@ class DoubleBackward(ProductEngine):
         super().__init__(loss, batches, weights)
         keep = self.batches if num_cached is None else self.batches[:num_cached]
         with loss.differentiable():
-            self._graphs = [loss.gradient(batch, create_graph=True)[1] for batch in keep]
+            self._graphs: list[list[Tensor] | None] = [loss.gradient(batch, create_graph=True)[1] for batch in keep]
+
+    @property
+    def num_nodes(self) -> int:
+        """Nodes of the first kept graph, by which the time of a trace is guessed; 0 where none is kept."""
+        kept = next((graph for graph in self._graphs if graph is not None), None)
+        return 0 if kept is None else sum(1 for _ in graph_nodes(kept))
 
     @property
     def num_cached(self) -> int:
         """Batches whose gradient graph is kept."""
-        return len(self._graphs)
+        return sum(graph is not None for graph in self._graphs)
 
     @staticmethod
     def graph_size(loss: BatchLoss, batch: Any) -> int:
@@ -159,13 +181,26 @@ class DoubleBackward(ProductEngine):
         """Differentiate ``g . v``: one backward pass a batch, and the gradient first where it was not kept."""
         with self.loss.differentiable():
             total, directions = torch.zeros_like(vector), self.loss.split(vector)
-            for index, (batch, weight) in enumerate(zip(self.batches, self.weights, strict=True)):
-                if index < len(self._graphs):
-                    gradients, keep = self._graphs[index], True
-                else:
-                    gradients, keep = self.loss.gradient(batch, create_graph=True)[1], False
-                self._accumulate(total, self._differentiate(gradients, directions, keep), weight)
+            for index, weight in enumerate(self.weights):
+                self._accumulate(total, self._part(index, directions), weight)
         return total
+
+    def part(self, index: int, directions: list[Tensor]) -> Sequence[Tensor]:
+        """Multiply with the Hessian of one batch, unweighted, in the parameters' shapes."""
+        with self.loss.differentiable():
+            return self._part(index, directions)
+
+    def release(self, index: int) -> None:
+        """Let go of one batch's graph; it is rebuilt from now on."""
+        if index < len(self._graphs):
+            self._graphs[index] = None
+
+    def _part(self, index: int, directions: list[Tensor]) -> Sequence[Tensor]:
+        kept = self._graphs[index] if index < len(self._graphs) else None
+        if kept is not None:
+            return self._differentiate(kept, directions, keep=True)
+        gradients = self.loss.gradient(self.batches[index], create_graph=True)[1]
+        return self._differentiate(gradients, directions, keep=False)
 
     def _differentiate(self, gradients: list[Tensor], directions: list[Tensor], keep: bool) -> Sequence[Tensor]:
         # The gradient of a parameter that the loss is linear in is a constant without a graph.
@@ -191,48 +226,95 @@ class DoubleBackward(ProductEngine):
 
 
 class Linearize(ProductEngine):
-    """Exact products by ``torch.func.linearize`` of the gradient function: forward over reverse, traced once.
+    """Exact products forward over reverse: the gradient function's derivative, traced once for each shape of a batch.
 
     Tracing takes seconds and fails for operations without a forward derivative and for control flow that
-    depends on values; a product then costs as little as any.
+    depends on values; a product then costs as little as any. Each batch's traced product is compared with double
+    backward, because some forward derivatives of PyTorch are wrong.
+
+    Args:
+        loss: the loss and its parameters.
+        batches: this rank's batches.
+        weights: the weight of each.
+        reference: double backward for the same batches, whose graph of each batch is let go of as soon as the
+            traced product takes its place; default: graphs are built one at a time.
+        first: a trace that is there already.
+
+    Raises:
+        DoubleBackwardError: if a traced product differs from double backward.
     """
 
     name = "linearize"
     exact = True
 
-    def __init__(self, loss: BatchLoss, batches: Sequence[Any], weights: Sequence[float]) -> None:
+    def __init__(
+        self,
+        loss: BatchLoss,
+        batches: Sequence[Any],
+        weights: Sequence[float],
+        *,
+        reference: DoubleBackward | None = None,
+        first: tuple[Hashable, TracedProduct] | None = None,
+    ) -> None:
         super().__init__(loss, batches, weights)
-        module = _Loss(loss)
-        names = module.names()
-        # Detached: the traced function must not reach into the autograd graph of the training.
-        point = tuple(parameter.detach() for parameter in loss.parameters)
-
-        def gradient_of(batch: Any) -> Callable[..., tuple[Tensor, ...]]:
-            def value(parameters: tuple[Tensor, ...]) -> Tensor:
-                chosen = dict(zip(names, parameters, strict=True))
-                result = torch.func.functional_call(module, chosen, (batch,))
-                assert isinstance(result, Tensor)
-                return result
-
-            return lambda *parameters: torch.func.grad(value)(parameters)
-
-        # Functionalized: the backward of some operations (SiLU) works in place on what becomes a folded constant,
-        # which would be right in the first product and wrong in the others.
+        reference = reference or DoubleBackward(loss, batches, weights, num_cached=0)
+        traces = dict([first] if first is not None else [])
+        self._traced: list[tuple[TracedProduct, list[Tensor]]] = []
         with loss.differentiable():
-            gradients = [torch.func.functionalize(gradient_of(batch)) for batch in self.batches]
-            self._linear_maps = [torch.func.linearize(gradient, *point)[1] for gradient in gradients]
+            for index, batch in enumerate(self.batches):
+                key = signature(batch)
+                traced = traces.get(key) if key is not None else None
+                if traced is None:
+                    traced, can_be_shared = self.trace(loss, batch)
+                    if can_be_shared:
+                        traces[key] = traced
+                constants = traced.constants(batch)
+                check_agreement(self.name, traced.product(constants, trial_directions(loss)), reference, index)
+                self._traced.append((traced, constants))
+                reference.release(index)
+
+    @staticmethod
+    def trace(loss: BatchLoss, batch: Any) -> tuple[TracedProduct, bool]:
+        """Trace the product of a batch, and say whether batches of its signature may share the trace."""
+        # Tensors in structures of unknown kind are as good as constants, for this batch alone.
+        shared = signature(batch) is not None
+        return TracedProduct(_Loss(loss), loss.parameters, batch, shared=shared), shared
 
     def product(self, vector: Tensor) -> Tensor:
         """Evaluate the traced linear maps."""
-        with self.loss.differentiable(), torch.no_grad():
+        with self.loss.differentiable():
             total, directions = torch.zeros_like(vector), self.loss.split(vector)
-            for linear_map, weight in zip(self._linear_maps, self.weights, strict=True):
-                self._accumulate(total, linear_map(*directions), weight)
+            for (traced, constants), weight in zip(self._traced, self.weights, strict=True):
+                self._accumulate(total, traced.product(constants, directions), weight)
         return total
 
     def close(self) -> None:
         """Let go of the traced functions and their constants."""
-        self._linear_maps = []
+        self._traced = []
+
+
+def trial_directions(loss: BatchLoss) -> list[Tensor]:
+    """Return the direction along which engines are compared, in the parameters' shapes."""
+    first = loss.parameters[0]
+    return loss.split(torch.linspace(-1, 1, sum(loss.sizes), dtype=first.dtype, device=first.device))
+
+
+def check_agreement(name: str, found: Sequence[Tensor | None], reference: DoubleBackward, index: int) -> None:
+    """Hold an engine's product of one batch along `trial_directions` against double backward.
+
+    Raises:
+        DoubleBackwardError: if they differ by more than rounding explains.
+    """
+    expected = reference.part(index, trial_directions(reference.loss))
+    pairs = list(zip(found, expected, strict=True))
+    error = torch.stack([(part if one is None else part - one).norm() for one, part in pairs]).norm()
+    norm = torch.stack([part.norm() for part in expected]).norm()
+    if not float(error) <= 1e4 * torch.finfo(norm.dtype).eps * float(norm):
+        raise DoubleBackwardError(
+            f"hvp={name!r} gave a product that differs from double backward by {float(error):.1e} in norm "
+            f"{float(norm):.1e}: an operation of the model has a wrong or missing forward derivative. "
+            "Use hvp='double_backward'"
+        )
 
 
 class FiniteDifference(ProductEngine):
@@ -260,21 +342,21 @@ class FiniteDifference(ProductEngine):
         """Form two gradients a batch."""
         with self.loss.differentiable():
             total, directions = torch.zeros_like(vector), self.loss.split(vector)
-            length = float(vector.norm())
-            if length == 0:
-                return total
             parameters = self.loss.parameters
             originals = [parameter.detach().clone() for parameter in parameters]
-            scale = float(torch.stack([original.norm() for original in originals]).norm())
-            step = torch.finfo(vector.dtype).eps ** 0.5 * max(1.0, scale) / length
+            # Tensors, not numbers: a GPU would have to be waited for. Along zero, any step gives the product zero.
+            length = vector.norm()
+            scale = torch.stack([original.norm() for original in originals]).norm().clamp(min=1.0)
+            step = torch.finfo(vector.dtype).eps ** 0.5 * scale / torch.where(length > 0, length, 1.0)
             try:
                 for sign in (1.0, -1.0):
                     with torch.no_grad():
                         for parameter, original, direction in zip(parameters, originals, directions, strict=True):
-                            parameter.copy_(original).add_(direction, alpha=sign * step)
+                            parameter.copy_(original).addcmul_(direction, step, value=sign)
                     for batch, weight in zip(self.batches, self.weights, strict=True):
                         gradients = self.loss.gradient(batch, create_graph=False)[1]
-                        self._accumulate(total, gradients, sign * weight / (2 * step))
+                        self._accumulate(total, gradients, sign * weight)
+                total.div_(2 * step)
             finally:
                 with torch.no_grad():
                     for parameter, original in zip(parameters, originals, strict=True):
@@ -289,10 +371,6 @@ class _Loss(nn.Module):
         super().__init__()
         self.model = loss.model
         self._loss = [loss]  # in a list: the loss is not a submodule
-
-    def names(self) -> list[str]:
-        by_identity = {id(parameter): name for name, parameter in self.named_parameters()}
-        return [by_identity[id(parameter)] for parameter in self._loss[0].parameters]
 
     def forward(self, batch: Any) -> Tensor:
         return self._loss[0].value(batch)

@@ -120,6 +120,10 @@ class Protocol:
         Raises:
             ArithmeticError: when a product holds NaN or infinity.
         """
+        # A matrix other than a network's has no engine to choose.
+        expect = getattr(operator, "expect_products", None)
+        if expect is not None:
+            expect(self.expected_hvps(operator.partition.size))
         if self.mode == "paper":
             pool = pooled_ritz_values(
                 operator, num_runs=self.paper_runs, num_steps=self.steps, seed=self.seed, progress=progress
