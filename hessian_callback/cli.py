@@ -225,6 +225,12 @@ def stop_messages(trainer: Trainer) -> list[str]:
         stopped = getattr(stopper, "stopping_reason_message", "unknown") is not None
         if not stopped or stopper.stopped_epoch != trainer.current_epoch - 1:
             continue
+        if hasattr(stopper, "on_hessian_measured"):  # PowerLawEarlyStopping, which has words of its own.
+            messages.append(
+                f"{type(stopper).__name__} stopped the training at epoch {stopper.stopped_epoch}: "
+                f"{stopper.stopping_reason_message}."
+            )
+            continue
         value, best = float(trainer.callback_metrics[stopper.monitor]), float(stopper.best_score)
         message = (
             f"{type(stopper).__name__} stopped the training at epoch {stopper.stopped_epoch}: "

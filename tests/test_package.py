@@ -60,6 +60,7 @@ print(sorted({"matplotlib", "sklearn", "jsonargparse"} & added))
     "name",
     [
         "PowerLawHessianCallback",
+        "PowerLawEarlyStopping",
         "HessianOperator",
         "top_eigenvalues",
         "Spectrum",
