@@ -142,20 +142,21 @@ def test_validate_measures_a_checkpoint_as_training_did(digits: Run, tmp_path: P
 
 
 def test_example_stops_by_itself_and_says_so(stopped: Run) -> None:
-    (epoch, value, best) = re.findall(
-        r"^EarlyStopping stopped the training at epoch (\d+): hessian/slope = ([\d.]+), "
-        r"not better than its best, ([\d.]+), at 4 checks in a row \(mode=max, patience=4\)\.$",
+    ((epoch, value, best, when, noise, wait),) = re.findall(
+        r"^PowerLawEarlyStopping stopped the training at epoch (\d+): hessian/slope = ([\d.]+) \(epoch \d+, step \d+\) "
+        r"is not above ([\d.]+) \(epoch (\d+), step \d+\) by more than the noise of the difference, ([\d.]+) "
+        r"\(numerical [\d.e-]+, sample 2 x [\d.]+ from the halves of \d+ measurements\); "
+        r"measurements without progress: (\d+) \(patience=4, mode='max'\)\.$",
         stopped.output,
         re.M,
-    )[0]
+    )
     slopes = [slope for slope, _, _ in stopped.table.values()][1:]
     assert int(epoch) == len(slopes) - 1 < 29
     assert float(value) == pytest.approx(slopes[-1], abs=1e-3)
-    assert float(best) == pytest.approx(max(slopes), abs=1e-3)
-    # The rule, replayed on the printed slopes: the best is four epochs old at the end, and never was before.
-    waits = [e - max(range(e + 1), key=slopes.__getitem__) for e in range(len(slopes))]
-    assert waits[-1] == 4
-    assert max(waits[:-1]) < 4
+    assert float(best) == pytest.approx(slopes[int(when)], abs=1e-3)
+    assert float(value) - float(best) <= float(noise)
+    assert int(wait) == int(epoch) - int(when) >= 4
+    assert int(wait) * 0.02 * float(best) >= 2 * float(noise) - 1e-3
 
 
 def fit(*callbacks: EarlyStopping, max_epochs: int = 3) -> Trainer:
