@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 __all__ = ["Cadence", "TimeShare"]
+
+# Durations whose median the next one is expected to have: one that was held up must not decide alone.
+_RECENT = 5
 
 
 @dataclass(frozen=True)
@@ -78,7 +84,17 @@ class Cadence:
 
 
 class TimeShare:
-    """Keeps a callback's share of the wall time in bounds.
+    r"""Keeps a callback's share of the wall time in bounds.
+
+    A measurement is allowed where one of the expected duration :math:`p`, the median of the last five, would leave
+    the share within the limit :math:`f`: :math:`s + p \le f (t + p)`, with :math:`s` of :math:`t` seconds spent.
+
+    What is guaranteed: after an allowed measurement of duration d, :math:`s \le f t + (1 - f) \max(0, d - p)`, so
+    the share exceeds the limit only by what that one took longer than expected; and where one is refused,
+    :math:`s > f t - (1 - f) p`, so less than one measurement is unused. Measurements made without asking (the
+    first and the last of a run) count like any other, and those after them wait until they are paid for. So once
+    ten or more measurements were wanted more often than allowed, the share is within a tenth of the limit,
+    except right after one that took far longer than those before.
 
     Args:
         limit: largest share, between 0 and 1; ``None`` for no limit.
@@ -103,7 +119,7 @@ class TimeShare:
         self._clock = clock
         self._earlier = 0.0
         self._started: float | None = None
-        self._last = 0.0
+        self._recent: deque[float] = deque(maxlen=_RECENT)
 
     def start(self) -> None:
         """Start the clock, or start it again after a resume."""
@@ -124,19 +140,25 @@ class TimeShare:
     def add(self, seconds: float) -> None:
         """Note what a measurement took."""
         self.spent += seconds
-        self._last = seconds
+        self._recent.append(seconds)
+
+    @property
+    def expected(self) -> float:
+        """Seconds that the next measurement is expected to take: the median of the last; 0 before the first."""
+        return statistics.median(self._recent) if self._recent else 0.0
 
     def allows_another(self) -> bool:
-        """Whether a measurement as long as the last one would leave the share within the limit."""
+        """Whether a measurement of the expected duration would leave the share within the limit."""
         if self.limit is None:
             return True
-        return self.spent + self._last <= self.limit * (self.elapsed + self._last)
+        return self.spent + self.expected <= self.limit * (self.elapsed + self.expected)
 
-    def state(self) -> dict[str, float]:
+    def state(self) -> dict[str, Any]:
         """Return what a resumed run needs."""
-        return {"spent": self.spent, "elapsed": self.elapsed, "last": self._last}
+        return {"spent": self.spent, "elapsed": self.elapsed, "recent": list(self._recent)}
 
-    def restore(self, state: dict[str, float]) -> None:
-        """Go on from a saved state; `start` starts the clock."""
-        self.spent, self._earlier, self._last = state["spent"], state["elapsed"], state["last"]
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from a saved state, also of the release that noted the last duration only; `start` starts the clock."""
+        self.spent, self._earlier = state["spent"], state["elapsed"]
+        self._recent = deque(state["recent"] if "recent" in state else [state["last"]], maxlen=_RECENT)
         self._started = None

@@ -24,6 +24,7 @@ from hessian_callback import admission
 from hessian_callback.cadence import Cadence, TimeShare
 from hessian_callback.comparisons import Comparisons, Finding
 from hessian_callback.derivatives import DoubleBackwardError
+from hessian_callback.engine_choice import EngineExperience
 from hessian_callback.full_precision import in_full_precision
 from hessian_callback.guard import Snapshot, random_state_kept, sigterm_deferred, undisturbed
 from hessian_callback.halves import assign_halves, cut_large, sampling_stderr
@@ -46,7 +47,7 @@ from hessian_callback.memory import readable_size
 from hessian_callback.metrics import PowerLawFitError, PowerLawSlope, SpectrumMetric
 from hessian_callback.names import check_log_name, compile_pattern
 from hessian_callback.norms import gradient_norm, parameter_norm
-from hessian_callback.objective import as_in_a_step, mean_loss, resolve_loss
+from hessian_callback.objective import as_in_a_step, resolve_loss
 from hessian_callback.parallel import PeerError, RankLostError, Ranks
 from hessian_callback.progress import announce, measuring
 from hessian_callback.protocol import Protocol
@@ -298,6 +299,8 @@ class PowerLawHessianCallback(Callback):
         self._steps_seen = 0
         self._epoch_began: tuple[float, float] | None = None
         self._cost_said = False
+        self._experience: dict[Any, EngineExperience] = {}
+        self._engine_said: str | None = None
         self._cost_warned = False
         self._reasons_warned: set[str] = set()
 
@@ -532,19 +535,19 @@ class PowerLawHessianCallback(Callback):
                 process_group=ranks.group,
                 hvp=self.hvp,
                 memory_budget=self.memory_budget,
+                experience=self._experience.setdefault(parameters, EngineExperience()),
             )
 
         found = _Found()
         with operator_of(self.parameters) as operator:
             # A forward pass of a sharded module is a collective, and ranks hold different numbers of batches.
             whole = not is_sharded(pl_module) or operator.exact
-            value = mean_loss(loss, pl_module, operator.batches, operator.weights, ranks) if whole else None
-            timed = self._say_cost(trainer, operator, held_out)
-            spectrum = self._solve(
-                trainer, operator, ranks, timed=timed, eigenvectors=self.comparisons.needs_eigenvectors
-            )
+            value = operator.mean_loss if whole else None
+            self._say_cost(trainer, operator, held_out)
+            spectrum = self._solve(trainer, operator, ranks, eigenvectors=self.comparisons.needs_eigenvectors)
             engine = operator.engine
             self._say_halvings(trainer, operator)
+            self._say_engine(trainer, operator)
             with ranks.together("fitting the power law"):
                 fit, reason = self.protocol.fit(spectrum)
 
@@ -618,15 +621,12 @@ class PowerLawHessianCallback(Callback):
         ranks: Ranks,
         *,
         description: str = "Hessian",
-        timed: Callable[[LanczosProgress], None] | None = None,
         eigenvectors: bool = False,
     ) -> Spectrum:
         with measuring(trainer, description) as report:
 
             def progress(now: LanczosProgress) -> None:
                 report(now)
-                if timed is not None:
-                    timed(now)
                 self._give_way(trainer, ranks)
 
             return self.protocol.solve(
@@ -950,12 +950,10 @@ class PowerLawHessianCallback(Callback):
 
     # -- cost ------------------------------------------------------------------------------------
 
-    def _say_cost(
-        self, trainer: Trainer, operator: HessianOperator, held_out: HeldOut
-    ) -> Callable[[LanczosProgress], None]:
-        """Announce what the first measurement will take; return what adds the seconds to it."""
+    def _say_cost(self, trainer: Trainer, operator: HessianOperator, held_out: HeldOut) -> None:
+        """Announce what the first measurement will take, its seconds by the time of a product."""
         if self._cost_said or not self.verbose:
-            return lambda _: None
+            return
         self._cost_said = True
         expected = self.protocol.expected_hvps(operator.num_parameters)
         in_addition = self.comparisons.expected_hvps(expected) + len(self.groups) * expected
@@ -964,26 +962,15 @@ class PowerLawHessianCallback(Callback):
         kept = self.num_eigenvalues if self.comparisons.needs_eigenvectors else 0
         basis = (expected + kept) * operator.partition.slice_length * torch.finfo(operator.dtype).bits // 8
         graphs = operator.num_cached_graphs * operator.bytes_per_graph
+        each = operator.seconds_per_product()
         announce(
             trainer,
             f"{self.prefix}: first measurement: {operator.num_parameters:,} parameters, "
             f"{held_out.num_samples:,} samples in {held_out.num_batches} batch(es), about {expected} "
-            f"Hessian-vector products (at most {self.max_hvps}){more}, memory for each rank about "
-            f"{readable_size(basis)} of Lanczos vectors and "
-            f"{readable_size(graphs)} of gradient graphs",
+            f"Hessian-vector products (at most {self.max_hvps}){more}, {1e3 * each:.3g} ms each, so about "
+            f"{each * (expected + in_addition):.2g} s, and memory for each rank about "
+            f"{readable_size(basis)} of Lanczos vectors and {readable_size(graphs)} of gradient graphs",
         )
-        began = time.monotonic()
-
-        def timed(progress: LanczosProgress) -> None:
-            if progress.num_hvps == 3:
-                each = (time.monotonic() - began) / 3
-                announce(
-                    trainer,
-                    f"{self.prefix}: {1e3 * each:.3g} ms a product, so about "
-                    f"{each * (expected + in_addition):.2g} s a measurement",
-                )
-
-        return timed
 
     def _say_halvings(self, trainer: Trainer, operator: HessianOperator) -> None:
         if operator.num_halvings:
@@ -992,6 +979,12 @@ class PowerLawHessianCallback(Callback):
                 f"{self.prefix}: out of memory, so batches were halved {operator.num_halvings} time(s) and the "
                 "measurement went on; a loader with smaller batches, or a memory_budget, spares it that",
             )
+
+    def _say_engine(self, trainer: Trainer, operator: HessianOperator) -> None:
+        """Say how products are formed where ``hvp="auto"`` chose it, once for each choice."""
+        if self.verbose and self.hvp == "auto" and operator.engine != self._engine_said:
+            self._engine_said = operator.engine
+            announce(trainer, f"{self.prefix}: products by {operator.engine}: {operator.engine_reason}")
 
     def _epoch_seconds(self) -> float | None:
         """Return the seconds of the present epoch without the measurements in it."""

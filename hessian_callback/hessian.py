@@ -232,6 +232,14 @@ class HessianOperator:
         own = self._control_tensor([0.0 if self._mean is None else self._mean])
         return float(self.ranks.all_reduce(own))
 
+    def seconds_per_product(self) -> float:
+        """Time a product, the second of two: seconds on the slowest rank. A collective."""
+        vector = torch.ones(self.partition.slice_length, dtype=self.dtype, device=self.device)
+        self.matvec_slice(vector)
+        began = self._now()
+        self.matvec_slice(vector)
+        return self._largest(self._now() - began)[0]
+
     def expect_products(self, count: int) -> None:
         """Say how many products are going to be formed, so that ``hvp="auto"`` can weigh a change-over.
 
