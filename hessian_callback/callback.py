@@ -21,6 +21,7 @@ from torch import Tensor
 from torchmetrics import MeanMetric, Metric
 
 from hessian_callback import admission
+from hessian_callback.boards import show_layout, show_picture, shows_pictures
 from hessian_callback.cadence import Cadence, TimeShare
 from hessian_callback.comparisons import Comparisons, Finding
 from hessian_callback.derivatives import DoubleBackwardError
@@ -162,7 +163,9 @@ class PowerLawHessianCallback(Callback):
             ``rank_correlation/slope`` and so on.
         train_loss: the name of the training loss that the run logs, for the gap between the two; used where present.
         num_classes: log ``outlier_ratio``, the largest eigenvalue over the one after the ``num_classes`` largest.
-        figures: add a picture of the spectrum to TensorBoard, if matplotlib is installed.
+        figures: give a picture of the spectrum to the loggers that show pictures (TensorBoard, Weights & Biases,
+            MLflow), if matplotlib is installed.
+        layout: group the curves under TensorBoard's "Custom Scalars"; ``False`` where you write a layout of your own.
         verbose: print the expected cost once, and a line for each measurement.
 
     Attributes:
@@ -220,6 +223,7 @@ class PowerLawHessianCallback(Callback):
         predict: str | None = HELD_OUT,
         train_loss: str | None = "train_loss",
         figures: bool = True,
+        layout: bool = True,
         verbose: bool = True,
     ) -> None:
         super().__init__()
@@ -280,6 +284,7 @@ class PowerLawHessianCallback(Callback):
         self.predict = None if self._on_training_data and predict == HELD_OUT else predict
         self.train_loss = train_loss
         self.figures = figures
+        self.layout = layout
         self.verbose = verbose
 
         self.history = []
@@ -293,6 +298,8 @@ class PowerLawHessianCallback(Callback):
         self._held_out: HeldOut | None = None
         self._previous_top: Spectrum | None = None
         self._metrics: dict[str, Metric] = {}
+        self._logged_names: set[str] = set()
+        self._laid_out: dict[str, frozenset[str]] = {}
         self._active = True
         self._restored = False
         self._at_train_epoch_end = True
@@ -415,6 +422,7 @@ class PowerLawHessianCallback(Callback):
         """Let go of the held-out samples."""
         self._held_out = None
         self._previous_top = None
+        self._laid_out = {}
         self._restored = False
         self._epoch_began = None
 
@@ -491,6 +499,7 @@ class PowerLawHessianCallback(Callback):
         if self.verbose:
             expected = "" if self.prediction is None else self.prediction.expectation()
             announce(trainer, f"{self.prefix}: {measurement.summary()}{expected}")
+        self._lay_out(trainer, ranks)
         self._draw(trainer, measurement, ranks)
         for listener in _callbacks(trainer):
             if hasattr(listener, "on_hessian_measured"):
@@ -841,6 +850,7 @@ class PowerLawHessianCallback(Callback):
             values |= self.prediction.scalars()
         if self._time.limit is not None and measurement.when != "validate":
             values["overhead"] = self._overhead
+        self._logged_names |= values.keys()
         if measurement.when in ("epoch", "validate"):
             self._log_as_metrics(pl_module, measurement, values)
             return
@@ -917,25 +927,35 @@ class PowerLawHessianCallback(Callback):
             error, ranks, "writing the history", consequence=f"{FILE_NAME} lacks a measurement for now"
         )
 
-    def _draw(self, trainer: Trainer, measurement: Measurement, ranks: Ranks) -> None:
-        # Not asked of the logger itself: the one of fast_dev_run claims to have everything.
-        boards = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
-        if not (self.figures and boards and measurement.spectrum and importlib.util.find_spec("matplotlib")):
+    def _lay_out(self, trainer: Trainer, ranks: Ranks) -> None:
+        """Group all callbacks' curves in TensorBoard, again when there are new ones."""
+        callbacks = [other for other in _callbacks(trainer) if isinstance(other, PowerLawHessianCallback)]
+        curves = {other.prefix: frozenset(other._logged_names) for other in callbacks}
+        if not self.layout or curves == self._laid_out:
             return
         error: Exception | None = None
         try:
             if trainer.is_global_zero:
+                show_layout(trainer.loggers, curves)
+        except Exception as exception:
+            error = exception
+        self._laid_out = curves
+        self._agree_to_go_on(error, ranks, "laying out the curves", consequence="the curves go without a layout")
+
+    def _draw(self, trainer: Trainer, measurement: Measurement, ranks: Ranks) -> None:
+        boards = [logger for logger in trainer.loggers if shows_pictures(logger)] if trainer.is_global_zero else []
+        drawn = self.figures and measurement.spectrum and importlib.util.find_spec("matplotlib")
+        if not (drawn and trainer.loggers):
+            return
+        error: Exception | None = None
+        try:
+            if boards:
                 from hessian_callback.figures import figure_image, spectrum_figure
 
                 with random_state_kept():
                     image = figure_image(spectrum_figure(self.history))
                 for board in boards:
-                    board.experiment.add_image(
-                        f"{self.prefix}/spectrum",
-                        image,
-                        self._logged_step(trainer, measurement),
-                        dataformats="HWC",
-                    )
+                    show_picture(board, f"{self.prefix}/spectrum", image, self._logged_step(trainer, measurement))
         except Exception as exception:
             error = exception
         self._agree_to_go_on(error, ranks, "drawing the spectrum")

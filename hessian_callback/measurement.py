@@ -168,8 +168,11 @@ class Measurement:
                 "slope_stderr": self.slope_stderr,
                 "density_exponent": self.density_exponent,
             }
-            if self.mode == "paper":
-                values["critical_distance"] = self.critical_distance
+            values["critical_distance"] = self.critical_distance
+            if self.fit is not None and self.mode == "strict":
+                low, high = self.fit.slope_interval(0.95)
+                values |= {"slope_low": low, "slope_high": high}
+                values["critical_distance_paper"] = self.fit.critical_distance_paper
         values |= {
             name: value for name, value in self.comparisons.items() if self.logged or not name.startswith("slope_")
         }

@@ -58,6 +58,7 @@ def test_what_is_logged(measured: Any) -> None:
     callback, run, _ = measured
     names = {name.removeprefix("hessian/") for name in run.callback_metrics if name.startswith("hessian/")}
     base = {"slope", "fit_error", "slope_stderr", "density_exponent", "lambda_max", "num_fitted", "num_hvps"}
+    base |= {"slope_low", "slope_high", "critical_distance", "critical_distance_paper"}
     assert names >= base | {f"{name}/{group}" for name in base for group in GROUPS}
     comparisons = {
         *("trace", "trace_stderr", "frobenius_norm", "frobenius_norm_stderr"),
