@@ -1,7 +1,7 @@
 r"""When a noisy slope has stopped moving: a rule on a sequence of numbers, without a trainer.
 
-All measurements of a run use the same samples. By how much two slopes differ is therefore far better known than each of
-them, and a change must be judged by the noise of the *difference* :math:`D = s_t - s_r`. It has two parts.
+All measurements of a run use the same samples. What these do to two slopes alike cancels in their difference, so a
+change must be judged by the noise of the *difference* :math:`D = s_t - s_r`. It has two parts.
 
 **Numerical.** The eigenvalues' error bounds leave an interval :math:`[l, u]` to each slope
 (`numerical_interval`). Where an increase counts as progress, it may be smaller than it looks by at most
