@@ -116,6 +116,10 @@ class PowerLawHessianCallback(Callback):
             training if it would not end on them), or ``callable(name, parameter) -> bool``; default: all that are
             trained.
         rtol: relative tolerance of each eigenvalue.
+        stop_on: ``"eigenvalues"``: every eigenvalue is iterated until it meets ``rtol``. ``"slope"``: a measurement
+            ends as soon as the eigenvalues' proven bounds fix the slope to ``slope_rtol``, after fewer products
+            where the spectrum is dense at its end. Keep one choice within a run.
+        slope_rtol: for ``stop_on="slope"``: half the width of the slope's numerical interval over its middle.
         max_hvps: Hessian-vector products to spend on a measurement at the most; default ``10
             num_eigenvalues``.
         hvp: how products are formed, see `HessianOperator`.
@@ -203,6 +207,8 @@ class PowerLawHessianCallback(Callback):
         batch_weight: Callable[..., Any] | None = None,
         parameters: str | Callable[..., Any] | None = None,
         rtol: float = 1e-2,
+        stop_on: str = "eigenvalues",
+        slope_rtol: float = 2e-2,
         max_hvps: int | None = None,
         hvp: str = "auto",
         memory_budget: int | None = None,
@@ -234,6 +240,8 @@ class PowerLawHessianCallback(Callback):
             max_hvps=max_hvps,
             paper_runs=paper_runs,
             paper_steps=paper_steps,
+            stop_on=stop_on,
+            slope_rtol=slope_rtol,
             allow_fewer=allow_fewer,
             seed=seed,
         )

@@ -73,12 +73,15 @@ class LanczosProgress:
         max_hvps: products it may spend.
         num_converged: eigenvalues that were within tolerance at the last check.
         k: eigenvalues asked for.
+        ritz_values: the k largest Ritz values at the last check, descending, float64: estimates from below.
+            ``None`` before the first check.
     """
 
     num_hvps: int
     max_hvps: int
     num_converged: int
     k: int
+    ritz_values: Tensor | None = None
 
 
 def top_eigenvalues(
@@ -91,6 +94,7 @@ def top_eigenvalues(
     start: Tensor | None = None,
     probe_level: float = 1e-3,
     positive_only: bool = False,
+    criterion: Callable[[Tensor, Tensor], bool] | None = None,
     return_eigenvectors: bool = False,
     progress: Callable[[LanczosProgress], None] | None = None,
     basis_device: torch.device | str | None = None,
@@ -112,6 +116,8 @@ def top_eigenvalues(
         probe_level: bound on the probability that the probe overlooked an eigenvalue.
         positive_only: stop as soon as no further eigenvalue above the rounding level exists, even when
             fewer than ``k`` are positive; what is returned behind the last positive one may then be unconverged.
+        criterion: ``(lower, upper) -> bool``, given proven bounds of the k largest eigenvalues, ``(k,)`` each: stop
+            as soon as it accepts them, even when not every eigenvalue has met ``rtol``.
         return_eigenvectors: also form the Ritz vectors, this rank's slice of each.
         progress: called after every product.
         basis_device: where to keep the basis, one vector for each product; default: the operator's device. On the
@@ -147,7 +153,7 @@ def top_eigenvalues(
         raise ValueError(
             f"max_hvps={max_hvps} cannot give k={k} eigenvalues; allow at least {min(k + 1, size)} products"
         )
-    solver = _Solver(operator, k, rtol, max_hvps, seed, probe_level, positive_only, progress, basis_device)
+    solver = _Solver(operator, k, rtol, max_hvps, seed, probe_level, positive_only, criterion, progress, basis_device)
     return solver.solve(start, return_eigenvectors)
 
 
@@ -163,6 +169,7 @@ class _Solver:
         seed: int,
         level: float,
         positive_only: bool,
+        criterion: Callable[[Tensor, Tensor], bool] | None,
         progress: Callable[[LanczosProgress], None] | None,
         basis_device: torch.device | str | None,
     ) -> None:
@@ -174,8 +181,10 @@ class _Solver:
         self._max_hvps = max_hvps
         self._level = level
         self._positive_only = positive_only
+        self._criterion = criterion
         self._progress = progress
         self._num_converged = 0
+        self._leading: Tensor | None = None
         self._num_probes = 0
         self._decomposition = Decomposition(operator, seed, basis_device)
         # The last products are kept for a probe, so that what is returned unconverged has true bounds too.
@@ -254,7 +263,14 @@ class _Solver:
         if self._positive_only and ritz[0] > self._zero:
             known |= upper <= self._zero
         self._num_converged = int(np.sum(np.cumprod(known)))
-        return bool(known[: self._needed(ritz)].all())
+        self._leading = torch.from_numpy(ritz.copy())
+        return bool(known[: self._needed(ritz)].all()) or self._accepted(ritz, upper)
+
+    def _accepted(self, ritz: _Array, upper: _Array) -> bool:
+        if self._criterion is None or len(ritz) < self._k:
+            return False
+        rounding = self._decomposition.rounding
+        return self._criterion(torch.from_numpy(ritz - rounding), torch.from_numpy(upper + rounding))
 
     def _provable_limit(self) -> float | None:
         """The largest limit on the complement under which the bounds are tight enough.
@@ -269,6 +285,8 @@ class _Solver:
         last = self._needed(ritz) - 1
         tolerated = ritz[last] + self._tolerance(ritz)[last] if last < len(ritz) else self._zero
         high = max(float(tolerated), self._zero if self._positive_only else -np.inf)
+        if self._criterion is not None:  # It may bear bounds that are wider by far.
+            high = max(high, float(ritz[0]))
         for _ in range(12):
             middle = (limit + high) / 2
             if self._sufficient(projection, middle):
@@ -347,7 +365,9 @@ class _Solver:
     def _report(self) -> None:
         if self._progress is not None:
             self._progress(
-                LanczosProgress(self._decomposition.num_hvps, self._max_hvps, self._num_converged, self._wanted)
+                LanczosProgress(
+                    self._decomposition.num_hvps, self._max_hvps, self._num_converged, self._wanted, self._leading
+                )
             )
 
     def _result(
@@ -363,15 +383,18 @@ class _Solver:
         values = self._operator.ranks.broadcast(values.to(self._operator.ranks.control_device)).cpu()
         ritz_values, bounds = values.split([len(ritz), count])
         eigenvalues = ritz_values[:count].clone()
+        converged = bounds <= torch.clamp(self._rtol * eigenvalues.abs(), min=4 * rounding)
         if stopped == "converged" and self._needed(ritz) < self._wanted:
             stopped = "no_more_positive"
+        elif stopped == "converged" and self._criterion is not None and not bool(converged.all()):
+            stopped = "criterion"
         vectors = None
         if return_eigenvectors:
             vectors = decomposition.basis.combine(torch.from_numpy(projection.eigenvectors(count).copy()))
         return Spectrum(
             eigenvalues=eigenvalues,
             error_bounds=bounds.clone(),
-            converged=bounds <= torch.clamp(self._rtol * eigenvalues.abs(), min=4 * rounding),
+            converged=converged,
             rtol=self._rtol,
             missed_probability=0.0 if border == -np.inf else min(1.0, self._num_probes * self._level),
             num_hvps=decomposition.num_hvps,

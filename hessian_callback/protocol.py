@@ -6,10 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from hessian_callback.lanczos import LanczosProgress, top_eigenvalues
 from hessian_callback.linear_operator import SymmetricOperator
 from hessian_callback.memory import device_with_room
+from hessian_callback.numerical_interval import slope_numerical_interval
 from hessian_callback.paper_protocol import pooled_ritz_values
 from hessian_callback.power_law import PowerLawFit, fit_power_law
 from hessian_callback.spectrum import Spectrum
@@ -32,6 +34,10 @@ class Protocol:
         max_hvps: products to spend at the most in strict mode; ``None``: 10 K.
         paper_runs: runs of the paper's protocol.
         paper_steps: steps of each run; ``None``: K, as in the paper.
+        stop_on: ``"eigenvalues"``: iterate until each eigenvalue meets ``rtol``. ``"slope"``: in strict mode stop as
+            soon as the proven bounds of the eigenvalues fix the slope to ``slope_rtol``; the tail may then be
+            known less well than the slope.
+        slope_rtol: half the width of the slope's numerical interval, relative to its middle, that is good enough.
         allow_fewer: whether fewer than K eigenvalues may be fitted without a reason against it.
         seed: seed of the start vectors.
 
@@ -57,6 +63,8 @@ class Protocol:
     max_hvps: int | None = None
     paper_runs: int = 3
     paper_steps: int | None = None
+    stop_on: str = "eigenvalues"
+    slope_rtol: float = 2e-2
     allow_fewer: bool = False
     seed: int = 0
 
@@ -74,6 +82,12 @@ class Protocol:
                 f"max_hvps={self.max_hvps} cannot give num_eigenvalues={wanted} eigenvalues; allow about "
                 f"{EXPECTED_HVPS_PER_EIGENVALUE * wanted}, or leave it out"
             )
+        if self.stop_on not in ("eigenvalues", "slope"):
+            raise ValueError(f"stop_on must be 'eigenvalues' or 'slope', got {self.stop_on!r}")
+        if not 0 < self.slope_rtol < 1:
+            raise ValueError(f"slope_rtol must lie between 0 and 1, got {self.slope_rtol}")
+        if self.stop_on == "slope" and self.mode == "paper":
+            raise ValueError("stop_on='slope' needs proven bounds, which mode='paper' does not have; use mode='strict'")
         if self.paper_runs < 1:
             raise ValueError(f"paper_runs must be at least 1, got {self.paper_runs}")
         if self.paper_steps is not None and self.paper_steps * self.paper_runs < wanted:
@@ -138,10 +152,18 @@ class Protocol:
             max_hvps=self.hvp_limit,
             seed=self.seed,
             positive_only=True,
+            criterion=self._fixes_the_slope if self.stop_on == "slope" else None,
             return_eigenvectors=return_eigenvectors,
             progress=progress,
             basis_device=device_with_room(operator.device, vectors, memory_budget),
         )
+
+    def _fixes_the_slope(self, lower: Tensor, upper: Tensor) -> bool:
+        """Whether all slopes that the eigenvalues' bounds leave open are close enough together."""
+        if not bool((lower > 0).all()):
+            return False
+        low, high = slope_numerical_interval(lower, (upper - lower).clamp(min=0), sides="above")
+        return high - low <= self.slope_rtol * (high + low)
 
     def fit(self, spectrum: Spectrum) -> tuple[PowerLawFit | None, str | None]:
         """Fit the eigenvalues of a spectrum that this protocol trusts.
@@ -154,6 +176,8 @@ class Protocol:
         """
         wanted = self.num_eigenvalues
         values = spectrum.positive_converged
+        if spectrum.stopped == "criterion":  # The bounds fix the slope, if not each eigenvalue.
+            values = spectrum.eigenvalues
         if self.mode == "paper":
             values = spectrum.eigenvalues[spectrum.eigenvalues > 0]
         shortage = None

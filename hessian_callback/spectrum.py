@@ -10,7 +10,7 @@ from torch import Tensor
 
 __all__ = ["Spectrum", "StopReason"]
 
-StopReason = Literal["converged", "no_more_positive", "exhausted", "max_hvps"]
+StopReason = Literal["converged", "criterion", "no_more_positive", "exhausted", "max_hvps"]
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,8 @@ class Spectrum:
         missed_probability: the chance that the probe overlooked an eigenvalue that the bounds exclude.
         num_hvps: matrix-vector products spent, probes included.
         rtol: the relative tolerance that was asked for.
-        stopped: why the computation ended: ``"converged"`` (all k within tolerance),
+        stopped: why the computation ended: ``"converged"`` (all k within tolerance), ``"criterion"`` (the criterion
+            that was passed accepted the bounds before),
             ``"no_more_positive"`` (the bounds exclude further eigenvalues above the rounding level),
             ``"exhausted"`` (the operator has fewer than k dimensions) or ``"max_hvps"``.
         rounding: the part of each bound that rounding or inexact products account for. An eigenvalue

@@ -315,6 +315,23 @@ def test_a_million_parameters(dtype: torch.dtype) -> None:
     assert spectrum.all_converged
 
 
+def test_a_criterion_sees_bounds_that_hold_and_ends_the_run() -> None:
+    matrix = rotated(ranks(400) ** -0.5)
+    truth = truth_of(matrix)[:20]
+    asked = []
+
+    def criterion(lower: Tensor, upper: Tensor) -> bool:
+        assert (lower <= truth + 1e-12).all()
+        asked.append(upper)
+        return bool((upper <= 1.1 * lower).all())
+
+    spectrum = top_eigenvalues(operator_of(matrix), 20, criterion=criterion)
+    assert asked
+    assert spectrum.stopped == "criterion"
+    assert_bounds_hold(spectrum, truth)
+    assert spectrum.num_hvps < top_eigenvalues(operator_of(matrix), 20).num_hvps
+
+
 def test_eigenvectors() -> None:
     matrix = rotated(ranks(150) ** -1.0)
     spectrum = top_eigenvalues(operator_of(matrix), 5, return_eigenvectors=True)
@@ -343,6 +360,9 @@ def test_progress_is_reported_after_every_product() -> None:
     assert [progress.num_hvps for progress in seen] == list(range(1, spectrum.num_hvps + 1))
     assert seen[0].max_hvps == 50
     assert max(progress.num_converged for progress in seen) == 5
+    assert seen[0].ritz_values is None
+    assert seen[-1].ritz_values is not None
+    torch.testing.assert_close(seen[-1].ritz_values, spectrum.eigenvalues, rtol=1e-2, atol=0)
 
 
 @pytest.mark.parametrize(

@@ -65,6 +65,33 @@ def test_only_paper_mode_fits_what_has_not_converged() -> None:
     assert (fit.num_eigenvalues, reason) == (20, None)
 
 
+@pytest.mark.parametrize("slope_rtol", [0.1, 0.02])
+def test_a_run_that_stops_on_the_slope_knows_it_as_well_as_it_says(slope_rtol: float) -> None:
+    """On a spectrum whose tail is dense; the truth is known, and so is what iterating to the end costs."""
+    eigenvalues = torch.cat([EIGENVALUES[:25], torch.linspace(0.039, 0.02, 475, dtype=torch.float64)])
+    operator = operator_of(eigenvalues)
+    protocol = Protocol(40, max_hvps=500, stop_on="slope", slope_rtol=slope_rtol)
+    spectrum = protocol.solve(operator)
+    fit, reason = protocol.fit(spectrum)
+    truth = fit_power_law(eigenvalues[:40]).slope
+    assert fit is not None
+    assert (fit.num_eigenvalues, reason) == (40, None)
+    assert spectrum.stopped == "criterion"
+    assert not spectrum.all_converged
+    assert ((spectrum.eigenvalues - eigenvalues[:40]).abs() <= spectrum.error_bounds).all()
+    assert abs(fit.slope - truth) <= 2 * slope_rtol * truth
+    assert spectrum.num_hvps < Protocol(40, max_hvps=500).solve(operator).num_hvps
+
+
+def test_a_slope_that_is_not_fixed_yet_is_not_fitted() -> None:
+    protocol = Protocol(40, max_hvps=60, stop_on="slope")
+    spectrum = protocol.solve(operator_of(EIGENVALUES))
+    assert spectrum.stopped == "max_hvps"
+    fit, reason = protocol.fit(spectrum)
+    assert fit is None or fit.num_eigenvalues < 40
+    assert reason is not None
+
+
 @pytest.mark.parametrize("mode", ["strict", "paper"])
 def test_negative_eigenvalues_are_never_fitted(mode: str) -> None:
     operator = operator_of(torch.cat([EIGENVALUES[:4], -EIGENVALUES[:16]]))
@@ -89,6 +116,9 @@ def test_negative_eigenvalues_are_never_fitted(mode: str) -> None:
         ({"max_hvps": 20}, "allow about 80"),
         ({"paper_runs": 0}, "paper_runs"),
         ({"paper_steps": 6}, "fewer than num_eigenvalues=20"),
+        ({"stop_on": "fit_error"}, "'eigenvalues' or 'slope'"),
+        ({"slope_rtol": 0.0}, "slope_rtol"),
+        ({"stop_on": "slope", "mode": "paper"}, "needs proven bounds"),
     ],
 )
 def test_errors(options: dict[str, Any], match: str) -> None:
