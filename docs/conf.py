@@ -102,5 +102,7 @@ def setup(app: Sphinx) -> dict[str, Any]:
     """Register what the project adds to Sphinx."""
     app.add_html_math_renderer("mathml", (_inline_formula, None), (_displayed_formula, None))
     app.connect("source-read", _read_source)
+    # What is on that page follows from the others, so no cached reading of it is right.
+    app.connect("env-get-outdated", lambda *_: ["reference/rooms"])
     app.connect("missing-reference", _resolve_short_name)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
