@@ -5,8 +5,8 @@
 prints every table, and writes the report. Everything runs on one thread a process; contestants take turns within a
 process, and ratios are formed round by round. The default takes about 25 minutes on two idle cores; a cell of the
 eigenvalue tables gets a share of ``--minutes`` and makes as many rounds as fit, one at least. The extra ``benchmarks``
-is needed and, installed without their dependencies, curvlinops-for-pytorch, backpack-for-pytorch,
-hessian-eigenthings and pyhessian.
+is needed and, installed without their dependencies, curvlinops-for-pytorch, backpack-for-pytorch
+and hessian-eigenthings.
 """
 
 from __future__ import annotations
@@ -103,8 +103,9 @@ wrong, and not compared on time. Everyone works in float32; times include all th
 
 *By hand*: the settings that need the fewest products for 0.8 %, found beforehand by `benchmarks.settings`, which a user
 could not know: the number of Lanczos steps for hessian-eigenthings, which then reorthogonalises each, and scipy's `ncv`
-and `tol`. This project is told k and nothing else. curvlinops has no eigenvalue solver of its own. PyHessian stops at
-ten times our time. Attention is computed by PyTorch's math kernel, the only one with second derivatives.
+and `tol`. This project is told k and nothing else. curvlinops has no eigenvalue solver of its own. PyHessian is left
+out: files of its package state another licence than its metadata. Attention is computed by PyTorch's math kernel, the
+only one with second derivatives.
 """
 
 

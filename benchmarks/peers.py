@@ -6,9 +6,8 @@ a case and k, and begins with nothing: what it builds or traces belongs to its t
 
 from __future__ import annotations
 
-import gc
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,10 +41,6 @@ class Found:
     note: str = ""
     preparing: float = 0.0
     multiplying: float = 0.0
-
-
-class GaveUpError(RuntimeError):
-    """Time is up."""
 
 
 # What the others want: a model and a criterion apart, one prediction a row.
@@ -114,29 +109,6 @@ def _eigenthings(case: Case) -> Any:
     return Other(case.model, case.batches, case.loss_fn)
 
 
-def pyhessian(case: Case) -> Product:
-    """Double backward through ``.grad``, recomputed in every product."""
-    solver = _pyhessian(case, case_batches(case))
-    sizes = [parameter.numel() for parameter in solver.params]
-
-    def multiply(vector: Tensor) -> Tensor:
-        pieces = [piece.view_as(parameter) for piece, parameter in zip(vector.split(sizes), solver.params, strict=True)]
-        return torch.cat([piece.flatten() for piece in solver.dataloader_hv_product(pieces)[1]])
-
-    return multiply
-
-
-def case_batches(case: Case) -> list[tuple[Tensor, Tensor]]:
-    return apart(case)[2]
-
-
-def _pyhessian(case: Case, batches: Any) -> Any:
-    from pyhessian import hessian
-
-    model, criterion, _ = apart(case)
-    return hessian(model, criterion, dataloader=batches, cuda=False)
-
-
 def expect(operator: HessianOperator, k: int) -> None:
     """Tell an operator that chooses its engine what is coming: some three products an eigenvalue."""
     tell = getattr(operator, "expect_products", None)
@@ -152,7 +124,6 @@ OWN_PRODUCTS: dict[str, Callable[[Case], Product]] = {
 PEER_PRODUCTS: dict[str, Callable[[Case], Product]] = {
     "curvlinops": curvlinops,
     "eigenthings": eigenthings,
-    "PyHessian": pyhessian,
 }
 
 
@@ -210,36 +181,6 @@ def eigenthings_top(case: Case, k: int, *, steps: int | None) -> Found:
         result = lanczos(operator, k=k, which="LA", max_iter=steps, reorthogonalize=True, seed=0)
         claimed = f"{steps} steps by hand"
     return Found(result.eigenvalues.tolist(), int(result.iterations), claimed)
-
-
-class Deadline:
-    """Batches that are handed out again and again, until time is up; how often is counted."""
-
-    def __init__(self, batches: list[Any], seconds: float) -> None:
-        self._batches = batches
-        self._end = time.perf_counter() + seconds
-        self.passes = 0
-
-    def __iter__(self) -> Iterator[Any]:
-        if time.perf_counter() > self._end:
-            raise GaveUpError
-        self.passes += 1
-        return iter(self._batches)
-
-
-def pyhessian_top(case: Case, k: int, *, seconds: float, tol: float = 1e-4) -> Found:
-    """Power iteration, one eigenvector after another; at most ``seconds``."""
-    batches = Deadline(case_batches(case), seconds)
-    solver = _pyhessian(case, batches)
-    try:
-        values = solver.eigenvalues(maxIter=10_000, tol=tol, top_n=k)[0]
-        note = f"tol {tol:g}"
-    except GaveUpError:
-        values, note = [], f"gave up after {seconds:.0f} s"
-    finally:
-        case.model.zero_grad(set_to_none=True)
-        gc.collect()  # its graphs are cycles
-    return Found(list(values), batches.passes, note)
 
 
 # What is right.

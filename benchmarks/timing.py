@@ -22,7 +22,6 @@ DISTRIBUTIONS = (
     "scipy",
     "curvlinops-for-pytorch",
     "hessian-eigenthings",
-    "pyhessian",
 )
 
 

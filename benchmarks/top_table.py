@@ -24,8 +24,6 @@ from benchmarks.timing import pin_threads, ratios, spread, timed
 # A contestant whose largest error is above is wrong and not compared.
 WRONG = 1e-2
 OWN = "this project"
-# PyHessian may take so many times as long as we do.
-PATIENCE = 10
 
 
 @dataclass
@@ -64,15 +62,13 @@ def contestants(case: Case, name: str, k: int) -> dict[str, Callable[[], Found]]
     }
 
 
-def once(case: Case, name: str, k: int, seconds: float) -> dict[str, Callable[[], Found]]:
+def once(case: Case, name: str, k: int) -> dict[str, Callable[[], Found]]:
     """Those that are run once, in the first round."""
     found: dict[str, Callable[[], Found]] = {}
     if name in ("mlp", "lenet", "tiny"):
         ncv = max(2 * k + 1, 20)
         found["scipy eigsh over curvlinops, default ncv"] = partial(peers.scipy_top, case, k, ncv=ncv, tol=WRONG)
     found["eigenthings, by its defaults"] = partial(peers.eigenthings_top, case, k, steps=None)
-    if k <= 10:
-        found["PyHessian"] = partial(peers.pyhessian_top, case, k, seconds=PATIENCE * seconds)
     return found
 
 
@@ -92,7 +88,7 @@ def measure(
             for label in order:
                 _note(entries, label, turn[label], truth, number)
             if number == 0:
-                for label, call in once(case, name, k, entries[OWN].seconds[0]).items():
+                for label, call in once(case, name, k).items():
                     _note(entries, label, call, truth, number)
                 extra = sum(entry.seconds[0] for label, entry in entries.items() if label not in turn)
             spent = time.perf_counter() - began
@@ -157,7 +153,7 @@ def report(cells: list[Cell], missing: list[tuple[str, int]]) -> str:
 
 BREAKDOWN = (
     "*Preparing*: graphs or tracing before the first product. *The rest*: orthogonalisation, small eigenvalue "
-    "problems, checks. *Basis reads*: four of the whole basis a step (two passes of coefficients and subtraction), "
+    "problems, checks. *Basis reads*: two of the whole basis a step (coefficients and subtraction), "
     "as if the rest were nothing else, so what is written is a lower limit. *Plain GEMV*: `torch.mv` with a matrix "
     "of the final basis' shape and with its transpose, in the same process. From the last round."
 )
@@ -193,7 +189,7 @@ def breakdown(cell: Cell) -> list[str]:
     total = own.seconds[-1]
     rest = total - found.preparing - found.multiplying
     basis = found.products * cell.num_parameters * 4
-    rate = 2 * found.products * basis / rest  # 4 reads of half the basis on average
+    rate = found.products * basis / rest  # 2 reads of half the basis on average
     shares = [f"{100 * part / total:.1f}" for part in (found.preparing, found.multiplying, rest)]
     row = [cell.name, str(cell.k), f"{statistics.median(own.seconds):.1f}", *shares]
     row.append(f"{100 * rest / (rest + found.multiplying):.1f}")
