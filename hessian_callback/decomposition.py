@@ -14,7 +14,7 @@ from hessian_callback.linear_operator import SymmetricOperator
 from hessian_callback.projection import Projection
 from hessian_callback.random_vectors import gaussian_slice
 
-__all__ = ["Chain", "Decomposition"]
+__all__ = ["Chain", "Decomposition", "Mark"]
 
 _Array = NDArray[np.float64]
 
@@ -26,6 +26,16 @@ class Chain:
     residual: Tensor
     column: int  # the basis vector whose image the residual is what is left of
     detached: bool = False  # whether so much was subtracted from it that it must be orthogonalised once more
+
+
+@dataclass(frozen=True, eq=False)
+class Mark:
+    """What it takes to forget all vectors that a decomposition has gained since."""
+
+    size: int
+    chains: list[tuple[Tensor, int, bool]]
+    gram: _Array
+    num_couplings: int
 
 
 class Decomposition:
@@ -47,13 +57,26 @@ class Decomposition:
 
     @property
     def size(self) -> int:
-        """Basis vectors, as many as products were spent."""
+        """Basis vectors, as many as products were spent on what was not forgotten."""
         return self.basis.size
 
     def projection(self) -> Projection:
         """Return the small matrices as they stand."""
         columns = [chain.column for chain in self.chains]
         return Projection(np.array(self._diagonal), list(self._couplings), columns, self._gram)
+
+    def mark(self) -> Mark:
+        """Note the present state, for `forget_since`."""
+        chains = [(chain.residual.clone(), chain.column, chain.detached) for chain in self.chains]
+        return Mark(self.size, chains, self._gram, len(self._couplings))
+
+    def forget_since(self, mark: Mark) -> None:
+        """Go back to a state; what was learnt of the operator's norm and asymmetry stays."""
+        self.basis.truncate(mark.size)
+        self.chains = [Chain(*chain) for chain in mark.chains]
+        self._gram = mark.gram
+        del self._diagonal[mark.size :]
+        del self._couplings[mark.num_couplings :]
 
     # -- growing -------------------------------------------------------------------------------
 

@@ -40,6 +40,12 @@ class KrylovBasis:
         self._blocks[-1][self.size - self._capacity] = vector
         self.size += 1
 
+    def truncate(self, size: int) -> None:
+        """Drop the vectors behind the first ``size``."""
+        while self._blocks and self._capacity - len(self._blocks[-1]) >= size:
+            self._capacity -= len(self._blocks.pop())
+        self.size = size
+
     def vector(self, index: int) -> Tensor:
         """Return a vector, on the operator's device."""
         for block in self._blocks:

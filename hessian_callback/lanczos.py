@@ -63,6 +63,12 @@ __all__ = ["LanczosProgress", "top_eigenvalues"]
 
 _Array = NDArray[np.float64]
 
+# Basis vectors from which on the small problems of a single chain, which are tridiagonal, are cheaper by so much than
+# those of several that the vectors of a probe that found nothing are given up for it.
+_LARGE = 512
+# Products of a probe after which it is better to go on with the main run.
+_LONGEST_PROBE = 64
+
 
 @dataclass(frozen=True)
 class LanczosProgress:
@@ -206,13 +212,18 @@ class _Solver:
                 limit = self._provable_limit()
                 if limit is not None:
                     before = decomposition.projection()
+                    large = decomposition.size > _LARGE and len(decomposition.chains) == 1
+                    mark = decomposition.mark() if large else None
                     probe, ruled_out = self._probe(limit)
                     border = self._agreed(probe.confident_bound(self._level))
                     if ruled_out:
                         return self._result(before, min(limit, border), "converged", return_eigenvectors)
                     if decomposition.num_hvps >= self._max_hvps:
                         return self._result(decomposition.projection(), border, "max_hvps", return_eigenvectors)
-                next_check = decomposition.size + max(1, decomposition.size // 50)
+                    if mark is not None and not self._found_new(probe, before):
+                        decomposition.forget_since(mark)
+                between = 50 if limit is None else 20
+                next_check = decomposition.size + max(1, decomposition.size // between)
                 chain = None
                 if limit is not None:
                     continue  # The probe may have filled the space.
@@ -330,7 +341,7 @@ class _Solver:
         """
         decomposition = self._decomposition
         first = decomposition.size
-        longest = max(24, first // 4)
+        longest = max(24, min(first // 4, _LONGEST_PROBE))
         self._num_probes += 1
         probe = Probe()
         while decomposition.begin():
@@ -352,6 +363,11 @@ class _Solver:
                 if not own or not decomposition.expand(own[0]):
                     break
         raise ArithmeticError("a random vector lies in the span of fewer vectors than there are dimensions")
+
+    def _found_new(self, probe: Probe, before: Projection) -> bool:
+        """Whether a probe saw an eigenvalue that is missing among those wanted, or else the limit was too hopeful."""
+        smallest = before.ritz_values[self._needed(before.ritz_values) - 1]
+        return bool(self._agreed(float(probe.largest_seen > smallest)))
 
     # -- reporting -----------------------------------------------------------------------------
 
