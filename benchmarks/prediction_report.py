@@ -265,7 +265,7 @@ def main() -> None:
     runs = [(name, seed, measured(name, seed)) for name in EPOCHS for seed in SEEDS]
     arguments.output.write_text(f"""# What the live prediction is worth
 
-Written by `python -m benchmarks.prediction_report`. K = 20, 200 held-out samples, a measurement at each end of an epoch.
+Written by `python -m benchmarks.prediction_report`. K = 20, 200 held-out samples, a measurement each epoch.
 `digits`: the example's CNN, {EPOCHS["digits"]} epochs. `overfitting`: an MLP on 200 digits, 40 of them with a label
 drawn by chance, {EPOCHS["overfitting"]} epochs, whose validation loss falls and rises again. The predicted loss is the
 run's own `val_loss`.
@@ -279,8 +279,8 @@ and one-sided p-values; then the same for log(step) and the spectrum together, o
 
 ## The next validation loss
 
-Intervals are nominal {100 * LEVEL:.0f} %. Mean error and interval score (Winkler; smaller is better) are in units of the
-loss.
+Intervals are nominal {100 * LEVEL:.0f} %. Mean error and interval score (Winkler; smaller is better) are in the loss's
+units.
 
 {scores_table(runs, "loss")}
 
@@ -313,8 +313,8 @@ Percent of nominal 95 % intervals that hold the true value, {5 * draws} draws. O
 
 ## How often the verdict is "adds"
 
-{draws} series; whether log(step) and the spectrum predict better than log(step) alone. Where the slope is noise, or a walk
-that knows nothing of the loss, each "adds" is a false one.
+{draws} series; whether log(step) and the spectrum predict better than log(step) alone. Where the slope is noise, or a
+walk that knows nothing of the loss, each "adds" is a false one.
 
 {verdict_rates(draws)}
 """)
