@@ -56,6 +56,7 @@ from hessian_callback.run_losses import losses_of
 from hessian_callback.sharding import is_sharded
 from hessian_callback.sharpness import SpectralDensity
 from hessian_callback.spectrum import Spectrum
+from hessian_callback.subspace_history import SubspaceHistory
 
 __all__ = ["PowerLawHessianCallback"]
 
@@ -149,12 +150,13 @@ class PowerLawHessianCallback(Callback):
             ``"subspace"``: by how much the eigenvectors of the largest eigenvalues turned since the last
             measurement (``subspace_angle`` in radians, ``subspace_overlap``), by how much the Hessian changed on
             them (``subspace_change``), and the Davis-Kahan bound on the angle's sine (``subspace_sine_bound``), for
-            ``subspace_dimension`` products; not across a resume. ``"norms"``: ``parameter_norm`` and
-            ``gradient_norm``, for one gradient. ``"numerical_interval"``: the slopes that the eigenvalues' error
-            bounds leave open (``slope_numerical_low``, ``slope_numerical_high``), for nothing. ``"halves"``: the
-            slopes on two random halves of the samples (``slope_half_1``, ``slope_half_2``) and the standard error
-            that follows (``slope_sampling_stderr``), for as much work as the measurement itself. One that fails
-            is warned of and noted in ``not_compared``; the slope is logged all the same.
+            ``subspace_dimension`` products; not across a resume. With ``figures`` up to 24 eigenspaces of the run are
+            kept on the CPU for a picture of their overlaps, in at most 1 GiB for each rank. ``"norms"``:
+            ``parameter_norm`` and ``gradient_norm``, for one gradient. ``"numerical_interval"``: the slopes that the
+            eigenvalues' error bounds leave open (``slope_numerical_low``, ``slope_numerical_high``), for nothing.
+            ``"halves"``: the slopes on two random halves of the samples (``slope_half_1``, ``slope_half_2``) and the
+            standard error that follows (``slope_sampling_stderr``), for as much work as the measurement itself. One
+            that fails is warned of and noted in ``not_compared``; the slope is logged all the same.
         trace_hvps: products for trace and Frobenius norm.
         density_hvps: products for the density.
         subspace_dimension: how many eigenvectors to compare; default 10, but fewer than ``num_eigenvalues``.
@@ -167,8 +169,9 @@ class PowerLawHessianCallback(Callback):
             ``rank_correlation/slope`` and so on.
         train_loss: the name of the training loss that the run logs, for the gap between the two; used where present.
         num_classes: log ``outlier_ratio``, the largest eigenvalue over the one after the ``num_classes`` largest.
-        figures: give a picture of the spectrum to the loggers that show pictures (TensorBoard, Weights & Biases,
-            MLflow), if matplotlib is installed.
+        figures: give pictures of the spectrum, and of the density and the eigenspaces' overlaps where ``extras`` ask
+            for them, to the loggers that show pictures (TensorBoard, Weights & Biases, MLflow), if matplotlib is
+            installed.
         layout: group the curves under TensorBoard's "Custom Scalars"; ``False`` where you write a layout of your own.
         verbose: print the expected cost once, and a line for each measurement.
 
@@ -305,6 +308,7 @@ class PowerLawHessianCallback(Callback):
         self._overhead = 0.0
         self._held_out: HeldOut | None = None
         self._previous_top: Spectrum | None = None
+        self._spaces = SubspaceHistory()
         self._metrics: dict[str, Metric] = {}
         self._logged_names: set[str] = set()
         self._laid_out: dict[str, frozenset[str]] = {}
@@ -430,6 +434,7 @@ class PowerLawHessianCallback(Callback):
         """Let go of the held-out samples."""
         self._held_out = None
         self._previous_top = None
+        self._spaces.clear()
         self._laid_out = {}
         self._restored = False
         self._epoch_began = None
@@ -481,13 +486,20 @@ class PowerLawHessianCallback(Callback):
         except Exception as exception:
             error = exception
         # Where no training is under way, none is lost.
-        self._agree_to_go_on(error, ranks, "leaving the measurement", raise_permanent=when in ("fit_start", "validate"))
+        failure = self._agree_to_go_on(
+            error, ranks, "leaving the measurement", raise_permanent=when in ("fit_start", "validate")
+        )
         if error is not None:
             found["reason"] = _in_one_line(error)
         elif "reason" not in found:
             found["reason"] = "another rank could not leave the measurement"
         # Kept only now: inside, whatever a module refers to is put back, and it may refer to its callbacks.
-        self._previous_top = found.pop("top", None) or self._previous_top
+        top, overlaps = found.pop("top", None), found.pop("overlaps", None)
+        self._previous_top = top or self._previous_top
+        # On all ranks or on none, as each kept space is a collective of the next comparison.
+        if failure is None and top is not None and overlaps is not None:
+            label = {"fit_start": "start", "epoch": str(trainer.current_epoch)}.get(when)
+            self._spaces.add(top.eigenvectors, overlaps, step=trainer.global_step, label=label)
         measurement = Measurement(
             **place,
             **found,
@@ -581,6 +593,7 @@ class PowerLawHessianCallback(Callback):
             if "norms" in self.comparisons.extras:
                 tasks.append(("norms", norms))
             self._compare(trainer, ranks, tasks, found)
+            overlaps = self._overlaps(trainer, spectrum, ranks, found)
             top = self._top_of(spectrum)
             spectrum = replace(spectrum, eigenvectors=None)
 
@@ -629,6 +642,7 @@ class PowerLawHessianCallback(Callback):
             "density": found.density,
             "groups": found.groups,
             "top": top,
+            "overlaps": overlaps,
         }
 
     def _solve(
@@ -731,6 +745,22 @@ class PowerLawHessianCallback(Callback):
             return None
         top = spectrum.eigenvectors[:, : self.comparisons.subspace_dimension]
         return replace(spectrum, eigenvectors=top.cpu().clone())
+
+    def _overlaps(self, trainer: Trainer, spectrum: Spectrum, ranks: Ranks, found: _Found) -> list[float] | None:
+        """Compare the top eigenspace with all that are kept, for the picture; ``None`` where there is none."""
+        dimension = self.comparisons.subspace_dimension
+        drawn = self.figures and trainer.loggers and "subspace" in self.comparisons.extras
+        if not drawn or spectrum.eigenvectors is None or not bool(spectrum.converged[: dimension + 1].all()):
+            return None
+        vectors = spectrum.eigenvectors[:, :dimension]
+        overlaps: list[float] = []
+
+        def compare() -> Finding:
+            overlaps.extend(self._spaces.overlaps_with(vectors, ranks))
+            return Finding({})
+
+        self._compare(trainer, ranks, [("subspace overlaps", compare)], found)
+        return None if "subspace overlaps" in found.failures else overlaps
 
     def _measure_group(
         self,
@@ -958,12 +988,16 @@ class PowerLawHessianCallback(Callback):
         error: Exception | None = None
         try:
             if boards:
-                from hessian_callback.figures import figure_image, spectrum_figure
+                from hessian_callback.figures import figure_image, pictures
 
                 with random_state_kept():
-                    image = figure_image(spectrum_figure(self.history))
+                    images = {
+                        name: figure_image(figure) for name, figure in pictures(self.history, self._spaces).items()
+                    }
+                step = self._logged_step(trainer, measurement)
                 for board in boards:
-                    show_picture(board, f"{self.prefix}/spectrum", image, self._logged_step(trainer, measurement))
+                    for name, image in images.items():
+                        show_picture(board, f"{self.prefix}/{name}", image, step)
         except Exception as exception:
             error = exception
         self._agree_to_go_on(error, ranks, "drawing the spectrum")

@@ -5,16 +5,22 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
+from scipy.integrate import trapezoid
 from torch import Tensor
 
-from hessian_callback.figures import figure_image, spectrum_figure
+from hessian_callback.figures import density_figure, figure_image, overlap_figure, pictures, spectrum_figure
+from hessian_callback.linear_operator import MatvecOperator
 from hessian_callback.measurement import Measurement, When
 from hessian_callback.power_law import fit_power_law
+from hessian_callback.sharpness import SpectralDensity, spectral_density
 from hessian_callback.spectrum import Spectrum
+from hessian_callback.subspace_history import SubspaceHistory
 
 
 def power_law(slope: float, k: int = 50) -> Tensor:
@@ -47,6 +53,17 @@ def measure(
     leading = spectrum.positive_converged
     fit = fit_power_law(leading, drop_first=drop_first) if len(leading) - drop_first >= 3 else None
     return Measurement(epoch=epoch, step=step, when=when, spectrum=spectrum, fit=fit, reason=reason, seconds=1.5)
+
+
+def with_density(density: SpectralDensity | None, measurement: Measurement | None = None) -> Measurement:
+    return replace(measurement or measure(power_law(0.8)), density=density)
+
+
+def nodes(*rows: list[tuple[float, float]], size: int = 100) -> SpectralDensity:
+    both = torch.tensor(rows, dtype=torch.float64)
+    return SpectralDensity(
+        nodes=both[..., 0], weights=both[..., 1], size=size, rounding=0.0, num_hvps=both[..., 0].numel()
+    )
 
 
 def failure(reason: str = "the loss is NaN") -> Measurement:
@@ -176,9 +193,94 @@ def test_image_shows_ink_of_every_part() -> None:
         assert (np.abs(pixels.astype(int) - colour).max(axis=-1) < 8).sum() > 60
 
 
+def test_density_counts_the_eigenvalues_of_a_known_operator() -> None:
+    diagonal = torch.cat([torch.tensor([10.0, 8.0, -2.0]), torch.zeros(197)]).double()
+    density = spectral_density(MatvecOperator(lambda v: diagonal * v, 200), num_vectors=40, num_steps=6)
+    figure = density_figure([with_density(density)])
+    positive, negative = figure.axes[0].lines[:2]
+    x, count = positive.get_xdata(), positive.get_ydata()
+    for eigenvalue in (10, 8):  # A vector weighs one with the square of a Gaussian, of which 40 are averaged.
+        assert count[np.abs(x - eigenvalue).argmin()] == pytest.approx(1, abs=4 * (2 / 40) ** 0.5)
+    assert count[np.abs(x).argmin()] == pytest.approx(197, rel=0.1)
+    assert count[np.abs(x - 5).argmin()] < 1e-6
+    np.testing.assert_array_equal(negative.get_xdata(), x[x < 0])
+    assert negative.get_ydata()[np.abs(negative.get_xdata() + 2).argmin()] == pytest.approx(1, abs=4 * (2 / 40) ** 0.5)
+    # The area is the number of eigenvalues: a peak of height one has the area of a Gaussian.
+    width = 12 / 100
+    assert trapezoid(count, x) / (width * (2 * np.pi) ** 0.5) == pytest.approx(200, rel=1e-6)
+
+
+def test_density_band_holds_every_random_vector() -> None:
+    axes = density_figure([with_density(nodes([(3, 0.1), (0, 0.9)], [(3, 0.3), (0, 0.7)]))]).axes[0]
+    (path,) = axes.collections[0].get_paths()
+    heights = path.vertices[np.abs(path.vertices[:, 0] - 3) < 0.01][:, 1]
+    assert heights.min() == pytest.approx(10, rel=0.1)
+    assert heights.max() == pytest.approx(30, rel=0.1)
+
+
+def test_density_title_and_earlier_ones() -> None:
+    history = [with_density(nodes([(3, 0.25), (-1, 0.75)], [(3, 0.35), (-1, 0.65)])) for _ in range(5)]
+    history[2] = with_density(None)
+    assert history[-1].density is not None
+    mass = history[-1].density.negative_mass
+    axes = density_figure(history, num_earlier=3).axes[0]
+    assert axes.get_title(loc="left") == f"epoch 3:  negative mass 0.438 ± {mass.stderr:.3f}"
+    grey = [line.get_alpha() for line in axes.lines if line.get_alpha()]
+    assert grey == sorted(grey, reverse=True)
+    assert len(grey) == 3
+    assert {text.get_text() for text in axes.get_legend().get_texts()} == {"earlier", "positive", "negative"}
+
+
+@pytest.mark.parametrize(
+    ("density", "title"),
+    [
+        (nodes([(0, 1.0)], [(0, 1.0)]), "all eigenvalues are zero"),
+        (nodes([(2, 0.5), (-2, 0.5)]), "one random vector"),
+    ],
+)
+def test_odd_densities_are_drawn(density: SpectralDensity, title: str) -> None:
+    figure = density_figure([with_density(density)])
+    figure_image(figure)
+    assert figure.axes[0].get_title(loc="left") == f"epoch 3:  {title}"
+
+
+def test_heat_map_shows_the_overlaps_with_legible_labels() -> None:
+    overlaps = torch.rand(24, 24, dtype=torch.float64)
+    figure = overlap_figure(overlaps, ["start", *map(str, range(23))], dimension=10, axis="step")
+    figure_image(figure)
+    axes = figure.axes[0]
+    np.testing.assert_array_equal(axes.images[0].get_array(), overlaps.numpy())
+    assert axes.images[0].get_clim() == (0, 1)
+    boxes = [label.get_window_extent() for label in sorted(axes.get_xticklabels(), key=lambda t: t.get_position()[0])]
+    assert len(boxes) == 8
+    assert all(left.x1 < right.x0 for left, right in pairwise(boxes))
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("step", "step")
+
+
+def test_pictures_are_those_of_which_the_last_measurement_has_numbers() -> None:
+    spaces = SubspaceHistory()
+    assert list(pictures([measure(power_law(0.8))], spaces)) == ["spectrum"]
+    spaces.add(torch.eye(4, 2), [], step=0, label="start")
+    spaces.add(torch.eye(4, 2), [1.0], step=30, label="3")
+    last = with_density(nodes([(2, 0.5), (1, 0.5)]))
+    assert list(pictures([last], spaces)) == ["spectrum", "density", "subspace_overlaps"]
+    assert list(pictures([last, measure(power_law(0.8), step=40)], spaces)) == ["spectrum"]
+
+
+def test_background_is_opaque_and_light_on_every_page() -> None:
+    space = overlap_figure(torch.eye(2), ["0", "1"], dimension=2)
+    for figure in (*pictures([with_density(nodes([(2, 0.5), (1, 0.5)]))]).values(), space):
+        figure_image(figure)
+        assert (np.asarray(figure.canvas.buffer_rgba())[[0, -1]][:, [0, -1]] == 255).all()
+
+
 @pytest.mark.parametrize(
     ("call", "remedy"),
     [
+        (lambda: density_figure([failure()]), r"extras=\['density'\]"),
+        (lambda: density_figure([]), r"extras=\['density'\]"),
+        (lambda: density_figure([with_density(nodes([(2, 0.5), (1, 0.5)]))], num_earlier=-1), "or 0"),
+        (lambda: overlap_figure(torch.eye(2), ["0"], dimension=1), r"shape \(1, 1\)"),
         (lambda: spectrum_figure([]), "run trainer.fit or .validate first"),
         (lambda: spectrum_figure([failure()], num_earlier=-1), "or 0"),
     ],
