@@ -1,4 +1,4 @@
-"""The command ``hessian-callback``: a LightningCLI that ends with a table of what was measured."""
+"""The command ``hessian-callback``: a LightningCLI that ends with a table of what was measured, and a report."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any, NoReturn
 
 import torch
 from lightning.pytorch import Trainer
@@ -17,10 +18,18 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from hessian_callback import PowerLawHessianCallback
 from hessian_callback._version import __version__
 from hessian_callback.measurement import Measurement
+from hessian_callback.spectrum_command import MeasuringTrainer
 
 __all__ = ["HessianCLI", "main", "print_report", "stop_messages", "table_row"]
 
-_DESCRIPTION = "Measure the power-law slope of a network's Hessian spectrum while it trains."
+_DESCRIPTION = """\
+Measure the power-law slope of a network's Hessian spectrum while it trains.
+
+  fit        train a model, measuring as PowerLawHessianCallback is told to
+  spectrum   measure a model or a checkpoint without training
+  validate   validate a checkpoint, and measure it
+  report     make an HTML page and a CSV of one run or several
+"""
 
 _EPILOG = """\
 a first run (half a minute, no download; it writes below runs/):
@@ -34,7 +43,12 @@ a run that stops by itself when the slope stops rising:
   hessian-callback fit --config example_configs/digits_early_stopping.yaml
 
 the slope of a checkpoint, without training:
-  hessian-callback validate --config example_configs/digits_cnn.yaml --ckpt_path FILE.ckpt
+  hessian-callback spectrum --config example_configs/digits_cnn.yaml --ckpt_path FILE.ckpt \\
+      --output eigenvalues.csv
+
+what a run measured as a page to look at, beside its losses; or several runs side by side:
+  hessian-callback report runs/digits_cnn/version_0
+  hessian-callback report runs
 
 your own model and data, any LightningModule and LightningDataModule that Python can import:
   hessian-callback fit --model my_package.MyModel --data my_package.MyData \\
@@ -44,6 +58,9 @@ what can be set, and the whole of it as a file to edit:
   hessian-callback fit --help
   hessian-callback fit --trainer.callbacks.help hessian_callback.PowerLawHessianCallback
   hessian-callback fit --config example_configs/digits_cnn.yaml --print_config > my.yaml
+
+what the numbers mean, cost and hide: docs/statistics.md; several processes and machines: docs/distributed.md;
+which models and precisions were tried: docs/compatibility.md
 """
 
 
@@ -53,7 +70,15 @@ class HessianCLI(LightningCLI):
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """The trainer's methods that measure; ``test`` and ``predict`` do not."""
-        return {name: skip for name, skip in LightningCLI.subcommands().items() if name in ("fit", "validate")}
+        usual = {name: skip for name, skip in LightningCLI.subcommands().items() if name in ("fit", "validate")}
+        return {**usual, "spectrum": {"model", "datamodule"}}
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """Make a parser whose errors say what to do."""
+        kwargs.setdefault("dump_header", [f"hessian-callback {__version__}"])
+        parser = _HelpfulParser(**kwargs)
+        parser.add_argument("-c", "--config", action="config", help="Path to a configuration file in yaml format.")
+        return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add what concerns the process rather than model, data or trainer."""
@@ -68,7 +93,14 @@ class HessianCLI(LightningCLI):
         )
 
     def before_instantiate_classes(self) -> None:
-        """Set the number of threads before anything is computed."""
+        """Set the number of threads before anything is computed, and check the checkpoint."""
+        path = self._get(self.config, "ckpt_path")
+        if path is not None and path not in ("best", "last", "hpc") and "://" not in path and not Path(path).exists():
+            self.parser.error(f"ckpt_path: File does not exist: '{path}'")
+        if self.subcommand == "spectrum":
+            # What is measured is printed, and written where it is asked for: a folder of logs would be empty.
+            self.save_config_callback = None
+            self.config["spectrum.trainer.logger"] = False
         threads = self._get(self.config, "num_threads")
         if threads is not None:
             torch.set_num_threads(threads)
@@ -77,9 +109,52 @@ class HessianCLI(LightningCLI):
         """Report the measurements of the run."""
         print_report(self.trainer)
 
+    def after_spectrum(self) -> None:
+        """Report the one measurement."""
+        if not self.trainer.is_global_zero:
+            return
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, PowerLawHessianCallback):
+                _print_history(callback, callback.history[-1:])
+        output = self._get(self.config, "output")
+        if output is not None:
+            print(f"Eigenvalues with error bounds: {_shown(output)}")
+
     def after_validate(self) -> None:
         """Report the measurement of the checkpoint."""
         print_report(self.trainer)
+
+
+class _HelpfulParser(LightningArgumentParser):
+    """A parser that says in a few lines what is wrong and what to do."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """End with the message and a remedy, without the hundred options in between."""
+        if not getattr(self, "exit_on_error", True):
+            super().error(message, ex)
+        sys.stderr.write(f"hessian-callback: {message.strip()}\n{_remedy(message)}\n")
+        sys.exit(2)
+
+
+def _remedy(message: str) -> str:
+    """What helps against an error of the parser.
+
+    Example:
+        >>> _remedy("the following arguments are required: fit.model")
+        'Name a model with --model package.MyModel, or a file of settings with --config FILE.yaml.'
+    """
+    if "File does not exist" in message:
+        return f"Paths count from the current folder, {Path.cwd()}; the examples lie in example_configs/ of a clone."
+    if "arguments are required" in message and ".model" in message:
+        return "Name a model with --model package.MyModel, or a file of settings with --config FILE.yaml."
+    if "No module named" in message or "has no attribute" in message:
+        return (
+            "A class is named with its module, as in package.module.MyClass. Installed packages and the current folder "
+            "are searched."
+        )
+    if "invalid choice" in message:
+        return "The commands are fit, spectrum, validate and report; hessian-callback --help has examples."
+    return "All options: hessian-callback fit --help; those of a class: --trainer.callbacks.help or --model.help CLASS."
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -88,6 +163,12 @@ def main(args: Sequence[str] | None = None) -> None:
     Args:
         args: the arguments behind the program's name; ``None`` for those of the process.
     """
+    given = sys.argv[1:] if args is None else list(args)
+    if given[:1] == ["report"]:
+        from hessian_callback import report
+
+        report.main(given[1:])
+        return
     if find_spec("jsonargparse") is None:
         sys.exit(
             "hessian-callback: the command line needs jsonargparse, which is not installed; "
@@ -99,7 +180,7 @@ def main(args: Sequence[str] | None = None) -> None:
         """Keeps the line breaks of the examples; wraps everything else as usual."""
 
         def _fill_text(self, text: str, width: int, indent: str) -> str:
-            if text == _EPILOG:
+            if text in (_DESCRIPTION, _EPILOG):
                 return text
             return super()._fill_text(text, width, indent)
 
@@ -110,6 +191,7 @@ def main(args: Sequence[str] | None = None) -> None:
         # Without a sub-command there is nothing to do but to explain them.
         args = ["--help"]
     HessianCLI(
+        trainer_class=MeasuringTrainer,
         # A run's folder is new for each run, but not where a logger is told its version.
         save_config_kwargs={"overwrite": True},
         parser_kwargs={
@@ -146,8 +228,8 @@ def print_report(trainer: Trainer) -> None:
             print(f"Look at them with: {_tensorboard()} --logdir {_shown(logger.root_dir)}")
 
 
-def _print_history(callback: PowerLawHessianCallback) -> None:
-    history = callback.history
+def _print_history(callback: PowerLawHessianCallback, history: Sequence[Measurement] | None = None) -> None:
+    history = callback.history if history is None else history
     print()
     if not history:
         print(f"{callback.prefix}: no measurement was made.")

@@ -34,8 +34,10 @@ def announce(trainer: Trainer, text: str) -> None:
 
 
 @contextmanager
-def measuring(trainer: Trainer, description: str) -> Iterator[Report]:
+def measuring(trainer: Trainer, description: str, expected: int | None = None) -> Iterator[Report]:
     """Show progress while the context is open; yields the function that is told of each product.
+
+    The bar is full at ``expected`` products; beyond them, at the most that may be spent.
 
     Nothing is shown where the trainer's progress bar is off, on ranks other than zero, and beside progress
     bars of unknown kind. A display that fails is given up, and the measurement goes on without it.
@@ -55,7 +57,7 @@ def measuring(trainer: Trainer, description: str) -> Iterator[Report]:
             shown = display
             display = attempt(lambda: shown.show(progress))
 
-    display = attempt(lambda: _display(trainer, description))
+    display = attempt(lambda: _display(trainer, description, expected))
     try:
         yield report
     finally:
@@ -76,12 +78,12 @@ class _Display:
         raise NotImplementedError
 
 
-def _display(trainer: Trainer, description: str) -> _Display | None:
+def _display(trainer: Trainer, description: str, expected: int | None) -> _Display | None:
     bar = trainer.progress_bar_callback
     if isinstance(bar, TQDMProgressBar) and bar.is_enabled:
-        return _TqdmLine(bar, description)
+        return _TqdmLine(bar, description, expected)
     if isinstance(bar, RichProgressBar) and bar.is_enabled:
-        return _RichLine(bar, description)
+        return _RichLine(bar, description, expected)
     return None
 
 
@@ -89,14 +91,25 @@ def _found(progress: LanczosProgress) -> str:
     return f"{progress.num_converged}/{progress.k} eigenvalues"
 
 
+def _end(progress: LanczosProgress, expected: int | None) -> int:
+    """How many products it takes, as far as is known."""
+    return expected if expected is not None and progress.num_hvps <= expected else progress.max_hvps
+
+
 class _TqdmLine(_Display):
-    def __init__(self, bar: TQDMProgressBar, description: str) -> None:
-        # How many products it takes is not known beforehand, so there is a count and a rate, but no end.
+    def __init__(self, bar: TQDMProgressBar, description: str, expected: int | None) -> None:
+        self._expected = expected
         self._line = Tqdm(
-            desc=description, unit=" products", position=2 * bar.process_position + 1, leave=False, file=sys.stdout
+            desc=description,
+            total=expected,
+            unit=" products",
+            position=2 * bar.process_position + 1,
+            leave=False,
+            file=sys.stdout,
         )
 
     def show(self, progress: LanczosProgress) -> _Display:
+        self._line.total = _end(progress, self._expected)
         self._line.set_postfix_str(_found(progress), refresh=False)
         self._line.update(progress.num_hvps - self._line.n)
         return self
@@ -106,10 +119,11 @@ class _TqdmLine(_Display):
 
 
 class _RichLine(_Display):
-    def __init__(self, bar: RichProgressBar, description: str) -> None:
+    def __init__(self, bar: RichProgressBar, description: str, expected: int | None) -> None:
         from rich.progress import Progress
 
         self._description = description
+        self._expected = expected
         # Before the trainer's own bars are up, and after they are gone, it needs some of its own.
         shared: Any = bar.progress
         self._own: Any = None if shared is not None and shared.live.is_started else Progress(transient=True)
@@ -122,8 +136,9 @@ class _RichLine(_Display):
         self._bars.reset(self._task, description=description, total=1, visible=True)
 
     def show(self, progress: LanczosProgress) -> _Display:
-        text = f"{self._description}: {_found(progress)}"
-        self._bars.update(self._task, completed=progress.num_hvps, total=progress.max_hvps, description=text)
+        end = _end(progress, self._expected)
+        text = f"{self._description}: {_found(progress)}, {progress.num_hvps}/{end} products"
+        self._bars.update(self._task, completed=progress.num_hvps, total=end, description=text)
         return self
 
     def close(self) -> None:
