@@ -280,7 +280,7 @@ and one-sided p-values; then the same for log(step) and the spectrum together, o
 ## The next validation loss
 
 Intervals are nominal {100 * LEVEL:.0f} %. Mean error and interval score (Winkler; smaller is better) are in the loss's
-units.
+units. The spectrum predicts nothing from a measurement in which too few eigenvalues converged.
 
 {scores_table(runs, "loss")}
 

@@ -62,7 +62,7 @@ class LivePrediction:
     def _begin(self) -> None:
         self.tracks: dict[Target, dict[str, PredictionTrack]] = {
             "loss": {name: PredictionTrack(features) for name, features in FEATURES.items()},
-            "gap": {name: PredictionTrack(features) for name, features in FEATURES.items()},
+            "gap": {name: PredictionTrack(features, logarithms=False) for name, features in FEATURES.items()},
         }
         self._followed: list[Measurement] = []
         self._observed: list[Observation] = []

@@ -145,7 +145,12 @@ def interval_score(prediction: Prediction, actual: float, *, level: float = LEVE
 
 
 def predict_next(
-    observations: Sequence[Observation], features: Sequence[str], *, level: float = LEVEL, stretch: float = 1.0
+    observations: Sequence[Observation],
+    features: Sequence[str],
+    *,
+    level: float = LEVEL,
+    stretch: float = 1.0,
+    logarithms: bool = True,
 ) -> Prediction | None:
     r"""Predict the target of the observation after the last one.
 
@@ -167,6 +172,8 @@ def predict_next(
         features: names of `Observation.features`; pairs that lack one are left out.
         level: nominal coverage, between 0 and 1.
         stretch: factor on the interval's width on both sides of the prediction, on the scale of the fit.
+        logarithms: fit the logarithms of positive targets. False for a difference, such as the gap: its logarithm
+            means nothing where it is near 0.
 
     Returns:
         The prediction; ``None`` while there are fewer than `MIN_OBSERVATIONS` observations, not one pair more than
@@ -200,7 +207,7 @@ def predict_next(
         return None
     targets = np.array([observations[i + 1].target for i in pairs])
     last = observations[-1].target
-    logarithmic = bool((targets > 0).all()) and last > 0 and all(observations[i].target > 0 for i in pairs)
+    logarithmic = logarithms and last > 0 and all(observations[j].target > 0 for i in pairs for j in (i, i + 1))
     if logarithmic:
         targets, last = np.log(targets), math.log(last)
     if features:
@@ -263,6 +270,7 @@ class PredictionTrack:
     Args:
         features: as in `predict_next`.
         level: nominal coverage of the intervals.
+        logarithms: as in `predict_next`.
 
     Attributes:
         observations: all so far.
@@ -283,9 +291,10 @@ class PredictionTrack:
         (1.0, 2, 0.0)
     """
 
-    def __init__(self, features: Sequence[str], *, level: float = LEVEL) -> None:
+    def __init__(self, features: Sequence[str], *, level: float = LEVEL, logarithms: bool = True) -> None:
         self.features = tuple(features)
         self.level = level
+        self.logarithms = logarithms
         self.observations: list[Observation] = []
         self.made_for_last: Prediction | None = None
         self.next: Prediction | None = None
@@ -310,7 +319,9 @@ class PredictionTrack:
             self.stretch *= math.exp(_RATE * ((not hit) - (1 - self.level)))
         # Older ones can't be among the last pairs, unless features were missing.
         recent = self.observations[-3 * WINDOW :]
-        self.next = predict_next(recent, self.features, level=self.level, stretch=self.stretch)
+        self.next = predict_next(
+            recent, self.features, level=self.level, stretch=self.stretch, logarithms=self.logarithms
+        )
 
     def score(self) -> Score | None:
         """Return how good the predictions were so far; ``None`` before the first could be scored."""
@@ -350,7 +361,8 @@ def compare_errors(errors: Mapping[int, float], baseline: Mapping[int, float]) -
 
     The test is exact at small n, whatever the errors' sizes, if in truth each difference is as likely to have one sign
     as the other, independently of the rest. One-step-ahead errors are nearly uncorrelated while a model fits, and less
-    so where both predictors lag behind the same trend. "Adds" needs a p-value of at most 5 % and a smaller mean error;
+    so where both predictors lag behind the same trend: of three random walks that know nothing of each other, one in
+    ten is said to add after 20 comparisons (benchmarks/PREDICTION.md). "Adds" needs a p-value of at most 5 % and a smaller mean error;
     "adds nothing" means that no gain can be told from chance in at least 10 comparisons, not that there is none. The
     level is that of one look, best at the end: who looks after every measurement will see "adds" more often by chance.
 
