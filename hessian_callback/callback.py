@@ -654,7 +654,8 @@ class PowerLawHessianCallback(Callback):
         description: str = "Hessian",
         eigenvectors: bool = False,
     ) -> Spectrum:
-        with measuring(trainer, description) as report:
+        expected = self.protocol.expected_hvps(operator.num_parameters)
+        with measuring(trainer, description, expected) as report:
 
             def progress(now: LanczosProgress) -> None:
                 report(now)

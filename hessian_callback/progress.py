@@ -88,7 +88,12 @@ def _display(trainer: Trainer, description: str, expected: int | None) -> _Displ
 
 
 def _found(progress: LanczosProgress) -> str:
-    return f"{progress.num_converged}/{progress.k} eigenvalues"
+    """Say how many eigenvalues are known, and the slope of those that there are so far, known or not."""
+    found = f"{progress.num_converged}/{progress.k} eigenvalues"
+    values = progress.ritz_values
+    if values is None or len(values) < progress.k or not bool((values > 0).all()):
+        return found
+    return f"{found}, slope about {float((values / values[-1]).log().mean()):.2f}"
 
 
 def _end(progress: LanczosProgress, expected: int | None) -> int:

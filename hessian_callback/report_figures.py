@@ -60,7 +60,7 @@ def spectra(table: RunTable) -> str | None:
             ranks = ranks[values[ranks - 1] > 0]
             if not len(ranks):
                 continue
-            shade = 0.2 + 0.8 * (place + 1) / len(chosen)
+            shade = _shade(place, len(chosen))
             label = _place(m) if place in (0, len(chosen) - 1) or len(chosen) <= 4 else None
             style: dict[str, Any] = {"marker": "o", "markersize": 3.6} if last else {}
             axes.plot(
@@ -165,7 +165,7 @@ def losses_against(table: RunTable) -> str | None:
         row: list[Axes] = list(figure.subplots(1, 3, sharey=True))
         for axes, (name, values) in zip(row, panels.items(), strict=True):
             for number, (x, y) in enumerate(zip(values, losses, strict=True)):
-                shade = 0.25 + 0.75 * (number + 1) / len(kept)
+                shade = _shade(number, len(kept))
                 axes.plot([x], [y], color=_NAMED["blue"], marker="o", markersize=6, alpha=shade)
             axes.set_xlabel(name)
             if losses.min() > 0 and losses.max() > 5 * losses.min():
@@ -312,6 +312,11 @@ def _thinned(length: int) -> Any:
     if length <= _MOST_RANKS:
         return np.arange(1, length + 1)
     return np.unique(np.geomspace(1, length, _MOST_RANKS).round().astype(int))
+
+
+def _shade(number: int, of: int) -> float:
+    """An opacity that grows with time."""
+    return min(1.0, 0.2 + 0.8 * (number + 1) / of)
 
 
 def _place(measurement: Any) -> str:
