@@ -359,12 +359,13 @@ class Comparison:
 def compare_errors(errors: Mapping[int, float], baseline: Mapping[int, float]) -> Comparison | None:
     r"""Compare absolute errors in pairs, by Wilcoxon's signed-rank test.
 
-    The test is exact at small n, whatever the errors' sizes, if in truth each difference is as likely to have one sign
-    as the other, independently of the rest. One-step-ahead errors are nearly uncorrelated while a model fits, and less
-    so where both predictors lag behind the same trend: of three random walks that know nothing of each other, one in
-    ten is said to add after 20 comparisons (benchmarks/PREDICTION.md). "Adds" needs a p-value of at most 5 % and a smaller mean error;
-    "adds nothing" means that no gain can be told from chance in at least 10 comparisons, not that there is none. The
-    level is that of one look, best at the end: who looks after every measurement will see "adds" more often by chance.
+    The test is exact at small n, whatever the errors' sizes, if in truth each difference is as likely to have one
+    sign as the other, independently of the rest. One-step-ahead errors are nearly uncorrelated while a model fits,
+    and less so where both predictors lag behind the same trend: of three random walks that know nothing of each
+    other, one in ten is said to add after 20 comparisons (benchmarks/PREDICTION.md). "Adds" needs a p-value of at
+    most 5 % and a smaller mean error; "adds nothing" means that no gain can be told from chance in at least 10
+    comparisons, not that there is none. The level is that of one look, best at the end: who looks after every
+    measurement will see "adds" more often by chance.
 
     Args:
         errors: absolute errors of the predictor in question, by the number of the observation.

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
-from lightning.pytorch import Trainer
 
 from hessian_callback.parallel import Ranks
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
 
 __all__ = ["losses_of"]
 

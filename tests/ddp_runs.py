@@ -105,6 +105,7 @@ RUNS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "halves": ({}, {"val_check_interval": 0.5}),
     "share of time": ({"max_overhead": 0.5}, {"max_epochs": 4}),
     "steps": ({"every_n_train_steps": 2}, {"max_epochs": 1}),
+    "predicted": ({"predict": "val_loss"}, {"max_epochs": 7}),
     "sharded": ({}, {}),
     "sharded none": ({}, {}),
     "sharded differences": ({"hvp": "finite_difference"}, {"max_epochs": 1}),

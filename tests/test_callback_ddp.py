@@ -104,7 +104,9 @@ def test_the_number_of_ranks_does_not_matter(world_size: int, name: str, request
     assert together.loss == pytest.approx(alone.loss, rel=1e-6)
 
 
-@pytest.mark.parametrize("name", [*EVERYWHERE[2], "idle", "stream", "own loader", "halves", "steps", "share of time"])
+@pytest.mark.parametrize(
+    "name", [*EVERYWHERE[2], "idle", "stream", "own loader", "halves", "steps", "share of time", "predicted"]
+)
 def test_all_ranks_hold_the_same(name: str, two_ranks: Path) -> None:
     one, other = results(two_ranks, name)
     assert one["error"] is other["error"] is None
