@@ -99,8 +99,14 @@ class SubspaceHistory:
         """
         if self._kept and self._kept[0].vectors.shape != vectors.shape:
             return []
-        products = [inner_products(kept.vectors.to(vectors), vectors, ranks) for kept in self._kept]
-        return [float(product.square().sum()) / vectors.shape[1] for product in products]
+        if not self._kept:
+            return []
+        with ranks.together("comparing eigenspaces"):
+            # One by one, as a device may have no room for all; what each rank has is summed once.
+            mine = torch.stack([inner_products(kept.vectors.to(vectors), vectors, Ranks()) for kept in self._kept])
+        products = ranks.all_reduce(mine.to(ranks.control_device)).cpu()
+        overlaps: list[float] = (products.square().sum((1, 2)) / vectors.shape[1]).tolist()
+        return overlaps
 
     def add(self, vectors: Tensor, overlaps: Sequence[float], *, step: int, label: str | None = None) -> None:
         """Keep a space; without communication, so that it may be done later than the comparison.

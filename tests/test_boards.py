@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
+import subprocess
+import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from lightning.pytorch import Callback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.loggers.logger import DummyLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -45,6 +52,78 @@ def test_a_run_has_a_layout_of_the_curves_it_logged(tmp_path: Path) -> None:
                 assert len([tag for tag in tags if re.match(pattern, tag)]) == 1, pattern
     band = charts(last, "hessian: slope")["slope with its 95 % interval"].margin.series[0]
     assert (band.value, band.lower) == ("mine-hessian/slope", "mine-hessian/slope_low")
+
+
+def test_pictures_stand_at_the_steps_of_their_numbers(tmp_path: Path) -> None:
+    logger = TensorBoardLogger(tmp_path, name="", version="run")
+    callback = measure(figures=True, extras=["density", "subspace"], subspace_dimension=2, max_hvps=200, density_hvps=8)
+    trainer(tmp_path, callback, logger=logger).fit(seeded(), loader(), loader(seed=1))
+    board = EventAccumulator(logger.log_dir, size_guidance={"images": 0}).Reload()
+    steps = [event.step for event in board.Scalars("hessian/slope")]
+    shown = {tag: [event.step for event in board.Images(tag)] for tag in board.Tags()["images"]}
+    # Of a single eigenspace there is nothing to compare.
+    assert shown == {"hessian/spectrum": steps, "hessian/density": steps, "hessian/subspace_overlaps": steps[1:]}
+    # After the run nothing of it is held.
+    assert len(callback._spaces) == 0
+
+
+def test_kept_eigenspaces_have_the_overlap_that_is_logged(tmp_path: Path) -> None:
+    class Watcher(Callback):
+        def on_hessian_measured(self, run: Any, module: Any, callback: Any) -> None:
+            kept.append(callback._spaces.overlaps)
+
+    kept: list[Any] = []
+    callback = measure(figures=True, extras=["subspace"], subspace_dimension=2, max_hvps=200)
+    run = trainer(tmp_path, callback, Watcher(), logger=CSVLogger(tmp_path))
+    run.fit(seeded(), loader(), loader(seed=1))
+    assert [len(overlaps) for overlaps in kept] == [1, 2, 3]
+    logged = [measurement.comparisons["subspace_overlap"] for measurement in callback.history[1:]]
+    assert [float(overlaps[-1, -2]) for overlaps in kept[1:]] == pytest.approx(logged, abs=1e-5)
+
+
+@pytest.mark.parametrize("options", [{"figures": False}, {"extras": ["density"]}])
+def test_no_eigenspace_is_kept_for_nothing(options: dict[str, Any], tmp_path: Path) -> None:
+    class Watcher(Callback):
+        def on_hessian_measured(self, run: Any, module: Any, callback: Any) -> None:
+            kept.append(len(callback._spaces))
+
+    kept: list[int] = []
+    chosen = {"figures": True, "extras": ["subspace"], "subspace_dimension": 2, "max_hvps": 200, **options}
+    run = trainer(tmp_path, measure(**chosen), Watcher(), logger=CSVLogger(tmp_path), max_epochs=1)
+    run.fit(seeded(), loader(), loader(seed=1))
+    assert kept == [0, 0]
+
+
+def test_two_ranks_have_one_board(tmp_path: Path) -> None:
+    environment = {k: v for k, v in os.environ.items() if k not in ("LOCAL_RANK", "MASTER_PORT", "WORLD_SIZE")}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.board_runs", str(tmp_path)],
+        cwd=Path(__file__).parents[1],
+        env={**environment, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=200)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    assert process.returncode == 0, output[-4000:]
+    one, other = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert one["overlaps"] == other["overlaps"]
+    assert [len(overlaps) for overlaps in one["overlaps"]] == [1, 2, 2]
+    # The failure of one rank alone has left the space of that measurement out on both.
+    assert [list(failed) for failed in one["failed"]] == [[], [], ["subspace overlaps"]]
+    assert one["names"] == other["names"]
+    board = EventAccumulator(str(tmp_path / "run"), size_guidance={"images": 0}).Reload()
+    assert len(list((tmp_path / "run").glob("events*"))) == 1
+    counts = {tag: len(board.Images(tag)) for tag in board.Tags()["images"]}
+    assert counts == {"hessian/spectrum": 3, "hessian/density": 3, "hessian/subspace_overlaps": 1}
+    shown = charts(layouts(str(tmp_path / "run"))[-1], "hessian: slope")
+    assert "slope with its 95 % interval" in shown
 
 
 def test_no_layout_where_the_user_has_one(tmp_path: Path) -> None:
@@ -93,10 +172,12 @@ def test_weights_and_biases_keeps_pictures_offline(tmp_path: Path, monkeypatch: 
     assert list(tmp_path.rglob("*.png"))
 
 
-def test_mlflow_keeps_pictures_in_a_folder(tmp_path: Path) -> None:
+def test_mlflow_keeps_pictures_in_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("mlflow")
+    # Its skinny edition has no other store that needs no server.
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     from lightning.pytorch.loggers import MLFlowLogger
 
-    logger = MLFlowLogger(tracking_uri=f"sqlite:///{tmp_path}/runs.db", artifact_location=str(tmp_path / "kept"))
+    logger = MLFlowLogger(tracking_uri=f"file:{tmp_path}/runs", artifact_location=str(tmp_path / "kept"))
     show_picture(logger, "hessian/spectrum", PICTURE, 3)
     assert list((tmp_path / "kept").rglob("*.png"))
