@@ -173,7 +173,7 @@ def losses_against(table: RunTable) -> str | None:
             if name == "optimizer steps" and min(m.step for m in history) > 0:
                 _logarithmic(axes, "x")
         figure.axes[0].set_ylabel(table.validation_label)
-        return draw("Validation loss against slope, fit error and steps; later measurements darker")
+        return draw("Validation loss against slope, fit error and steps; later measurements stronger")
 
 
 def cost(table: RunTable) -> str | None:
