@@ -2,7 +2,8 @@
 
     python -m benchmarks.prediction_report
 
-writes benchmarks/PREDICTION.md. Every number comes from the seeds below; some five minutes on one core.
+writes benchmarks/PREDICTION.md, in about five minutes of one core. Runs and series are seeded; the remarks under the
+title are about the committed run and are to be read again after another.
 """
 
 from __future__ import annotations
@@ -270,6 +271,13 @@ Written by `python -m benchmarks.prediction_report`. K = 20, 200 held-out sample
 drawn by chance, {EPOCHS["overfitting"]} epochs, whose validation loss falls and rises again. The predicted loss is the
 run's own `val_loss`.
 
+How to read it: the scale of the fit, least squares and the kind of last value were chosen after a look at the
+digits with seed 0, so its figures flatter the machinery, for all predictors alike. Loss and gap make twelve
+verdicts at 5 % each, and one "adds" among them is no more than chance gives. The gap was first fitted by its
+logarithm where positive; without, the one verdict (digits, seed 2, gap) moved from p = .054 to .039. A run of this
+script at an earlier commit gave 7 instead of 8 of 22 at digits, seed 0; the other rows of the first table were the
+same.
+
 ## The verdict
 
 How often the spectrum was nearer to the next validation loss than log(step), with mean absolute errors of both
@@ -280,13 +288,14 @@ and one-sided p-values; then the same for log(step) and the spectrum together, o
 ## The next validation loss
 
 Intervals are nominal {100 * LEVEL:.0f} %. Mean error and interval score (Winkler; smaller is better) are in the loss's
-units. The spectrum predicts nothing from a measurement in which too few eigenvalues converged.
+units. The spectrum predicts nothing from a measurement that logged no slope.
 
 {scores_table(runs, "loss")}
 
 ## The generalisation gap
 
-Validation minus training loss, by the same predictors.
+Validation minus training loss, by the same predictors. The training loss is Lightning's mean over the epoch, so it lags
+behind the weights, most in the first epochs, whose large changes widen the first intervals of `last_value`.
 
 {verdict_table(runs, "gap")}
 
