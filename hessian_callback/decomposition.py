@@ -14,7 +14,7 @@ from hessian_callback.linear_operator import SymmetricOperator
 from hessian_callback.projection import Projection
 from hessian_callback.random_vectors import gaussian_slice
 
-__all__ = ["Chain", "Decomposition", "Mark"]
+__all__ = ["Chain", "Decomposition"]
 
 _Array = NDArray[np.float64]
 
@@ -26,16 +26,6 @@ class Chain:
     residual: Tensor
     column: int  # the basis vector whose image the residual is what is left of
     detached: bool = False  # whether so much was subtracted from it that it must be orthogonalised once more
-
-
-@dataclass(frozen=True, eq=False)
-class Mark:
-    """What it takes to forget all vectors that a decomposition has gained since."""
-
-    size: int
-    chains: list[tuple[Tensor, int, bool]]
-    gram: _Array
-    num_couplings: int
 
 
 class Decomposition:
@@ -57,26 +47,13 @@ class Decomposition:
 
     @property
     def size(self) -> int:
-        """Basis vectors, as many as products were spent on what was not forgotten."""
+        """Basis vectors; a product was spent on each."""
         return self.basis.size
 
     def projection(self) -> Projection:
         """Return the small matrices as they stand."""
         columns = [chain.column for chain in self.chains]
         return Projection(np.array(self._diagonal), list(self._couplings), columns, self._gram)
-
-    def mark(self) -> Mark:
-        """Note the present state, for `forget_since`."""
-        chains = [(chain.residual.clone(), chain.column, chain.detached) for chain in self.chains]
-        return Mark(self.size, chains, self._gram, len(self._couplings))
-
-    def forget_since(self, mark: Mark) -> None:
-        """Go back to a state; what was learnt of the operator's norm and asymmetry stays."""
-        self.basis.truncate(mark.size)
-        self.chains = [Chain(*chain) for chain in mark.chains]
-        self._gram = mark.gram
-        del self._diagonal[mark.size :]
-        del self._couplings[mark.num_couplings :]
 
     # -- growing -------------------------------------------------------------------------------
 
@@ -86,27 +63,29 @@ class Decomposition:
         Returns whether there was anything left to start from.
         """
         if start is None:
-            start = gaussian_slice(
-                self.operator.partition,
-                seed=self._seed,
-                draw=self._draws,
-                dtype=self.operator.dtype,
-                device=self.operator.device,
-            )
-            self._draws += 1
-        before = self._norm_of(start)
+            start = self.gaussian()
+        before = self.norm_of(start)
         for _ in range(2 if self.size else 0):
             self._orthogonalise(start)
-        after = self._norm_of(start)
+        after = self.norm_of(start)
         if not after > 100 * self.eps * before:
             return False
         vector = start / after
         if self.chains:
             # The residuals must stay orthogonal to the basis, which is about to grow.
-            overlaps = self._reduced(row_products(self._residuals(), vector)).tolist()
+            overlaps = self.reduced(row_products(self._residuals(), vector)).tolist()
             self._detach(vector, self.chains, overlaps)
         self._multiply(vector, None)
         return True
+
+    def gaussian(self) -> Tensor:
+        """Draw a fresh Gaussian vector, this rank's slice."""
+        draw = self._draws
+        self._draws += 1
+        operator = self.operator
+        return gaussian_slice(
+            operator.partition, seed=self._seed, draw=draw, dtype=operator.dtype, device=operator.device
+        )
 
     def expand(self, chain: Chain) -> bool:
         """Take a chain's residual into the basis and multiply.
@@ -120,7 +99,7 @@ class Decomposition:
             # Cancellation, or the division, has enlarged what the pass left of the basis.
             for _ in range(2):
                 self._orthogonalise(vector)
-            length = self._norm_of(vector)
+            length = self.norm_of(vector)
             if length < 0.5:
                 self._drop(position)
                 return False
@@ -158,7 +137,7 @@ class Decomposition:
         known = self._known_couplings(index)
         for column, value in known.items():
             image.sub_(self.basis.vector(column), alpha=value)
-        own = self._reduced(row_products(vector[None], image))
+        own = self.reduced(row_products(vector[None], image))
         image.sub_(vector * own.to(vector))
         rest = self._orthogonalise(image)
         if chain is None:
@@ -167,7 +146,7 @@ class Decomposition:
         else:
             chain.residual, chain.column, chain.detached = image, index, False
         residuals = self._residuals()
-        gram = self._reduced(torch.cat([row_products(residuals, residual) for residual in residuals]))
+        gram = self.reduced(torch.cat([row_products(residuals, residual) for residual in residuals]))
         # One transfer to the host a step.
         own, rest, gram = torch.cat([own, rest, gram]).cpu().split([1, index + 1, len(gram)])
         unexpected: _Array = rest.numpy()
@@ -201,17 +180,18 @@ class Decomposition:
 
     def _orthogonalise(self, vector: Tensor) -> Tensor:
         """Remove the basis from a vector, in place; return the coefficients, ``(N,)`` in float64."""
-        coefficients = self._reduced(self.basis.coefficients(vector))
+        coefficients = self.reduced(self.basis.coefficients(vector))
         self.basis.subtract(vector, coefficients)
         return coefficients
 
-    def _reduced(self, values: Tensor) -> Tensor:
+    def reduced(self, values: Tensor) -> Tensor:
         """Sum small values over the ranks, in float64."""
         ranks = self.operator.ranks
         return values if ranks.world_size == 1 else ranks.all_reduce(values.to(ranks.control_device))
 
-    def _norm_of(self, vector: Tensor) -> float:
-        return float(self._reduced(row_products(vector[None], vector)).sqrt())
+    def norm_of(self, vector: Tensor) -> float:
+        """Return the norm of a vector that is cut over the ranks."""
+        return float(self.reduced(row_products(vector[None], vector)).sqrt())
 
     def _known_couplings(self, index: int) -> dict[int, float]:
         """What earlier steps say about the newest column of ``H``, by symmetry."""
@@ -235,7 +215,7 @@ class Decomposition:
         x = np.random.default_rng(self._seed).standard_normal(self.size)
         x /= np.linalg.norm(x)
         vector = self.basis.combine(torch.from_numpy(x)[:, None])[:, 0].contiguous()
-        error = float(np.linalg.norm(self._reduced(self.basis.coefficients(vector)).cpu().numpy() - x))
+        error = float(np.linalg.norm(self.reduced(self.basis.coefficients(vector)).cpu().numpy() - x))
         if not error <= 10 * np.sqrt(self.size) * self.eps:
             raise ArithmeticError(
                 f"the Krylov basis lost its orthogonality ({error:.1e} after {self.size} vectors); "

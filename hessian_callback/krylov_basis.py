@@ -40,12 +40,6 @@ class KrylovBasis:
         self._blocks[-1][self.size - self._capacity] = vector
         self.size += 1
 
-    def truncate(self, size: int) -> None:
-        """Drop the vectors behind the first ``size``."""
-        while self._blocks and self._capacity - len(self._blocks[-1]) >= size:
-            self._capacity -= len(self._blocks.pop())
-        self.size = size
-
     def vector(self, index: int) -> Tensor:
         """Return a vector, on the operator's device."""
         for block in self._blocks:
@@ -54,15 +48,16 @@ class KrylovBasis:
             index -= len(block)
         raise IndexError("the basis has no such vector")
 
-    def coefficients(self, vector: Tensor) -> Tensor:
-        """``V^T w`` of this rank's slices, ``(N,)`` in float64."""
+    def coefficients(self, vector: Tensor, size: int | None = None) -> Tensor:
+        """``V^T w`` of this rank's slices, ``(N,)`` in float64; of the first ``size`` basis vectors."""
         vector = vector.to(self._like.device)
-        return torch.cat([row_products(block, vector) for block in self._filled(self.size)]).to(self._home)
+        blocks = self._filled(self.size if size is None else size)
+        return torch.cat([row_products(block, vector) for block in blocks]).to(self._home)
 
     def subtract(self, vector: Tensor, coefficients: Tensor) -> None:
-        """``w -= V h`` in place."""
+        """``w -= V h`` in place, with the first vectors where ``h`` is shorter."""
         here = vector.to(self._like.device)  # the vector itself, if the basis is on its device
-        blocks = self._filled(self.size)
+        blocks = self._filled(len(coefficients))
         for block, part in zip(blocks, coefficients.to(self._like).split([len(b) for b in blocks]), strict=True):
             here.addmv_(block.t(), part, alpha=-1)
         if here is not vector:

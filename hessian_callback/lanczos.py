@@ -53,6 +53,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from hessian_callback.complement import ComplementRun
 from hessian_callback.decomposition import Chain, Decomposition
 from hessian_callback.linear_operator import SymmetricOperator
 from hessian_callback.probe import Probe
@@ -63,11 +64,11 @@ __all__ = ["LanczosProgress", "top_eigenvalues"]
 
 _Array = NDArray[np.float64]
 
-# Basis vectors from which on the small problems of a single chain, which are tridiagonal, are cheaper by so much than
-# those of several that the vectors of a probe that found nothing are given up for it.
-_LARGE = 512
 # Products of a probe after which it is better to go on with the main run.
 _LONGEST_PROBE = 64
+# By how much of the smallest wanted eigenvalue the complement must be believed to lie below what is provable, before a
+# probe is sent: a narrower margin takes longer probes, and more of them are in vain.
+_MARGIN = 0.02
 
 
 @dataclass(frozen=True)
@@ -163,6 +164,26 @@ def top_eigenvalues(
     return solver.solve(start, return_eigenvectors)
 
 
+@dataclass(frozen=True, eq=False)
+class _Proof:
+    """Small matrices and a bound on a complement, from which the bounds of the eigenvalues follow.
+
+    Attributes:
+        projection: the small matrices.
+        first: the complement is that of so many vectors; ``None``: of all of them.
+        border: the largest eigenvalue that the compression to it may have.
+    """
+
+    projection: Projection
+    first: int | None
+    border: float
+
+    def upper_bounds(self, k: int) -> _Array:
+        if self.first is None:
+            return self.projection.upper_bounds(self.border, k)
+        return self.projection.radau_bounds(self.first, self.border, k)
+
+
 class _Solver:
     """Grow the basis until the bounds hold, and prove that nothing was missed."""
 
@@ -191,6 +212,7 @@ class _Solver:
         self._progress = progress
         self._num_converged = 0
         self._leading: Tensor | None = None
+        self._seen: tuple[int, float] | None = None  # the basis' size at the last vain probe, and what that saw
         self._num_probes = 0
         self._decomposition = Decomposition(operator, seed, basis_device)
         # The last products are kept for a probe, so that what is returned unconverged has true bounds too.
@@ -209,29 +231,25 @@ class _Solver:
         chain: Chain | None = None
         while decomposition.size < self._dimensions:
             if decomposition.size >= next_check or not decomposition.chains:
-                limit = self._provable_limit()
+                projection = decomposition.projection()
+                first = self._first_of_tail(projection)
+                limit = self._provable_limit(projection, first)
                 if limit is not None:
-                    before = decomposition.projection()
-                    large = decomposition.size > _LARGE and len(decomposition.chains) == 1
-                    mark = decomposition.mark() if large else None
-                    probe, ruled_out = self._probe(limit)
-                    border = self._agreed(probe.confident_bound(self._level))
+                    proof, ruled_out = self._prove(projection, first, limit)
                     if ruled_out:
-                        return self._result(before, min(limit, border), "converged", return_eigenvectors)
+                        return self._result(proof, "converged", return_eigenvectors)
                     if decomposition.num_hvps >= self._max_hvps:
-                        return self._result(decomposition.projection(), border, "max_hvps", return_eigenvectors)
-                    if mark is not None and not self._found_new(probe, before):
-                        decomposition.forget_since(mark)
+                        return self._result(proof, "max_hvps", return_eigenvectors)
                 between = 50 if limit is None else 20
                 next_check = decomposition.size + max(1, decomposition.size // between)
                 chain = None
                 if limit is not None:
                     continue  # The probe may have filled the space.
             if decomposition.num_hvps >= self._max_hvps - self._reserve:
-                probe, _ = self._probe(None)
-                border = self._agreed(probe.confident_bound(self._level))
+                projection = decomposition.projection()
+                proof, _ = self._prove(projection, self._first_of_tail(projection), None)
                 if decomposition.size < self._dimensions:
-                    return self._result(decomposition.projection(), border, "max_hvps", return_eigenvectors)
+                    return self._result(proof, "max_hvps", return_eigenvectors)
             elif decomposition.chains:
                 # Chosen anew at each check only: it takes the eigenvectors of H.
                 if chain not in decomposition.chains:
@@ -244,7 +262,36 @@ class _Solver:
                 break
         # The basis spans the whole space: H is A.
         stopped: StopReason = "converged" if self._wanted <= self._dimensions else "exhausted"
-        return self._result(decomposition.projection(), -np.inf, stopped, return_eigenvectors)
+        return self._result(_Proof(decomposition.projection(), None, -np.inf), stopped, return_eigenvectors)
+
+    def _prove(self, projection: Projection, first: int | None, limit: float | None) -> tuple[_Proof, bool]:
+        """Send a probe; return what it proves, and whether it ruled out eigenvalues above the limit.
+
+        Without a limit it takes all products that are left.
+        """
+        decomposition = self._decomposition
+        if first is not None:
+            probe, ruled_out = self._probe_apart(first, limit)
+            border = self._border(probe, limit if ruled_out else None)
+            # Where it ruled nothing out, the basis may show more than the probe did.
+            shown = float(projection.tail(first).ritz_values[0])
+            border = max(border, shown + 1e-6 * abs(shown) + decomposition.rounding) if not ruled_out else border
+            proof = _Proof(projection, first, border)
+            smallest = projection.ritz_values[min(self._needed(projection.ritz_values), projection.size) - 1]
+            self._seen = (projection.size, probe.largest_seen)
+            found = bool(self._agreed(float(probe.largest_seen > smallest)))
+            if ruled_out or not found or decomposition.num_hvps >= self._max_hvps:
+                return proof, ruled_out
+            # It saw an eigenvalue that the basis may never show, such as a copy: a direction that must join.
+        probe, ruled_out = self._probe(limit)
+        ruled_out = ruled_out and first is None
+        if not ruled_out:
+            projection = decomposition.projection()
+        return _Proof(projection, None, self._border(probe, limit if ruled_out else None)), ruled_out
+
+    def _border(self, probe: Probe, limit: float | None) -> float:
+        border = self._agreed(probe.confident_bound(self._level))
+        return border if limit is None else min(limit, border)
 
     # -- bounds --------------------------------------------------------------------------------
 
@@ -265,10 +312,10 @@ class _Solver:
         # The positive ones, and one more: its upper bound shows that there are no others.
         return min(num_positive + 1, self._k)
 
-    def _sufficient(self, projection: Projection, limit: float) -> bool:
-        """Whether the bounds are tight enough, if the complement's eigenvalues are at most ``limit``."""
-        ritz = projection.ritz_values[: self._k]
-        upper = projection.upper_bounds(limit, self._k)
+    def _sufficient(self, proof: _Proof) -> bool:
+        """Whether the bounds are tight enough, if the complement's eigenvalues are at most ``proof.border``."""
+        ritz = proof.projection.ritz_values[: self._k]
+        upper = proof.upper_bounds(self._k)
         known = np.zeros(self._k, dtype=bool)
         known[: len(ritz)] = upper[: len(ritz)] - ritz + self._decomposition.rounding <= self._tolerance(ritz)
         if self._positive_only and ritz[0] > self._zero:
@@ -283,14 +330,24 @@ class _Solver:
         rounding = self._decomposition.rounding
         return self._criterion(torch.from_numpy(ritz - rounding), torch.from_numpy(upper + rounding))
 
-    def _provable_limit(self) -> float | None:
+    def _first_of_tail(self, projection: Projection) -> int | None:
+        """Where the latest vectors begin, whose recurrence sharpens the bounds; None if there is no such tail.
+
+        In a small space a probe might come to its end, and of several chains no recurrence is known.
+        """
+        size = projection.size
+        latest = min(max(12, size // 24), _LONGEST_PROBE, size // 4)
+        if latest == 0 or not projection.is_single_chain or self._dimensions - size <= _LONGEST_PROBE + 1:
+            return None
+        return size - latest
+
+    def _provable_limit(self, projection: Projection, first: int | None) -> float | None:
         """The largest limit on the complement under which the bounds are tight enough.
 
         None while the complement is believed to reach above it.
         """
-        projection = self._decomposition.projection()
-        limit = self._believed_limit(projection)
-        if not self._agreed(float(self._sufficient(projection, limit))):
+        limit = self._believed_limit(projection, first)
+        if not self._agreed(float(self._sufficient(_Proof(projection, first, limit)))):
             return None
         ritz = projection.ritz_values
         last = self._needed(ritz) - 1
@@ -300,21 +357,28 @@ class _Solver:
             high = max(high, float(ritz[0]))
         for _ in range(12):
             middle = (limit + high) / 2
-            if self._sufficient(projection, middle):
+            if self._sufficient(_Proof(projection, first, middle)):
                 limit = middle
             else:
                 high = middle
+        self._sufficient(_Proof(projection, first, limit))  # so that what converged is counted at this limit
         return self._agreed(limit)
 
-    def _believed_limit(self, projection: Projection) -> float:
+    def _believed_limit(self, projection: Projection, first: int | None) -> float:
         """An estimate of the complement's largest eigenvalue, from the latest basis vectors.
 
         They lie in the complement of the basis as it was before them.
         """
+        ritz = projection.ritz_values
         if not projection.columns:
-            return float(min(projection.ritz_values[-1], 0.0))
-        latest = min(projection.size, max(8, projection.size // 24))
-        return float(projection.tail(projection.size - latest).ritz_values[0])
+            return float(min(ritz[-1], 0.0))
+        size = projection.size
+        if first is None:
+            return float(projection.tail(size - min(size, max(8, size // 24))).ritz_values[0])
+        believed = float(projection.tail(first).ritz_values[0])
+        if self._seen is not None and size <= 1.25 * self._seen[0]:
+            believed = max(believed, self._seen[1])
+        return believed + _MARGIN * float(abs(ritz[min(self._needed(ritz), len(ritz)) - 1]))
 
     def _most_useful_chain(self) -> Chain:
         """The chain whose residual stands most in the way of the k largest Ritz values."""
@@ -341,7 +405,7 @@ class _Solver:
         """
         decomposition = self._decomposition
         first = decomposition.size
-        longest = max(24, min(first // 4, _LONGEST_PROBE))
+        longest = max(24, first // 4)
         self._num_probes += 1
         probe = Probe()
         while decomposition.begin():
@@ -364,10 +428,30 @@ class _Solver:
                     break
         raise ArithmeticError("a random vector lies in the span of fewer vectors than there are dimensions")
 
-    def _found_new(self, probe: Probe, before: Projection) -> bool:
-        """Whether a probe saw an eigenvalue that is missing among those wanted, or else the limit was too hopeful."""
-        smallest = before.ritz_values[self._needed(before.ritz_values) - 1]
-        return bool(self._agreed(float(probe.largest_seen > smallest)))
+    def _probe_apart(self, first: int, limit: float | None) -> tuple[Probe, bool]:
+        """Look for eigenvalues above ``limit`` in the complement of the ``first`` vectors, without joining the basis.
+
+        Ends as `_probe` does.
+        """
+        decomposition = self._decomposition
+        self._num_probes += 1
+        probe, num_products = Probe(), 0
+        while True:
+            run = ComplementRun(decomposition, first)
+            while not run.ended:
+                run.step()
+                num_products += 1
+                self._report()
+                rounding = max(decomposition.eps * decomposition.norm, np.finfo(float).tiny)
+                dimensions = self._dimensions - first
+                probe.update(run.projection(), dimensions=dimensions, rounding=rounding, new=run.size == 1)
+                if limit is not None:
+                    if self._agreed(probe.missed_probability(limit)) <= self._level:
+                        return probe, True
+                    if self._agreed(probe.largest_seen) > limit or num_products >= _LONGEST_PROBE:
+                        return probe, False
+                if decomposition.num_hvps >= self._max_hvps:
+                    return probe, False
 
     # -- reporting -----------------------------------------------------------------------------
 
@@ -386,15 +470,14 @@ class _Solver:
                 )
             )
 
-    def _result(
-        self, projection: Projection, border: float, stopped: StopReason, return_eigenvectors: bool
-    ) -> Spectrum:
+    def _result(self, proof: _Proof, stopped: StopReason, return_eigenvectors: bool) -> Spectrum:
+        projection = proof.projection
         decomposition = self._decomposition
         decomposition.check_orthogonality()
         count = min(self._k, projection.size)
         ritz = projection.ritz_values
         rounding = decomposition.rounding
-        upper = projection.upper_bounds(border, count)
+        upper = proof.upper_bounds(count)
         values = torch.from_numpy(np.concatenate([ritz, upper[:count] - ritz[:count] + rounding]))
         values = self._operator.ranks.broadcast(values.to(self._operator.ranks.control_device)).cpu()
         ritz_values, bounds = values.split([len(ritz), count])
@@ -412,7 +495,7 @@ class _Solver:
             error_bounds=bounds.clone(),
             converged=converged,
             rtol=self._rtol,
-            missed_probability=0.0 if border == -np.inf else min(1.0, self._num_probes * self._level),
+            missed_probability=0.0 if proof.border == -np.inf else min(1.0, self._num_probes * self._level),
             num_hvps=decomposition.num_hvps,
             stopped=stopped,
             rounding=rounding,

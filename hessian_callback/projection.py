@@ -81,9 +81,42 @@ class Projection:
             values = _tridiagonal_eigenvalues(np.append(self.diagonal, border), off)
         else:
             values = self.ritz_values
-        upper = np.full(k, border)
-        upper[: len(values)] = np.maximum(values[:k], border)
+        return self._padded(values, border, k)
+
+    def radau_bounds(self, first: int, limit: float, k: int) -> _Array:
+        r"""Return upper bounds of the k largest, given a bound on the complement of the ``first`` basis vectors only.
+
+        The vectors from ``first`` on are Lanczos vectors of the compression C to that complement, so they give
+        moments of the residual's spectral measure. With :math:`\lambda_{\max}(C) \le u`, Gauss-Radau quadrature with a
+        node at u bounds :math:`r^T (x - C)^{-1} r` from above for :math:`x > u`: the last entry of the bordered matrix
+        is then not u, but what makes u the largest eigenvalue of its part behind ``first`` (Golub and Meurant 2010,
+        ch. 6; `lanczos` says what follows). For a single chain.
+        """
+        off = self._off_diagonal
+        assert off is not None, "only a single chain has a recurrence"
+        if not self.columns:
+            return self._padded(self.ritz_values, limit, k)
+        squared = float(self.gram[0, 0])
+        pivot = np.inf
+        for index in range(first, self.size):
+            link = off[index - 1] ** 2 / pivot if index > first else 0.0
+            pivot = limit - self.diagonal[index] - link
+            if not pivot > 0:  # The limit is no bound: the basis itself shows more.
+                return np.full(k, np.inf)
+        corner = limit - squared / pivot
+        values = _tridiagonal_eigenvalues(np.append(self.diagonal, corner), np.append(off, np.sqrt(squared)))
+        return self._padded(values, limit, k)
+
+    @staticmethod
+    def _padded(values: _Array, limit: float, k: int) -> _Array:
+        upper = np.full(k, limit)
+        upper[: len(values)] = np.maximum(values[:k], limit)
         return upper
+
+    @property
+    def is_single_chain(self) -> bool:
+        """Whether ``H`` is tridiagonal and the residual leads on from its last vector."""
+        return self._off_diagonal is not None and bool(self.columns)
 
     def eigenvectors(self, k: int) -> _Array:
         """Eigenvectors of ``H`` for its k largest eigenvalues, ``(N, k)``."""

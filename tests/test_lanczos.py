@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hessian_callback import HessianOperator, Spectrum, lanczos, top_eigenvalues
+from hessian_callback import HessianOperator, Spectrum, top_eigenvalues
 from hessian_callback.decomposition import Decomposition
 from hessian_callback.lanczos import LanczosProgress
 from hessian_callback.linear_operator import MatvecOperator
@@ -80,23 +80,6 @@ def test_prescribed_spectra(name: str, dtype: torch.dtype) -> None:
     tolerance = torch.clamp(spectrum.rtol * truth[:10].abs(), min=4 * spectrum.rounding)
     assert ((spectrum.eigenvalues - truth[:10]).abs() <= tolerance).all()
     assert spectrum.num_hvps < len(matrix)
-
-
-@pytest.mark.parametrize("name", SPECTRA)
-def test_vectors_of_vain_probes_can_be_given_up(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in a large basis; where a probe finds a copy of an eigenvalue, its vectors must stay."""
-    forgotten = []
-    forget, believe = Decomposition.forget_since, lanczos._Solver._believed_limit
-    monkeypatch.setattr(lanczos, "_LARGE", 8)
-    monkeypatch.setattr(Decomposition, "forget_since", lambda *args: (forgotten.append(args), forget(*args)))
-    # Hopes that are too high make probes that are in vain.
-    monkeypatch.setattr(lanczos._Solver, "_believed_limit", lambda *args: 0.7 * believe(*args))
-    matrix = rotated(SPECTRA[name]())
-    spectrum = top_eigenvalues(operator_of(matrix), 10, max_hvps=min(len(matrix), 250))
-    assert_bounds_hold(spectrum, truth_of(matrix))
-    assert spectrum.all_converged
-    if name == "slow power law":
-        assert forgotten, "no probe was in vain, so this shows nothing"
 
 
 @settings(max_examples=40, deadline=None)
@@ -320,28 +303,6 @@ def test_the_decomposition_holds(num_chains: int, dtype: torch.dtype) -> None:
     for chain in decomposition.chains:
         remainder[chain.column] -= chain.residual.double()
     assert torch.linalg.matrix_norm(remainder, 2) <= 100 * eps
-
-
-def test_what_came_since_a_mark_is_forgotten() -> None:
-    operator = operator_of(rotated(ranks(150) ** -1.0), torch.float32)
-    once, twice = Decomposition(operator, seed=0), Decomposition(operator, seed=0)
-    for decomposition in (once, twice):
-        decomposition.begin()
-        for _ in range(70):
-            decomposition.expand(decomposition.chains[0])
-    mark = twice.mark()
-    twice.begin()
-    for _ in range(40):
-        twice.expand(twice.chains[-1])
-    twice.forget_since(mark)
-    for decomposition in (once, twice):
-        for _ in range(20):
-            decomposition.expand(decomposition.chains[0])
-    assert twice.size == once.size == 91
-    assert twice.num_hvps == once.num_hvps + 41
-    np.testing.assert_array_equal(twice.projection().dense(), once.projection().dense())
-    assert torch.equal(twice.chains[0].residual, once.chains[0].residual)
-    twice.check_orthogonality()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
