@@ -41,6 +41,7 @@ from hessian_callback.held_out import (
 )
 from hessian_callback.hessian import HessianOperator, select_parameters
 from hessian_callback.history_file import FILE_NAME, HistoryWriter
+from hessian_callback.hyperparameters import announce_columns
 from hessian_callback.lanczos import LanczosProgress
 from hessian_callback.live_prediction import HELD_OUT, LivePrediction
 from hessian_callback.measurement import Measurement, When
@@ -68,6 +69,9 @@ _PERMANENT_ERRORS = (MisconfigurationException, DoubleBackwardError, ValueError,
 _SAMPLES_PER_EIGENVALUE = 10
 
 _STATE_VERSION = 1
+
+# What TensorBoard's table of hyperparameters shows of a run, by the last value.
+_COLUMNS = ("slope", "fit_error")
 
 
 class _ToldToEnd(Exception):
@@ -350,6 +354,9 @@ class PowerLawHessianCallback(Callback):
                 f"predict={self.predict!r} is known at ends of validation only, and measurements by steps come before; "
                 f"use predict={HELD_OUT!r}, the loss on the Hessian's own samples, or every_n_epochs"
             )
+        if stage == "fit" and trainer.is_global_zero and alike[0] is self:
+            # The first announcement is the one that counts, so one of the callbacks makes it for all.
+            announce_columns(trainer, pl_module, [f"{a.prefix}/{name}" for a in alike for name in _COLUMNS])
         if stage == "fit":
             every_epoch = self.cadence.by_epochs and self.cadence.every_n_epochs == 1 and self._time.limit is None
             admission.warn_of_strict_monitors(trainer, self.prefix, every_epoch=every_epoch)
