@@ -22,25 +22,38 @@ Cauchy's interlacing gives :math:`\theta_i \le \lambda_i`. If :math:`\lambda_{\m
 with :math:`R` compressed to its few columns. The bound is of second order in the residual, counts
 multiplicities, and needs neither gaps nor clusters; both sides are eigenvalues of small matrices.
 
+**Sharper, along a single chain.** Replacing :math:`C` by :math:`u I` supposes that all of the residual lies where
+the complement is largest. Of the compression :math:`C_M` to the complement of the first :math:`M = N - p` vectors
+more is known: the last p steps are a Lanczos run of it from the residual :math:`r_M`, so :math:`H` holds moments of
+the residual's spectral measure. For :math:`x > u \ge \lambda_{\max}(C_M)`, by the Schur complement,
+
+.. math:: \#\{i : \lambda_i(A) > x\} = \#\{i : \lambda_i(H_M + f(x)\, e_M e_M^T) > x\}, \qquad
+          f(x) = r_M^T (x - C_M)^{-1} r_M,
+
+and Gauss-Radau quadrature with a node at u bounds :math:`f(x)` from above. That bound belongs to
+:math:`\hat H` with another last entry than u: the one that makes u the largest eigenvalue of its part behind M.
+
 **Nothing missed.** What remains is :math:`u`. A Krylov space can be blind to an eigenvector: always to
 further copies of a multiple eigenvalue, and to what an unlucky start is orthogonal to. So a fresh
-Gaussian vector :math:`z`, orthogonal to the *whole* basis, starts a short Lanczos run on :math:`C`. Let
+Gaussian vector :math:`z`, orthogonal to the basis (its first M vectors), starts a short Lanczos run on :math:`C`. Let
 :math:`p_0, p_1, \dots, p_m` be the orthonormal polynomials of that run (its three-term recurrence). If
 :math:`C w = \mu w` with :math:`\mu > u \ge` all zeros of :math:`p_m`, the Christoffel bound on a point mass
 says :math:`(w^T z)^2 \le \chi(u) = 1 / \sum_j p_j(u)^2`. That is deterministic; and for a uniformly random
-unit vector in :math:`d = P - N` dimensions, :math:`(w^T z)^2 \sim \mathrm{Beta}(1/2, (d-1)/2)`. So
+unit vector in :math:`d = P - M` dimensions, :math:`(w^T z)^2 \sim \mathrm{Beta}(1/2, (d-1)/2)`. So
 
 .. math:: \Pr\bigl[\lambda_{\max}(C) > u \text{ unseen}\bigr] \le I_{\chi(u)}\bigl(\tfrac12, \tfrac{d-1}{2}\bigr),
 
 valid for a run of any length, also one stopped by looking at it. As the basis holds the converged vectors
 *and* the half-converged ones, :math:`C` lies far below :math:`\theta_k` and some ten products suffice. When the
-probe sees an eigenvalue above :math:`u` instead, its vectors join the basis and the run goes on.
+probe sees an eigenvalue that is missing among the wanted ones, another one, orthogonal to all of the basis, joins
+it, and the run goes on with several chains.
 
 **Rounding** enters each bound as an additive term: the operator's own a-priori error, plus the
 asymmetry :math:`|v_i^T A v_j - v_j^T A v_i|` that the reorthogonalisation measures anyway.
 
 References: Parlett, *The Symmetric Eigenvalue Problem* (1998), ch. 10-13, for interlacing and Lanczos;
-Akhiezer, *The Classical Moment Problem* (1965), ch. 2, for the bound on a point mass.
+Akhiezer, *The Classical Moment Problem* (1965), ch. 2, for the bound on a point mass; Golub and Meurant, *Matrices,
+Moments and Quadrature with Applications* (2010), ch. 6, for Gauss-Radau bounds of quadratic forms.
 """
 
 from __future__ import annotations
