@@ -64,7 +64,7 @@ def test_commands_parse(arguments: list[str], monkeypatch: pytest.MonkeyPatch, c
     monkeypatch.chdir(ROOT)
     stop = arguments.index(">") if ">" in arguments else None
     given = arguments[:stop]
-    configured = given[0] in ("fit", "validate")
+    configured = given[0] in ("fit", "spectrum", "validate")
     with pytest.raises(SystemExit) as ended:
         main([*given, "--print_config"] if configured else [given[0], "--help"])
     assert ended.value.code in (0, None), capsys.readouterr().err
