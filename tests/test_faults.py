@@ -169,11 +169,16 @@ def test_a_signal_in_the_middle_of_a_measurement(signal_number: int, tmp_path: A
     saver = OnExceptionCheckpoint(tmp_path, filename="interrupted")
     model = seeded()
     run = trainer(tmp_path, callback, saver, max_epochs=3, enable_checkpointing=True)
-    handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-    with pytest.raises(SystemExit):
-        run.fit(model, loader(shuffle=True), loader(seed=1))
+    # A shell that starts the tests in the background has them ignore SIGINT.
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+        with pytest.raises(SystemExit):
+            run.fit(model, loader(shuffle=True), loader(seed=1))
+        assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == handlers
+    finally:
+        signal.signal(signal.SIGINT, inherited)
     assert loss_fn.left <= 0, "the measurement was not interrupted"
-    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == handlers
     assert len(callback.history) == 1
     after = observable(run, model)
     for part in ("weights and buffers", "optimizer", "gradients", "modes", "losses", "calls", "attributes"):
