@@ -2,6 +2,7 @@ r"""Krylov decompositions :math:`A V = V H + R` with an orthonormal basis, of on
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
 import numpy as np
@@ -55,6 +56,22 @@ class Decomposition:
         columns = [chain.column for chain in self.chains]
         return Projection(np.array(self._diagonal), list(self._couplings), columns, self._gram)
 
+    def branch(self, first: int) -> Decomposition:
+        """Return the decomposition as it stood with its ``first`` vectors, to grow apart; of a single chain."""
+        other = copy.copy(self)
+        other.basis = self.basis.branch(first)
+        other._diagonal = self._diagonal[:first]
+        # The link that leads out is that to the next vector.
+        *other._couplings, (_, column, link) = self._couplings[:first]
+        other.chains = [Chain(link * self.basis.vector(first), column)]
+        other._gram = np.array([[link**2]])
+        return other
+
+    def absorb(self, branch: Decomposition) -> None:
+        """Take over what a branch has spent, and what it has learnt of the operator, without its vectors."""
+        self.num_hvps, self._draws = branch.num_hvps, branch._draws
+        self.norm, self.asymmetry = max(self.norm, branch.norm), max(self.asymmetry, branch.asymmetry)
+
     # -- growing -------------------------------------------------------------------------------
 
     def begin(self, start: Tensor | None = None) -> bool:
@@ -63,29 +80,27 @@ class Decomposition:
         Returns whether there was anything left to start from.
         """
         if start is None:
-            start = self.gaussian()
-        before = self.norm_of(start)
+            start = gaussian_slice(
+                self.operator.partition,
+                seed=self._seed,
+                draw=self._draws,
+                dtype=self.operator.dtype,
+                device=self.operator.device,
+            )
+            self._draws += 1
+        before = self._norm_of(start)
         for _ in range(2 if self.size else 0):
             self._orthogonalise(start)
-        after = self.norm_of(start)
+        after = self._norm_of(start)
         if not after > 100 * self.eps * before:
             return False
         vector = start / after
         if self.chains:
             # The residuals must stay orthogonal to the basis, which is about to grow.
-            overlaps = self.reduced(row_products(self._residuals(), vector)).tolist()
+            overlaps = self._reduced(row_products(self._residuals(), vector)).tolist()
             self._detach(vector, self.chains, overlaps)
         self._multiply(vector, None)
         return True
-
-    def gaussian(self) -> Tensor:
-        """Draw a fresh Gaussian vector, this rank's slice."""
-        draw = self._draws
-        self._draws += 1
-        operator = self.operator
-        return gaussian_slice(
-            operator.partition, seed=self._seed, draw=draw, dtype=operator.dtype, device=operator.device
-        )
 
     def expand(self, chain: Chain) -> bool:
         """Take a chain's residual into the basis and multiply.
@@ -99,7 +114,7 @@ class Decomposition:
             # Cancellation, or the division, has enlarged what the pass left of the basis.
             for _ in range(2):
                 self._orthogonalise(vector)
-            length = self.norm_of(vector)
+            length = self._norm_of(vector)
             if length < 0.5:
                 self._drop(position)
                 return False
@@ -137,7 +152,7 @@ class Decomposition:
         known = self._known_couplings(index)
         for column, value in known.items():
             image.sub_(self.basis.vector(column), alpha=value)
-        own = self.reduced(row_products(vector[None], image))
+        own = self._reduced(row_products(vector[None], image))
         image.sub_(vector * own.to(vector))
         rest = self._orthogonalise(image)
         if chain is None:
@@ -146,7 +161,7 @@ class Decomposition:
         else:
             chain.residual, chain.column, chain.detached = image, index, False
         residuals = self._residuals()
-        gram = self.reduced(torch.cat([row_products(residuals, residual) for residual in residuals]))
+        gram = self._reduced(torch.cat([row_products(residuals, residual) for residual in residuals]))
         # One transfer to the host a step.
         own, rest, gram = torch.cat([own, rest, gram]).cpu().split([1, index + 1, len(gram)])
         unexpected: _Array = rest.numpy()
@@ -180,18 +195,17 @@ class Decomposition:
 
     def _orthogonalise(self, vector: Tensor) -> Tensor:
         """Remove the basis from a vector, in place; return the coefficients, ``(N,)`` in float64."""
-        coefficients = self.reduced(self.basis.coefficients(vector))
+        coefficients = self._reduced(self.basis.coefficients(vector))
         self.basis.subtract(vector, coefficients)
         return coefficients
 
-    def reduced(self, values: Tensor) -> Tensor:
+    def _reduced(self, values: Tensor) -> Tensor:
         """Sum small values over the ranks, in float64."""
         ranks = self.operator.ranks
         return values if ranks.world_size == 1 else ranks.all_reduce(values.to(ranks.control_device))
 
-    def norm_of(self, vector: Tensor) -> float:
-        """Return the norm of a vector that is cut over the ranks."""
-        return float(self.reduced(row_products(vector[None], vector)).sqrt())
+    def _norm_of(self, vector: Tensor) -> float:
+        return float(self._reduced(row_products(vector[None], vector)).sqrt())
 
     def _known_couplings(self, index: int) -> dict[int, float]:
         """What earlier steps say about the newest column of ``H``, by symmetry."""
@@ -215,7 +229,7 @@ class Decomposition:
         x = np.random.default_rng(self._seed).standard_normal(self.size)
         x /= np.linalg.norm(x)
         vector = self.basis.combine(torch.from_numpy(x)[:, None])[:, 0].contiguous()
-        error = float(np.linalg.norm(self.reduced(self.basis.coefficients(vector)).cpu().numpy() - x))
+        error = float(np.linalg.norm(self._reduced(self.basis.coefficients(vector)).cpu().numpy() - x))
         if not error <= 10 * np.sqrt(self.size) * self.eps:
             raise ArithmeticError(
                 f"the Krylov basis lost its orthogonality ({error:.1e} after {self.size} vectors); "

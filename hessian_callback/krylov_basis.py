@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor
 
@@ -48,16 +50,22 @@ class KrylovBasis:
             index -= len(block)
         raise IndexError("the basis has no such vector")
 
-    def coefficients(self, vector: Tensor, size: int | None = None) -> Tensor:
-        """``V^T w`` of this rank's slices, ``(N,)`` in float64; of the first ``size`` basis vectors."""
+    def branch(self, size: int) -> KrylovBasis:
+        """Return a basis that shares the first ``size`` vectors, and grows by itself."""
+        other = copy.copy(self)
+        other._blocks = self._filled(size)
+        other._capacity = other.size = size
+        return other
+
+    def coefficients(self, vector: Tensor) -> Tensor:
+        """``V^T w`` of this rank's slices, ``(N,)`` in float64."""
         vector = vector.to(self._like.device)
-        blocks = self._filled(self.size if size is None else size)
-        return torch.cat([row_products(block, vector) for block in blocks]).to(self._home)
+        return torch.cat([row_products(block, vector) for block in self._filled(self.size)]).to(self._home)
 
     def subtract(self, vector: Tensor, coefficients: Tensor) -> None:
-        """``w -= V h`` in place, with the first vectors where ``h`` is shorter."""
+        """``w -= V h`` in place."""
         here = vector.to(self._like.device)  # the vector itself, if the basis is on its device
-        blocks = self._filled(len(coefficients))
+        blocks = self._filled(self.size)
         for block, part in zip(blocks, coefficients.to(self._like).split([len(b) for b in blocks]), strict=True):
             here.addmv_(block.t(), part, alpha=-1)
         if here is not vector:

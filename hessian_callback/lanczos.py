@@ -60,13 +60,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hessian_callback.complement import ComplementRun
 from hessian_callback.decomposition import Chain, Decomposition
 from hessian_callback.linear_operator import SymmetricOperator
 from hessian_callback.probe import Probe
@@ -185,16 +185,25 @@ class _Proof:
         projection: the small matrices.
         first: the complement is that of so many vectors; ``None``: of all of them.
         border: the largest eigenvalue that the compression to it may have.
+        k: how many eigenvalues are bounded.
     """
 
     projection: Projection
     first: int | None
     border: float
+    k: int
 
-    def upper_bounds(self, k: int) -> _Array:
+    @property
+    def ritz(self) -> _Array:
+        """Lower bounds, fewer than k where the basis is smaller."""
+        return self.projection.ritz_values[: self.k]
+
+    @cached_property
+    def upper(self) -> _Array:
+        """Upper bounds, ``(k,)``."""
         if self.first is None:
-            return self.projection.upper_bounds(self.border, k)
-        return self.projection.radau_bounds(self.first, self.border, k)
+            return self.projection.upper_bounds(self.border, self.k)
+        return self.projection.radau_bounds(self.first, self.border, self.k)
 
 
 class _Solver:
@@ -239,7 +248,7 @@ class _Solver:
                 raise ValueError("the start vector is zero; pass another one, or none for a Gaussian vector")
         else:
             decomposition.begin()
-        self._report()
+        self._report(decomposition)
         next_check = self._k
         chain: Chain | None = None
         while decomposition.size < self._dimensions:
@@ -268,14 +277,14 @@ class _Solver:
                 if chain not in decomposition.chains:
                     chain = self._most_useful_chain()
                 if decomposition.expand(chain):
-                    self._report()
+                    self._report(decomposition)
             elif decomposition.begin():
-                self._report()
+                self._report(decomposition)
             else:
                 break
         # The basis spans the whole space: H is A.
         stopped: StopReason = "converged" if self._wanted <= self._dimensions else "exhausted"
-        return self._result(_Proof(decomposition.projection(), None, -np.inf), stopped, return_eigenvectors)
+        return self._result(_Proof(decomposition.projection(), None, -np.inf, self._k), stopped, return_eigenvectors)
 
     def _prove(self, projection: Projection, first: int | None, limit: float | None) -> tuple[_Proof, bool]:
         """Send a probe; return what it proves, and whether it ruled out eigenvalues above the limit.
@@ -284,23 +293,24 @@ class _Solver:
         """
         decomposition = self._decomposition
         if first is not None:
-            probe, ruled_out = self._probe_apart(first, limit)
-            border = self._border(probe, limit if ruled_out else None)
-            # Where it ruled nothing out, the basis may show more than the probe did.
-            shown = float(projection.tail(first).ritz_values[0])
-            border = max(border, shown + 1e-6 * abs(shown) + decomposition.rounding) if not ruled_out else border
-            proof = _Proof(projection, first, border)
-            smallest = projection.ritz_values[min(self._needed(projection.ritz_values), projection.size) - 1]
+            branch = decomposition.branch(first)
+            probe, ruled_out = self._probe(branch, limit, _LONGEST_PROBE)
+            decomposition.absorb(branch)
             self._seen = (projection.size, probe.largest_seen)
+            border = self._border(probe, limit if ruled_out else None)
+            if not ruled_out:  # The basis may show more than the probe did.
+                shown = float(projection.tail(first).ritz_values[0])
+                border = max(border, shown + 1e-6 * abs(shown) + decomposition.rounding)
+            smallest = projection.ritz_values[min(self._needed(projection.ritz_values), projection.size) - 1]
             found = bool(self._agreed(float(probe.largest_seen > smallest)))
             if ruled_out or not found or decomposition.num_hvps >= self._max_hvps:
-                return proof, ruled_out
+                return _Proof(projection, first, border, self._k), ruled_out
             # It saw an eigenvalue that the basis may never show, such as a copy: a direction that must join.
-        probe, ruled_out = self._probe(limit)
+        probe, ruled_out = self._probe(decomposition, limit, max(24, decomposition.size // 4))
         ruled_out = ruled_out and first is None
         if not ruled_out:
             projection = decomposition.projection()
-        return _Proof(projection, None, self._border(probe, limit if ruled_out else None)), ruled_out
+        return _Proof(projection, None, self._border(probe, limit if ruled_out else None), self._k), ruled_out
 
     def _border(self, probe: Probe, limit: float | None) -> float:
         border = self._agreed(probe.confident_bound(self._level))
@@ -325,23 +335,29 @@ class _Solver:
         # The positive ones, and one more: its upper bound shows that there are no others.
         return min(num_positive + 1, self._k)
 
-    def _sufficient(self, proof: _Proof) -> bool:
-        """Whether the bounds are tight enough, if the complement's eigenvalues are at most ``proof.border``."""
-        ritz = proof.projection.ritz_values[: self._k]
-        upper = proof.upper_bounds(self._k)
+    def _known(self, proof: _Proof) -> NDArray[np.bool_]:
+        """Which bounds are within tolerance, if the complement's eigenvalues are at most ``proof.border``."""
+        ritz, upper = proof.ritz, proof.upper
         known = np.zeros(self._k, dtype=bool)
         known[: len(ritz)] = upper[: len(ritz)] - ritz + self._decomposition.rounding <= self._tolerance(ritz)
         if self._positive_only and ritz[0] > self._zero:
             known |= upper <= self._zero
-        self._num_converged = int(np.sum(np.cumprod(known)))
-        self._leading = torch.from_numpy(ritz.copy())
-        return bool(known[: self._needed(ritz)].all()) or self._accepted(ritz, upper)
+        return known
 
-    def _accepted(self, ritz: _Array, upper: _Array) -> bool:
-        if self._criterion is None or len(ritz) < self._k:
+    def _sufficient(self, proof: _Proof) -> bool:
+        """Whether the bounds are tight enough."""
+        return bool(self._known(proof)[: self._needed(proof.ritz)].all()) or self._accepted(proof)
+
+    def _note(self, proof: _Proof) -> None:
+        """Keep for `LanczosProgress` how far the run has come."""
+        self._num_converged = int(np.sum(np.cumprod(self._known(proof))))
+        self._leading = torch.from_numpy(proof.ritz.copy())
+
+    def _accepted(self, proof: _Proof) -> bool:
+        if self._criterion is None or len(proof.ritz) < self._k:
             return False
         rounding = self._decomposition.rounding
-        return self._criterion(torch.from_numpy(ritz - rounding), torch.from_numpy(upper + rounding))
+        return self._criterion(torch.from_numpy(proof.ritz - rounding), torch.from_numpy(proof.upper + rounding))
 
     def _first_of_tail(self, projection: Projection) -> int | None:
         """Where the latest vectors begin, whose recurrence sharpens the bounds; None if there is no such tail.
@@ -360,7 +376,9 @@ class _Solver:
         None while the complement is believed to reach above it.
         """
         limit = self._believed_limit(projection, first)
-        if not self._agreed(float(self._sufficient(_Proof(projection, first, limit)))):
+        believed = _Proof(projection, first, limit, self._k)
+        self._note(believed)
+        if not self._agreed(float(self._sufficient(believed))):
             return None
         ritz = projection.ritz_values
         last = self._needed(ritz) - 1
@@ -370,11 +388,10 @@ class _Solver:
             high = max(high, float(ritz[0]))
         for _ in range(12):
             middle = (limit + high) / 2
-            if self._sufficient(_Proof(projection, first, middle)):
+            if self._sufficient(_Proof(projection, first, middle, self._k)):
                 limit = middle
             else:
                 high = middle
-        self._sufficient(_Proof(projection, first, limit))  # so that what converged is counted at this limit
         return self._agreed(limit)
 
     def _believed_limit(self, projection: Projection, first: int | None) -> float:
@@ -410,21 +427,19 @@ class _Solver:
 
     # -- probing -------------------------------------------------------------------------------
 
-    def _probe(self, limit: float | None) -> tuple[Probe, bool]:
-        """Look for eigenvalues above ``limit`` in the complement of the basis.
+    def _probe(self, decomposition: Decomposition, limit: float | None, longest: int) -> tuple[Probe, bool]:
+        """Look for eigenvalues above ``limit`` in the complement of a basis.
 
-        Returns the probe, and whether it ruled them out. It ends when it did, when it found one, when it takes too
-        long, or when the products are spent: without a limit, only then. Its vectors stay in the basis.
+        Returns the probe, and whether it ruled them out. It ends when it did, when it found one, after ``longest``
+        products, or when all are spent: without a limit, only then. Its vectors stay in the basis.
         """
-        decomposition = self._decomposition
         first = decomposition.size
-        longest = max(24, first // 4)
         self._num_probes += 1
         probe = Probe()
         while decomposition.begin():
             start = decomposition.size - 1
             while True:
-                self._report()
+                self._report(decomposition)
                 size = decomposition.size
                 run = decomposition.projection().tail(start)
                 rounding = max(decomposition.eps * decomposition.norm, np.finfo(float).tiny)
@@ -441,31 +456,6 @@ class _Solver:
                     break
         raise ArithmeticError("a random vector lies in the span of fewer vectors than there are dimensions")
 
-    def _probe_apart(self, first: int, limit: float | None) -> tuple[Probe, bool]:
-        """Look for eigenvalues above ``limit`` in the complement of the ``first`` vectors, without joining the basis.
-
-        Ends as `_probe` does.
-        """
-        decomposition = self._decomposition
-        self._num_probes += 1
-        probe, num_products = Probe(), 0
-        while True:
-            run = ComplementRun(decomposition, first)
-            while not run.ended:
-                run.step()
-                num_products += 1
-                self._report()
-                rounding = max(decomposition.eps * decomposition.norm, np.finfo(float).tiny)
-                dimensions = self._dimensions - first
-                probe.update(run.projection(), dimensions=dimensions, rounding=rounding, new=run.size == 1)
-                if limit is not None:
-                    if self._agreed(probe.missed_probability(limit)) <= self._level:
-                        return probe, True
-                    if self._agreed(probe.largest_seen) > limit or num_products >= _LONGEST_PROBE:
-                        return probe, False
-                if decomposition.num_hvps >= self._max_hvps:
-                    return probe, False
-
     # -- reporting -----------------------------------------------------------------------------
 
     def _agreed(self, value: float) -> float:
@@ -475,13 +465,10 @@ class _Solver:
             return value
         return float(ranks.broadcast(torch.tensor([value], dtype=torch.float64, device=ranks.control_device)))
 
-    def _report(self) -> None:
+    def _report(self, decomposition: Decomposition) -> None:
         if self._progress is not None:
-            self._progress(
-                LanczosProgress(
-                    self._decomposition.num_hvps, self._max_hvps, self._num_converged, self._wanted, self._leading
-                )
-            )
+            num_hvps = decomposition.num_hvps
+            self._progress(LanczosProgress(num_hvps, self._max_hvps, self._num_converged, self._wanted, self._leading))
 
     def _result(self, proof: _Proof, stopped: StopReason, return_eigenvectors: bool) -> Spectrum:
         projection = proof.projection
@@ -490,8 +477,7 @@ class _Solver:
         count = min(self._k, projection.size)
         ritz = projection.ritz_values
         rounding = decomposition.rounding
-        upper = proof.upper_bounds(count)
-        values = torch.from_numpy(np.concatenate([ritz, upper[:count] - ritz[:count] + rounding]))
+        values = torch.from_numpy(np.concatenate([ritz, proof.upper[:count] - ritz[:count] + rounding]))
         values = self._operator.ranks.broadcast(values.to(self._operator.ranks.control_device)).cpu()
         ritz_values, bounds = values.split([len(ritz), count])
         eigenvalues = ritz_values[:count].clone()
