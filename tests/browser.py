@@ -24,6 +24,8 @@ from urllib.request import ProxyHandler, build_opener
 
 import pytest
 
+from tests.launched import kill_group
+
 if TYPE_CHECKING:
     from selenium.webdriver import Chrome
 
@@ -85,13 +87,6 @@ def elements(browser: Chrome, selector: str) -> list[Any]:
 def console_errors(browser: Chrome) -> list[str]:
     """What the page has complained of in the browser's console since the last call."""
     return [entry["message"] for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
-
-
-def kill_group(process: subprocess.Popen[Any]) -> None:
-    """End a process that leads a session of its own, and all it started."""
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
 
 
 @pytest.fixture(scope="module")

@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import signal
-import subprocess
-import sys
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 
 from hessian_callback.boards import curve_layout, show_layout, show_picture, shows_pictures
+from tests.launched import finish, launch
 from tests.toy_runs import loader, measure, seeded, trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:a measurement of the Hessian took", "ignore:.*held-out samples are few")
@@ -95,22 +91,8 @@ def test_no_eigenspace_is_kept_for_nothing(options: dict[str, Any], tmp_path: Pa
 
 
 def test_two_ranks_have_one_board(tmp_path: Path) -> None:
-    environment = {k: v for k, v in os.environ.items() if k not in ("LOCAL_RANK", "MASTER_PORT", "WORLD_SIZE")}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "tests.board_runs", str(tmp_path)],
-        cwd=Path(__file__).parents[1],
-        env={**environment, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        output, _ = process.communicate(timeout=200)
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    process = launch("tests.board_runs", tmp_path)
+    output = finish(process)
     assert process.returncode == 0, output[-4000:]
     one, other = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
     assert one["overlaps"] == other["overlaps"]

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from tests.ddp_runs import COMPARISON_RUNS
-from tests.test_callback_ddp import finish, launch, results
+from tests.launched import finish, launch
+from tests.test_callback_ddp import results
 from tests.toy_runs import loader, measure, seeded, trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:a measurement of the Hessian took", "ignore:.*held-out samples are few")
@@ -17,7 +18,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:a measurement of the Hessian too
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory: Any) -> Path:
     out = tmp_path_factory.mktemp("two")
-    (out / "output").write_text(finish(launch(out, "ddp", 2, list(COMPARISON_RUNS))))
+    (out / "output").write_text(finish(launch("tests.ddp_runs", out, "ddp", 2, *COMPARISON_RUNS)))
     return out
 
 

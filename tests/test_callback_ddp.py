@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,52 +12,26 @@ import torch
 
 from hessian_callback.measurement import Measurement
 from tests.ddp_runs import RUNS
+from tests.launched import TIMEOUT, finish, launch
 from tests.toy_runs import loader, measure, seeded, trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:a measurement of the Hessian took")
 
-# Of the processes started here none may outlive its time, whatever goes wrong.
-TIMEOUT = 200
-
 EVERYWHERE = {2: ["plain", "float64", "augmented", "weights"], 3: ["float64", "augmented"]}
-
-
-def launch(out: Path, strategy: str, world_size: int, names: list[str]) -> subprocess.Popen[str]:
-    environment = {k: v for k, v in os.environ.items() if k not in ("LOCAL_RANK", "MASTER_PORT", "WORLD_SIZE")}
-    command = [sys.executable, "-m", "tests.ddp_runs", str(out), strategy, str(world_size), *names]
-    return subprocess.Popen(
-        command,
-        cwd=Path(__file__).parent.parent,
-        env={**environment, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,  # So that the ranks it starts can be ended with it.
-    )
-
-
-def finish(process: subprocess.Popen[str], timeout: float = TIMEOUT) -> str:
-    try:
-        output, _ = process.communicate(timeout=timeout)
-        return output
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
 
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory: Any) -> Path:
     out = tmp_path_factory.mktemp("two")
     names = [name for name in RUNS if name != "killed"]
-    (out / "output").write_text(finish(launch(out, "ddp", 2, names)))
+    (out / "output").write_text(finish(launch("tests.ddp_runs", out, "ddp", 2, *names)))
     return out
 
 
 @pytest.fixture(scope="module")
 def three_ranks(tmp_path_factory: Any) -> Path:
     out = tmp_path_factory.mktemp("three")
-    (out / "output").write_text(finish(launch(out, "ddp", 3, EVERYWHERE[3])))
+    (out / "output").write_text(finish(launch("tests.ddp_runs", out, "ddp", 3, *EVERYWHERE[3])))
     return out
 
 
@@ -223,7 +192,7 @@ def test_ranks_raise_together(name: str, own: str, two_ranks: Path) -> None:
 
 @pytest.mark.parametrize(("strategy", "name"), [("ddp_spawn", "warn"), ("ddp_fork", "late")])
 def test_other_launchers(strategy: str, name: str, tmp_path: Path, two_ranks: Path) -> None:
-    output = finish(launch(tmp_path, strategy, 2, [name]))
+    output = finish(launch("tests.ddp_runs", tmp_path, strategy, 2, name))
     (tmp_path / "output").write_text(output)
     for result, popen in zip(results(tmp_path, name), results(two_ranks, name), strict=True):
         assert [m.reason for m in result["history"]] == [m.reason for m in popen["history"]]
@@ -233,7 +202,7 @@ def test_other_launchers(strategy: str, name: str, tmp_path: Path, two_ranks: Pa
 
 
 def test_survivors_of_a_killed_rank_end_at_once(tmp_path: Path) -> None:
-    process = launch(tmp_path, "ddp", 2, ["killed"])
+    process = launch("tests.ddp_runs", tmp_path, "ddp", 2, "killed")
     began = time.monotonic()
     output = finish(process)
     result = torch.load(tmp_path / "killed-0.pt", weights_only=True)
