@@ -74,6 +74,9 @@ _STATE_VERSION = 1
 _COLUMNS = ("slope", "fit_error")
 
 
+_WITHOUT_SLOPE = "the Hessian could not be measured, and training goes on without its slope"
+
+
 class _ToldToEnd(Exception):
     """SIGTERM came: what is left of the time belongs to the run, to save what it has."""
 
@@ -684,17 +687,15 @@ class PowerLawHessianCallback(Callback):
         if self.prediction is None or when in ("fit_start", "validate"):
             return {}
         fresh = self.predict != HELD_OUT and self._validated_at == trainer.global_step
-        error: Exception | None = None
-        try:
-            val_loss, train_loss = losses_of(trainer, [self.predict if fresh else None, self.train_loss], ranks)
-        except RankLostError:
-            raise
-        except Exception as exception:
-            error = exception
-        consequence = "nothing is predicted from this measurement"
-        self._agree_to_go_on(error, ranks, "reading the run's losses", consequence=consequence)
-        if error is not None:
+        losses: list[float | None] = []
+
+        def read() -> None:
+            losses.extend(losses_of(trainer, [self.predict if fresh else None, self.train_loss], ranks))
+
+        self._attempt(read, ranks, "reading the run's losses", consequence="nothing is predicted from this measurement")
+        if not losses:
             return {}
+        val_loss, train_loss = losses
         if fresh and val_loss is None and "predict" not in self._reasons_warned:
             self._reasons_warned.add("predict")
             rank_zero_warn(
@@ -704,14 +705,11 @@ class PowerLawHessianCallback(Callback):
         return {"val_loss": val_loss, "train_loss": train_loss}
 
     def _predict(self, ranks: Ranks) -> None:
-        error: Exception | None = None
-        try:
+        def follow() -> None:
             if self.prediction is not None:
                 self.prediction.follow(self.history)
-        except Exception as exception:
-            error = exception
-        consequence = "the next loss is not predicted"
-        if self._agree_to_go_on(error, ranks, "predicting the next loss", consequence=consequence):
+
+        if self._attempt(follow, ranks, "predicting the next loss", consequence="the next loss is not predicted"):
             self.prediction = None
 
     # -- comparisons -----------------------------------------------------------------------------
@@ -722,19 +720,15 @@ class PowerLawHessianCallback(Callback):
         """Make comparisons one by one; one that fails, fails on all ranks and leaves the others."""
         for name, task in tasks:
             self._give_way(trainer, ranks)
-            error: Exception | None = None
-            finding = Finding({})
-            try:
-                finding = task()
-            except (RankLostError, _ToldToEnd):
-                raise
-            except Exception as exception:
-                error = exception
-            reason = self._agree_to_go_on(
-                error, ranks, f"comparing ({name})", consequence=f"the Hessian goes without a comparison ({name})"
-            )
+            findings: list[Finding] = []
+
+            def compare(task: Callable[[], Finding] = task, findings: list[Finding] = findings) -> None:
+                findings.append(task())
+
+            consequence = f"the Hessian goes without a comparison ({name})"
+            reason = self._attempt(compare, ranks, f"comparing ({name})", consequence=consequence)
             if reason is None:
-                found.add(finding)
+                found.add(findings[0])
             else:
                 found.failures[name] = reason
 
@@ -872,7 +866,7 @@ class PowerLawHessianCallback(Callback):
         stage: str,
         *,
         raise_permanent: bool = False,
-        consequence: str = "the Hessian could not be measured, and training goes on without its slope",
+        consequence: str = _WITHOUT_SLOPE,
     ) -> str | None:
         """Let all ranks know of an error, and raise on all of them or on none; return what it was."""
         failed = ranks.failed_ranks(error is not None)
@@ -887,6 +881,19 @@ class PowerLawHessianCallback(Callback):
             self._reasons_warned.add(reason)
             warnings.warn(f"{consequence}: {reason}", stacklevel=2)
         return reason
+
+    def _attempt(
+        self, task: Callable[[], None], ranks: Ranks, stage: str, *, consequence: str = _WITHOUT_SLOPE
+    ) -> str | None:
+        """Do what may fail on some ranks, and agree on what came of it; return why it failed, if it did."""
+        error: Exception | None = None
+        try:
+            task()
+        except (RankLostError, _ToldToEnd):
+            raise
+        except Exception as exception:
+            error = exception
+        return self._agree_to_go_on(error, ranks, stage, consequence=consequence)
 
     # -- logging ---------------------------------------------------------------------------------
 
@@ -913,14 +920,13 @@ class PowerLawHessianCallback(Callback):
                 )
         # `log` in on_train_start would reach callback_metrics, and is not to be had in on_train_end.
         named = {f"{self.prefix}/{name}": value for name, value in values.items()}
-        error: Exception | None = None
-        try:
+
+        def write() -> None:  # Only rank zero writes, so only it can fail.
             for logger in trainer.loggers:
                 logger.log_metrics({**named, "epoch": measurement.epoch}, step=measurement.step)
                 logger.save()
-        except Exception as exception:  # Only rank zero writes, so only it can fail.
-            error = exception
-        self._agree_to_go_on(error, _ranks_of(trainer), "logging the measurement")
+
+        self._attempt(write, _ranks_of(trainer), "logging the measurement")
 
     def _log_as_metrics(self, pl_module: LightningModule, measurement: Measurement, values: dict[str, float]) -> None:
         """Log through torchmetrics: values are equal on all ranks, and must not be reduced again."""
@@ -960,18 +966,15 @@ class PowerLawHessianCallback(Callback):
         loggers = [logger for logger in trainer.loggers if isinstance(logger, (TensorBoardLogger, CSVLogger))]
         if not loggers:
             return
-        error: Exception | None = None
-        try:
+
+        def write() -> None:
             if trainer.is_global_zero:
                 for logger in loggers:
                     _ = logger.experiment  # A CSVLogger warns of a folder that is not empty when it begins.
                 folders = [logger.log_dir for logger in loggers if "://" not in logger.log_dir]
                 self._history_file.write(folders, self.history)
-        except Exception as exception:
-            error = exception
-        self._agree_to_go_on(
-            error, ranks, "writing the history", consequence=f"{FILE_NAME} lacks a measurement for now"
-        )
+
+        self._attempt(write, ranks, "writing the history", consequence=f"{FILE_NAME} lacks a measurement for now")
 
     def _lay_out(self, trainer: Trainer, ranks: Ranks) -> None:
         """Group all callbacks' curves in TensorBoard, again when there are new ones."""
@@ -979,36 +982,33 @@ class PowerLawHessianCallback(Callback):
         curves = {other.prefix: frozenset(other._logged_names) for other in callbacks}
         if not self.layout or curves == self._laid_out:
             return
-        error: Exception | None = None
-        try:
+        self._laid_out = curves
+
+        def write() -> None:
             if trainer.is_global_zero:
                 show_layout(trainer.loggers, curves)
-        except Exception as exception:
-            error = exception
-        self._laid_out = curves
-        self._agree_to_go_on(error, ranks, "laying out the curves", consequence="the curves go without a layout")
+
+        self._attempt(write, ranks, "laying out the curves", consequence="the curves go without a layout")
 
     def _draw(self, trainer: Trainer, measurement: Measurement, ranks: Ranks) -> None:
         boards = [logger for logger in trainer.loggers if shows_pictures(logger)] if trainer.is_global_zero else []
         drawn = self.figures and measurement.spectrum and importlib.util.find_spec("matplotlib")
         if not (drawn and trainer.loggers):
             return
-        error: Exception | None = None
-        try:
-            if boards:
-                from hessian_callback.figures import figure_image, pictures
 
-                with random_state_kept():
-                    images = {
-                        name: figure_image(figure) for name, figure in pictures(self.history, self._spaces).items()
-                    }
-                step = self._logged_step(trainer, measurement)
-                for board in boards:
-                    for name, image in images.items():
-                        show_picture(board, f"{self.prefix}/{name}", image, step)
-        except Exception as exception:
-            error = exception
-        self._agree_to_go_on(error, ranks, "drawing the spectrum")
+        def draw() -> None:
+            if not boards:
+                return
+            from hessian_callback.figures import figure_image, pictures
+
+            with random_state_kept():
+                images = {name: figure_image(figure) for name, figure in pictures(self.history, self._spaces).items()}
+            step = self._logged_step(trainer, measurement)
+            for board in boards:
+                for name, image in images.items():
+                    show_picture(board, f"{self.prefix}/{name}", image, step)
+
+        self._attempt(draw, ranks, "drawing the spectrum")
 
     def _logged_step(self, trainer: Trainer, measurement: Measurement) -> int:
         """Return the step under which the measurement's scalars are in the logger."""
