@@ -111,9 +111,7 @@ def _eigenthings(case: Case) -> Any:
 
 def expect(operator: HessianOperator, k: int) -> None:
     """Tell an operator that chooses its engine what is coming: some three products an eigenvalue."""
-    tell = getattr(operator, "expect_products", None)
-    if tell is not None:
-        tell(3 * k + 15)
+    operator.expect_products(3 * k + 15)
 
 
 OWN_PRODUCTS: dict[str, Callable[[Case], Product]] = {

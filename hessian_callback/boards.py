@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from lightning.pytorch.loggers import TensorBoardLogger
 
-__all__ = ["Layout", "curve_layout", "show_layout", "show_picture", "shows_pictures"]
+__all__ = ["Layout", "curve_layout", "name_start", "show_layout", "show_picture", "shows_pictures"]
 
 Layout = dict[str, dict[str, list[Any]]]
 
@@ -104,11 +104,16 @@ def show_layout(loggers: Iterable[Any], curves: Mapping[str, Collection[str]]) -
     for logger in loggers:
         # Not asked of the logger itself: the one of fast_dev_run claims to have everything.
         if isinstance(logger, TensorBoardLogger):
-            start = f"{logger._prefix}{logger.LOGGER_JOIN_CHAR}" if logger._prefix else ""
+            start = name_start(logger)
             layouts = [curve_layout(prefix, names, logger_prefix=start) for prefix, names in curves.items()]
             merged = {category: charts for layout in layouts for category, charts in layout.items()}
             if merged:
                 logger.experiment.add_custom_scalars(merged)
+
+
+def name_start(logger: TensorBoardLogger) -> str:
+    """Return what a logger puts before every name, its separator included."""
+    return f"{logger._prefix}{logger.LOGGER_JOIN_CHAR}" if logger._prefix else ""
 
 
 def shows_pictures(logger: Any) -> bool:

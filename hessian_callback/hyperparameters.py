@@ -10,6 +10,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch.utils.tensorboard.summary import hparams
 
+from hessian_callback.boards import name_start
+
 __all__ = ["announce_columns"]
 
 
@@ -30,7 +32,7 @@ def announce_columns(trainer: Trainer, pl_module: LightningModule, curves: Colle
         return
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger) and logger._default_hp_metric:
-            start = f"{logger._prefix}{logger.LOGGER_JOIN_CHAR}" if logger._prefix else ""
+            start = name_start(logger)
             names = [start + name for name in ("hp_metric", *curves)]
             values = logger._sanitize_params(_flatten_dict(_convert_params(saved)))
             announcement, _, _ = hparams(values, dict.fromkeys(names, 0.0))

@@ -221,7 +221,7 @@ def _from_events(folder: Path) -> dict[str, list[LoggedValue]]:
     events = EventAccumulator(str(folder), size_guidance=guidance, purge_orphaned_data=False)
     events.Reload()
     names = [name for name in events.Tags()["scalars"] if name != "epoch"]
-    written = {name: [(e.wall_time, e.step, float(e.value)) for e in events.Scalars(name)] for name in names}
+    written = {name: _timed(events.Scalars(name)) for name in names}
     epochs = {}
     if "epoch" in events.Tags()["scalars"]:
         epochs = {step: int(epoch) for _, step, epoch in _continued(_timed(events.Scalars("epoch")))}

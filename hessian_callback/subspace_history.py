@@ -97,9 +97,7 @@ class SubspaceHistory:
         Returns:
             An overlap for each kept space, the same on all ranks; none if the shape is not that of the kept ones.
         """
-        if self._kept and self._kept[0].vectors.shape != vectors.shape:
-            return []
-        if not self._kept:
+        if not self._kept or self._kept[0].vectors.shape != vectors.shape:
             return []
         with ranks.together("comparing eigenspaces"):
             # One by one, as a device may have no room for all; what each rank has is summed once.
