@@ -29,6 +29,7 @@ Measure the power-law slope of a network's Hessian spectrum while it trains.
   spectrum   measure a model or a checkpoint without training
   validate   validate a checkpoint, and measure it
   report     make an HTML page and a CSV of one run or several
+  study      run a grid of trainings and compare what they measure with printed figures
 """
 
 _EPILOG = """\
@@ -49,6 +50,9 @@ the slope of a checkpoint, without training:
 what a run measured as a page to look at, beside its losses; or several runs side by side:
   hessian-callback report runs/digits_cnn/version_0
   hessian-callback report runs
+
+a grid of runs, such as an experiment of the paper, and its table; --help has more:
+  hessian-callback study example_configs/studies/mnist_random_trained.yaml --processes 2
 
 your own model and data, any LightningModule and LightningDataModule that Python can import:
   hessian-callback fit --model my_package.MyModel --data my_package.MyData \\
@@ -153,7 +157,7 @@ def _remedy(message: str) -> str:
             "are searched."
         )
     if "invalid choice" in message:
-        return "The commands are fit, spectrum, validate and report; hessian-callback --help has examples."
+        return "The commands are fit, spectrum, validate, report and study; hessian-callback --help has examples."
     return "All options: hessian-callback fit --help; those of a class: --trainer.callbacks.help or --model.help CLASS."
 
 
@@ -168,6 +172,11 @@ def main(args: Sequence[str] | None = None) -> None:
         from hessian_callback import report
 
         report.main(given[1:])
+        return
+    if given[:1] == ["study"]:
+        from hessian_callback.study import command
+
+        command.main(given[1:])
         return
     if find_spec("jsonargparse") is None:
         sys.exit(

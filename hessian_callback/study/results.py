@@ -1,0 +1,303 @@
+"""What the finished runs of a study measured: one row a fit, and a table beside the printed figures."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from io import StringIO
+from pathlib import Path
+from statistics import fmean
+
+import torch
+from torch import Tensor
+
+from hessian_callback.eigengaps import fit_eigengaps
+from hessian_callback.measurement import Measurement
+from hessian_callback.power_law import PowerLawFit, fit_power_law
+from hessian_callback.run_files import find_runs, losses_at
+from hessian_callback.run_tables import RunTable, tabulate
+from hessian_callback.study.definition import PlannedRun, Printed, Study
+from hessian_callback.study.one_run import finished
+
+__all__ = ["ACCURACY", "ENDS", "RANDOM", "TRAINED", "Row", "csv_of", "markdown_table", "rows_of", "setting_table"]
+
+#: Names of a run's two ends in the column ``when``.
+ENDS = RANDOM, TRAINED = ("random init", "trained")
+#: The metric that the test error is taken from.
+ACCURACY = "val_acc"
+UNKNOWN = "–"
+
+_AGREEMENT = {1.0: "same", 0.0: "different"}
+
+
+@dataclass(frozen=True)
+class Row:
+    r"""The fit to the K largest eigenvalues of one measurement of one run.
+
+    Attributes:
+        run: the run's name.
+        labels: levels by factor; and ``when``, which is ``"random init"``, ``"trained"``, or the number of epochs or
+            steps.
+        seed: the run's seed.
+        part: prefix of the callback and group of parameters, where there are several.
+        step: optimizer steps before the measurement.
+        num_eigenvalues: K that was asked for.
+        fit: the fit; ``None`` if fewer eigenvalues are positive and known to their tolerance.
+        reason: why there is no fit.
+        num_known: eigenvalues that are positive and known to their tolerance.
+        gap_exponent: exponent of the eigengaps sorted by size; ``None`` if they have none.
+        test_loss: the run's validation loss with these weights.
+        test_error: share of the held-out images that are classified wrongly.
+        train_loss: the run's training loss.
+        num_samples: samples behind the Hessian.
+        num_parameters: its size.
+        num_hvps: products spent.
+        seconds: wall time of the measurement.
+        num_negative: eigenvalues that are negative for certain.
+        missed_probability: the chance that an eigenvalue was overlooked.
+        device: where the run was made.
+        comparisons: what was measured beside.
+    """
+
+    run: str
+    labels: Mapping[str, str]
+    seed: int
+    part: str
+    step: int
+    num_eigenvalues: int
+    fit: PowerLawFit | None
+    reason: str | None
+    num_known: int
+    gap_exponent: float | None
+    test_loss: float | None
+    test_error: float | None
+    train_loss: float | None
+    num_samples: int | None
+    num_parameters: int | None
+    num_hvps: int | None
+    seconds: float
+    num_negative: int | None
+    missed_probability: float | None
+    device: str
+    comparisons: Mapping[str, float] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, object]:
+        """The row for a table of all rows: numbers with all their digits, ``None`` where nothing is known."""
+        fit = self.fit
+        return {
+            "run": self.run,
+            **self.labels,
+            "seed": self.seed,
+            "part": self.part,
+            "step": self.step,
+            "K": self.num_eigenvalues,
+            "d_ks": fit and fit.fit_error,
+            "s_hat": fit and fit.slope,
+            "s_hat_stderr": fit and fit.slope_stderr,
+            "beta": fit and fit.density_exponent,
+            "beta_stderr": fit and fit.density_exponent_stderr,
+            "critical_paper": fit and fit.critical_distance_paper,
+            "critical_fitted": fit and fit.critical_distance_fitted,
+            "holds_paper": fit and fit.within_critical_distance_paper,
+            "holds_fitted": fit and fit.within_critical_distance_fitted,
+            "lambda_1": fit and fit.lambda_1,
+            "lambda_K": fit and fit.cutoff,
+            "least_squares_slope": fit and fit.least_squares_slope,
+            "r_squared": fit and fit.r_squared,
+            "gap_exponent": self.gap_exponent,
+            "test_loss": self.test_loss,
+            "test_error": self.test_error,
+            "train_loss": self.train_loss,
+            "samples": self.num_samples,
+            "parameters": self.num_parameters,
+            "known": self.num_known,
+            "negative": self.num_negative,
+            "missed_probability": self.missed_probability,
+            "products": self.num_hvps,
+            "seconds": round(self.seconds, 2),
+            "device": self.device,
+            "reason": self.reason,
+            **self.comparisons,
+        }
+
+
+def rows_of(study: Study, folder: Path, runs: Sequence[PlannedRun]) -> list[Row]:
+    """Read the finished runs among some.
+
+    Args:
+        study: the study; its ``rows`` choose the measurements, its ``fitted`` the K.
+        folder: where its runs are.
+        runs: the runs to read.
+
+    Raises:
+        HistoryError: if a finished run's files can't be read.
+    """
+    rows: list[Row] = []
+    for planned in runs:
+        ending = finished(folder / planned.name)
+        if ending is None:
+            continue
+        found = find_runs([folder / planned.name])
+        for run in found:
+            table = tabulate(run)
+            errors = _test_errors(table)
+            for index, measurement in enumerate(run.history):
+                when = _when(measurement, last=index == len(run.history) - 1)
+                if (study.rows == "last" and when != TRAINED) or (study.rows == "first and last" and when not in ENDS):
+                    continue
+                parts = {run.prefix if len(found) > 1 else "": measurement} | dict(measurement.groups)
+                for part, member in parts.items():
+                    spectrum = member.spectrum
+                    for wanted in study.fitted or [_asked(member)]:
+                        fit, reason = _fit(member, wanted)
+                        rows.append(
+                            Row(
+                                run=planned.name,
+                                labels={**planned.labels, "when": when},
+                                seed=planned.seed,
+                                part=part,
+                                step=measurement.step,
+                                num_eigenvalues=wanted,
+                                fit=fit,
+                                reason=reason,
+                                num_known=0 if spectrum is None else len(spectrum.positive_converged),
+                                gap_exponent=_gap_exponent(member, fit),
+                                test_loss=table.validation[index],
+                                test_error=errors[index],
+                                train_loss=table.training[index],
+                                num_samples=measurement.num_samples,
+                                num_parameters=member.num_parameters,
+                                num_hvps=None if spectrum is None else spectrum.num_hvps,
+                                seconds=member.seconds,
+                                num_negative=None if spectrum is None else spectrum.num_negative,
+                                missed_probability=None if spectrum is None else spectrum.missed_probability,
+                                device=str(ending["device"]),
+                                comparisons=member.comparisons,
+                            )
+                        )
+    return rows
+
+
+def _when(measurement: Measurement, *, last: bool) -> str:
+    if measurement.step == 0:
+        return RANDOM
+    if last:
+        return TRAINED
+    return f"epoch {measurement.epoch + 1}" if measurement.when == "epoch" else f"step {measurement.step}"
+
+
+def _asked(measurement: Measurement) -> int:
+    return 0 if measurement.spectrum is None else len(measurement.spectrum.eigenvalues)
+
+
+def _fitted(measurement: Measurement) -> Tensor:
+    """The eigenvalues that a law may be fitted to; in paper mode those that are positive, known or not."""
+    spectrum = measurement.spectrum
+    if spectrum is None:
+        return torch.zeros(0, dtype=torch.float64)
+    return (
+        spectrum.eigenvalues[spectrum.eigenvalues > 0] if measurement.mode == "paper" else spectrum.positive_converged
+    )
+
+
+def _fit(measurement: Measurement, wanted: int) -> tuple[PowerLawFit | None, str | None]:
+    values = _fitted(measurement)
+    if measurement.spectrum is None:
+        return None, measurement.reason
+    if len(values) < wanted:
+        return None, f"only {len(values)} eigenvalues are positive and known ({measurement.spectrum.stopped})"
+    return fit_power_law(values, num_eigenvalues=wanted), None
+
+
+def _gap_exponent(measurement: Measurement, fit: PowerLawFit | None) -> float | None:
+    if fit is None:
+        return None
+    try:
+        return fit_eigengaps(_fitted(measurement), num_eigenvalues=fit.num_eigenvalues).exponent
+    except ValueError:  # Equal eigenvalues have no gaps.
+        return None
+
+
+def _test_errors(table: RunTable) -> list[float | None]:
+    scalars = table.run.scalars
+    if ACCURACY not in scalars:
+        return [None] * len(table.run.history)
+    return [None if share is None else 1 - share for share in losses_at(table.run.history, scalars[ACCURACY])]
+
+
+def csv_of(rows: Iterable[Mapping[str, object]]) -> str:
+    """Write rows as CSV, a column for each name that occurs; empty where nothing is known."""
+    rows = list(rows)
+    text = StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(dict.fromkeys(name for row in rows for name in row)), restval="")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+# -- one line for each setting -----------------------------------------------------------------------
+
+
+def setting_table(study: Study, rows: Sequence[Row]) -> list[dict[str, str]]:
+    """Put the seeds of each setting into one line, beside the printed figures.
+
+    A number is the mean over the seeds, with the smallest and the largest in brackets. A verdict counts the seeds for
+    which the law is not rejected at 5 %, by the paper's critical value and by the one for a fitted exponent. The last
+    column compares with the printed verdict, by the paper's critical value: ``same``, ``different``, or ``mixed`` where
+    the seeds differ.
+    """
+    groups: dict[tuple[object, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((*row.labels.items(), row.part, row.num_eigenvalues), []).append(row)
+    return [_line(study, members) for members in groups.values()]
+
+
+def _line(study: Study, members: Sequence[Row]) -> dict[str, str]:
+    first = members[0]
+    fits = [row.fit for row in members if row.fit is not None]
+    printed = study.printed_for(first.labels) or Printed({})
+    num = len(fits)
+    holds = sum(fit.within_critical_distance_paper for fit in fits)
+    line = dict(first.labels)
+    if first.part:
+        line["part"] = first.part
+    line |= {
+        "K": str(first.num_eigenvalues),
+        "seeds": str(num) if num == len(members) else f"{num} of {len(members)}",
+        "d_ks": _spread([fit.fit_error for fit in fits], ".4f"),
+        "s_hat": _spread([fit.slope for fit in fits], ".3f"),
+        "beta": _spread([fit.density_exponent for fit in fits], ".3f"),
+        "holds (paper's value)": f"{holds} of {num}" if num else UNKNOWN,
+        "holds (fitted)": f"{sum(fit.within_critical_distance_fitted for fit in fits)} of {num}" if num else UNKNOWN,
+        "gap exponent": _spread([row.gap_exponent for row in members], ".3f"),
+        "test error": _spread([row.test_error for row in members], ".4f"),
+        "test loss": _spread([row.test_loss for row in members], ".3f"),
+        "samples": "/".join(sorted({str(row.num_samples) for row in members})),
+        "products": _spread([row.num_hvps for row in members], ".0f"),
+        "seconds": _spread([row.seconds for row in members], ".1f"),
+        "printed d_ks": UNKNOWN if printed.fit_error is None else f"{printed.fit_error:.4f}",
+        "printed s_hat": UNKNOWN if printed.slope is None else f"{printed.slope:.3f}",
+        "printed verdict": UNKNOWN if printed.holds is None else ("holds" if printed.holds else "rejected"),
+    }
+    if printed.holds is not None:
+        agreeing = holds if printed.holds else num - holds
+        line["verdict"] = UNKNOWN if not num else _AGREEMENT.get(agreeing / num, "mixed")
+    return line
+
+
+def _spread(values: Sequence[float | None], digits: str) -> str:
+    known = [value for value in values if value is not None]
+    if not known:
+        return UNKNOWN
+    mean = format(fmean(known), digits)
+    low, high = format(min(known), digits), format(max(known), digits)
+    return mean if low == high else f"{mean} ({low} to {high})"
+
+
+def markdown_table(lines: Sequence[Mapping[str, str]]) -> str:
+    """Write lines as a table in Markdown, leaving out columns that say nothing."""
+    names = list(dict.fromkeys(name for line in lines for name in line))
+    names = [name for name in names if any(line.get(name, UNKNOWN) != UNKNOWN for line in lines)]
+    head = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
+    return "\n".join(head + ["| " + " | ".join(line.get(name, UNKNOWN) for name in names) + " |" for line in lines])
