@@ -117,6 +117,9 @@ class PowerLawHessianCallback(Callback):
         dataloader: ``"val"``, ``"train"`` (the paper's Hessian is that of the training loss), or a loader. Of
             a map-style data set a random subset is used, of a stream the beginning.
         num_samples: samples over all ranks.
+        batch_size: samples in each of the Hessian's batches; default: as many as in the loader's. Large ones are
+            faster, above all on a GPU, and are cut where memory is short. Of a loss that is not a mean over its samples
+            it changes what is measured.
         loss_fn: ``callable(pl_module, batch)`` that returns the mean loss of the batch.
         batch_weight: ``callable(batch)`` that returns what the mean loss averages over, such as the number of
             counted tokens; default: the leading dimension, where the batch has only one.
@@ -212,6 +215,7 @@ class PowerLawHessianCallback(Callback):
         at_steps: Sequence[int] | None = None,
         dataloader: str | Iterable[Any] = "val",
         num_samples: int = 1024,
+        batch_size: int | None = None,
         # With a precise signature LightningCLI would reject a class_path.
         loss_fn: Callable[..., Any] | None = None,
         batch_weight: Callable[..., Any] | None = None,
@@ -265,6 +269,8 @@ class PowerLawHessianCallback(Callback):
         self.comparisons.check(self.protocol.num_eigenvalues, mode)
         if num_samples < 1:
             raise ValueError(f"num_samples must be at least 1, got {num_samples}")
+        if batch_size is not None and batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, or None for the loader's own, got {batch_size}")
         if isinstance(dataloader, str) and dataloader not in ("val", "train"):
             raise ValueError(f"dataloader must be 'val', 'train' or a DataLoader, got {dataloader!r}")
         if on_error not in ("warn", "raise"):
@@ -288,6 +294,7 @@ class PowerLawHessianCallback(Callback):
         self.cadence = Cadence.checked(every_n_epochs, every_n_train_steps, at_steps)
         self.dataloader = dataloader
         self.num_samples = num_samples
+        self.batch_size = batch_size
         self.loss_fn = loss_fn
         self.batch_weight = batch_weight
         self.parameters = parameters
@@ -815,6 +822,7 @@ class PowerLawHessianCallback(Callback):
                 loader,
                 num_samples=self.num_samples,
                 seed=self.seed,
+                batch_size=self.batch_size,
                 batch_weight=self.batch_weight,
                 ranks=ranks,
                 sequential=not self._on_training_data,

@@ -55,6 +55,11 @@ BatchWeight = Callable[[Any], float]
 
 _IMBALANCE_WORTH_A_WARNING = 0.2
 
+_OWN_BATCHES = (
+    "batch_size is given, but the batches come from a stream, or from a batch sampler or a data set that makes them in "
+    "its own way; set their size there, or pass dataloader=my_loader with a batch_size of its own"
+)
+
 
 @dataclass(frozen=True)
 class HeldOut:
@@ -154,6 +159,7 @@ def collect(
     *,
     num_samples: int,
     seed: int = 0,
+    batch_size: int | None = None,
     batch_weight: BatchWeight | None = None,
     ranks: Ranks | None = None,
     sequential: bool = True,
@@ -172,6 +178,7 @@ def collect(
             ``CombinedLoader`` of those.
         num_samples: how many samples to use, over all ranks. Fewer are used where there are fewer.
         seed: chooses the samples and fixes their augmentation.
+        batch_size: samples in a batch, instead of the loader's own number.
         batch_weight: the weight of a batch in the mean; default: its leading dimension.
         ranks: the processes that share the samples; default: this process alone.
         sequential: how several loaders are meant: one after the other (then the first serves alone),
@@ -181,7 +188,8 @@ def collect(
         This rank's share.
 
     Raises:
-        MisconfigurationException: if there are no samples, or a batch's weight is not clear.
+        MisconfigurationException: if there are no samples, a batch's weight is not clear, or ``batch_size`` is given
+            for batches that the loader, or the data set, makes in its own way.
         PeerError: if collecting failed on another rank.
 
     Example:
@@ -195,7 +203,9 @@ def collect(
     ranks = ranks or Ranks()
     weigh = batch_weight or _num_samples
     with ranks.together("choosing the held-out samples"):
-        groups = _groups(loader, num_samples, seed, ranks, sequential)
+        groups = _groups(loader, num_samples, seed, batch_size, ranks, sequential)
+        if groups is None and batch_size is not None:
+            raise MisconfigurationException(_OWN_BATCHES)
     if groups is None:
         return _collect_stream(loader, num_samples, seed, weigh, ranks, sequential)
 
@@ -293,7 +303,9 @@ def batch_on_device(
 # -- choosing ----------------------------------------------------------------------------------------
 
 
-def _groups(loader: Any, num_samples: int, seed: int, ranks: Ranks, sequential: bool) -> list[_Group] | None:
+def _groups(
+    loader: Any, num_samples: int, seed: int, batch_size: int | None, ranks: Ranks, sequential: bool
+) -> list[_Group] | None:
     """Return the chosen batches over all ranks, not loaded; ``None`` if they come from a stream."""
     leaves, structure = _leaves(loader)
     if not leaves:
@@ -305,8 +317,8 @@ def _groups(loader: Any, num_samples: int, seed: int, ranks: Ranks, sequential: 
                 "first. Pass dataloader=my_loader to choose another",
                 stacklevel=2,
             )
-        return _groups_of_leaf(leaves[0], num_samples, seed)
-    parts = [_groups_of_leaf(leaf, num_samples, seed) for leaf in leaves]
+        return _groups_of_leaf(leaves[0], num_samples, seed, batch_size)
+    parts = [_groups_of_leaf(leaf, num_samples, seed, batch_size) for leaf in leaves]
     if len(parts) == 1 and parts[0] is None:
         return None
     if any(part is None for part in parts):
@@ -326,9 +338,11 @@ def _groups(loader: Any, num_samples: int, seed: int, ranks: Ranks, sequential: 
     ]
 
 
-def _groups_of_leaf(loader: Any, num_samples: int, seed: int) -> list[_Group] | None:
+def _groups_of_leaf(loader: Any, num_samples: int, seed: int, batch_size: int | None) -> list[_Group] | None:
     if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
         return None
+    if loader.batch_size is None and batch_size is not None:
+        raise MisconfigurationException(_OWN_BATCHES)
     shuffled = random.Random(f"held-out samples {seed}")
     dataset, collate = loader.dataset, loader.collate_fn
 
@@ -365,7 +379,7 @@ def _groups_of_leaf(loader: Any, num_samples: int, seed: int) -> list[_Group] | 
         return _until_enough([one(number, index) for number, index in enumerate(order)], num_samples)
 
     chosen = shuffled.sample(population, min(num_samples, len(population)))
-    size = loader.batch_size
+    size = batch_size or loader.batch_size
     return [group(number, chosen[first : first + size]) for number, first in enumerate(range(0, len(chosen), size))]
 
 

@@ -24,6 +24,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:a measurement of the Hessian too
 BAD_OPTIONS = {
     "num_eigenvalues must be at least 3": {"num_eigenvalues": 2},
     "num_samples must be at least 1": {"num_samples": 0},
+    "batch_size must be at least 1": {"batch_size": 0},
     "'val', 'train' or a DataLoader": {"dataloader": "test"},
     "every_n_epochs must be at least 1": {"every_n_epochs": 0},
     "every_n_train_steps must be at least 1": {"every_n_train_steps": 0},

@@ -51,6 +51,29 @@ LOADERS = {
 
 
 @pytest.mark.parametrize("name", LOADERS)
+def test_the_size_of_the_batches_changes_nothing_else(name: str) -> None:
+    reference = collected(LOADERS[name], seed=5)
+    held_out = collected(LOADERS[name], seed=5, batch_size=7)
+    assert [len(batch) for batch in held_out.batches] == [7, 3]
+    assert values(held_out) == values(reference)
+    assert held_out.weights == [7.0, 3.0]
+
+
+@pytest.mark.parametrize(
+    "loader",
+    [
+        DataLoader(NUMBERS, batch_sampler=BatchSampler(SequentialSampler(NUMBERS), 4, drop_last=False)),
+        DataLoader(NUMBERS, batch_size=None),
+        [NUMBERS[:4], NUMBERS[4:8]],
+    ],
+    ids=["batch sampler", "no batches", "stream"],
+)
+def test_batches_of_another_making_have_no_other_size(loader: Any) -> None:
+    with pytest.raises(MisconfigurationException, match="batch_size is given, but"):
+        collected(loader, batch_size=7)
+
+
+@pytest.mark.parametrize("name", LOADERS)
 def test_the_choice_depends_on_seed_and_data_alone(name: str) -> None:
     reference = collected(LOADERS["in order"], seed=5)
     held_out = collected(LOADERS[name], seed=5)
