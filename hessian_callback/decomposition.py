@@ -3,7 +3,9 @@ r"""Krylov decompositions :math:`A V = V H + R` with an orthonormal basis, of on
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -71,6 +73,57 @@ class Decomposition:
         """Take over what a branch has spent, and what it has learnt of the operator, without its vectors."""
         self.num_hvps, self._draws = branch.num_hvps, branch._draws
         self.norm, self.asymmetry = max(self.norm, branch.norm), max(self.asymmetry, branch.asymmetry)
+
+    # -- keeping -------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        """Return all but the basis, as ``torch.load(weights_only=True)`` accepts it."""
+        return {
+            "norm": self.norm,
+            "asymmetry": self.asymmetry,
+            "num_hvps": self.num_hvps,
+            "draws": self._draws,
+            "diagonal": list(self._diagonal),
+            "couplings": list(self._couplings),
+            "gram": torch.from_numpy(self._gram),
+            "chains": [(chain.residual.cpu(), chain.column, chain.detached) for chain in self.chains],
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state, with the basis that it was returned with."""
+        self.norm, self.asymmetry = state["norm"], state["asymmetry"]
+        self.num_hvps, self._draws = state["num_hvps"], state["draws"]
+        self._diagonal, self._couplings = list(state["diagonal"]), list(state["couplings"])
+        self._gram = state["gram"].numpy()
+        device = self.operator.device
+        self.chains = [Chain(residual.to(device), column, detached) for residual, column, detached in state["chains"]]
+
+    def defect(self) -> float:
+        """Return ``||A x - (V H + R) s||`` for a unit ``x = V s``: rounding, if it is of this operator.
+
+        Half of s is random, so that each vector has a part in it, and half is what H makes of that, where the largest
+        eigenvalues, the first to change with a network's weights, have theirs. The product is not counted.
+        """
+        weights = np.random.default_rng(self._seed).standard_normal(self.size)
+        weights /= np.linalg.norm(weights)
+        image = self._times(weights)
+        if image.any():
+            weights += image / np.linalg.norm(image)
+        vector = self.basis.combine(torch.from_numpy(weights)[:, None])[:, 0].contiguous()
+        length = self._norm_of(vector)
+        difference = self.operator.matvec_slice(vector / length) * length
+        difference -= self.basis.combine(torch.from_numpy(self._times(weights))[:, None])[:, 0]
+        for chain in self.chains:
+            difference -= chain.residual * float(weights[chain.column])
+        return self._norm_of(difference) / length
+
+    def _times(self, vector: _Array) -> _Array:
+        """``H s``."""
+        image: _Array = np.array(self._diagonal) * vector
+        for row, column, value in self._couplings:
+            image[row] += value * vector[column]
+            image[column] += value * vector[row]
+        return image
 
     # -- growing -------------------------------------------------------------------------------
 

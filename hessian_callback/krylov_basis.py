@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -49,6 +50,12 @@ class KrylovBasis:
                 return block[index].to(self._home)
             index -= len(block)
         raise IndexError("the basis has no such vector")
+
+    def rows(self, first: int) -> Iterator[Tensor]:
+        """Yield the vectors from ``first`` on, on the device where they are kept."""
+        for block in self._filled(self.size):
+            yield from block[max(first, 0) :]
+            first -= len(block)
 
     def branch(self, size: int) -> KrylovBasis:
         """Return a basis that shares the first ``size`` vectors, and grows by itself."""

@@ -58,9 +58,11 @@ Moments and Quadrature with Applications* (2010), ch. 6, for Gauss-Radau bounds 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -71,6 +73,7 @@ from hessian_callback.decomposition import Chain, Decomposition
 from hessian_callback.linear_operator import SymmetricOperator
 from hessian_callback.probe import Probe
 from hessian_callback.projection import Projection
+from hessian_callback.solver_checkpoint import DEFAULT_SECONDS, CheckpointError, SolverCheckpoint
 from hessian_callback.spectrum import Spectrum, StopReason
 
 __all__ = ["LanczosProgress", "top_eigenvalues"]
@@ -82,6 +85,8 @@ _LONGEST_PROBE = 64
 # By how much of the smallest wanted eigenvalue the complement must be believed to lie below what is provable, before a
 # probe is sent: a narrower margin takes longer probes, and more of them are in vain.
 _MARGIN = 0.02
+# By how many times the rounding level a product may differ from what was stored of the same matrix.
+_REPEATED = 4
 
 
 @dataclass(frozen=True)
@@ -118,6 +123,8 @@ def top_eigenvalues(
     return_eigenvectors: bool = False,
     progress: Callable[[LanczosProgress], None] | None = None,
     basis_device: torch.device | str | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    checkpoint_every: float = DEFAULT_SECONDS,
 ) -> Spectrum:
     r"""Compute the k largest eigenvalues (algebraically) of a symmetric operator.
 
@@ -142,12 +149,19 @@ def top_eigenvalues(
         progress: called after every product.
         basis_device: where to keep the basis, one vector for each product; default: the operator's device. On the
             CPU it costs a transfer of three vectors a product, and leaves the device to the products.
+        checkpoint: a folder of this run alone, to save it in. Called again with the same arguments after its process
+            was killed, it goes on from the last save, to the result, bit for bit, of a run that was not interrupted
+            and whose products are the same bit for bit. That matrix and arguments are the same is checked, by one
+            product that is not counted. Each rank saves its own slices. The result deletes what was saved.
+        checkpoint_every: seconds between two saves, and before the first; 0: as often as possible.
 
     Returns:
         The eigenvalues with their bounds, and how they were come by.
 
     Raises:
-        ValueError: for arguments out of range.
+        ValueError: for arguments out of range. As `CheckpointError`, when the checkpoint is damaged, or of another
+            matrix or of other arguments.
+        OSError: when a checkpoint can't be saved; on all ranks together.
         ArithmeticError: when the operator returns NaN or infinity, or when the basis lost its orthogonality.
 
     Example:
@@ -173,8 +187,24 @@ def top_eigenvalues(
         raise ValueError(
             f"max_hvps={max_hvps} cannot give k={k} eigenvalues; allow at least {min(k + 1, size)} products"
         )
-    solver = _Solver(operator, k, rtol, max_hvps, seed, probe_level, positive_only, criterion, progress, basis_device)
-    return solver.solve(start, return_eigenvectors)
+    stored: SolverCheckpoint | None = None
+    if checkpoint is not None:
+        run = {
+            "k": k,
+            "rtol": rtol,
+            "max_hvps": max_hvps,
+            "seed": seed,
+            "probe_level": probe_level,
+            "positive_only": positive_only,
+        }
+        stored = SolverCheckpoint(checkpoint, operator, run, checkpoint_every)
+    solver = _Solver(
+        operator, k, rtol, max_hvps, seed, probe_level, positive_only, criterion, progress, basis_device, stored
+    )
+    spectrum = solver.solve(start, return_eigenvectors)
+    if stored is not None:
+        stored.delete()
+    return spectrum
 
 
 @dataclass(frozen=True, eq=False)
@@ -221,6 +251,7 @@ class _Solver:
         criterion: Callable[[Tensor, Tensor], bool] | None,
         progress: Callable[[LanczosProgress], None] | None,
         basis_device: torch.device | str | None,
+        checkpoint: SolverCheckpoint | None,
     ) -> None:
         self._operator = operator
         self._dimensions = operator.partition.size
@@ -237,21 +268,22 @@ class _Solver:
         self._seen: tuple[int, float] | None = None  # the basis' size at the last vain probe, and what that saw
         self._num_probes = 0
         self._decomposition = Decomposition(operator, seed, basis_device)
+        self._checkpoint = checkpoint
         # The last products are kept for a probe, so that what is returned unconverged has true bounds too.
         self._reserve = min(12, max(1, max_hvps // 5))
 
     def solve(self, start: Tensor | None, return_eigenvectors: bool) -> Spectrum:
         decomposition = self._decomposition
-        if start is not None:
-            start = self._operator.partition.cut(start.to(self._operator.device, self._operator.dtype))
-            if not decomposition.begin(start):
-                raise ValueError("the start vector is zero; pass another one, or none for a Gaussian vector")
-        else:
-            decomposition.begin()
-        self._report(decomposition)
         next_check = self._k
         chain: Chain | None = None
+        saved = None if self._checkpoint is None else self._checkpoint.load(decomposition.basis)
+        if saved is not None:
+            next_check, chain = self._restore(saved)
+        else:
+            self._begin(start)
         while decomposition.size < self._dimensions:
+            if self._checkpoint is not None and self._checkpoint.is_due(decomposition.size):
+                self._checkpoint.save(decomposition.basis, self._state(next_check, chain))
             if decomposition.size >= next_check or not decomposition.chains:
                 projection = decomposition.projection()
                 first = self._first_of_tail(projection)
@@ -285,6 +317,15 @@ class _Solver:
         # The basis spans the whole space: H is A.
         stopped: StopReason = "converged" if self._wanted <= self._dimensions else "exhausted"
         return self._result(_Proof(decomposition.projection(), None, -np.inf, self._k), stopped, return_eigenvectors)
+
+    def _begin(self, start: Tensor | None) -> None:
+        if start is None:
+            self._decomposition.begin()
+        else:
+            start = self._operator.partition.cut(start.to(self._operator.device, self._operator.dtype))
+            if not self._decomposition.begin(start):
+                raise ValueError("the start vector is zero; pass another one, or none for a Gaussian vector")
+        self._report(self._decomposition)
 
     def _prove(self, projection: Projection, first: int | None, limit: float | None) -> tuple[_Proof, bool]:
         """Send a probe; return what it proves, and whether it ruled out eigenvalues above the limit.
@@ -455,6 +496,37 @@ class _Solver:
                 if not own or not decomposition.expand(own[0]):
                     break
         raise ArithmeticError("a random vector lies in the span of fewer vectors than there are dimensions")
+
+    # -- keeping -------------------------------------------------------------------------------
+
+    def _state(self, next_check: int, chain: Chain | None) -> dict[str, Any]:
+        chains = self._decomposition.chains
+        return {
+            "decomposition": self._decomposition.state(),
+            "next_check": next_check,
+            "chain": chains.index(chain) if chain in chains else None,
+            "seen": self._seen,
+            "num_probes": self._num_probes,
+            "num_converged": self._num_converged,
+            "leading": self._leading,
+        }
+
+    def _restore(self, state: Mapping[str, Any]) -> tuple[int, Chain | None]:
+        """Go on from a state; return when the next check is due, and the chain that is being expanded."""
+        decomposition = self._decomposition
+        decomposition.restore(state["decomposition"])
+        defect = self._agreed(decomposition.defect())
+        if not defect <= _REPEATED * decomposition.rounding:
+            assert self._checkpoint is not None
+            raise CheckpointError(
+                f"the solver's checkpoint in {self._checkpoint.folder} is of another matrix: products differ from "
+                f"those stored by {defect:.1e}, and rounding explains {decomposition.rounding:.1e}",
+                "restore the weights and the data it was begun with, or delete the folder to start over",
+            )
+        self._seen, self._num_probes = state["seen"], state["num_probes"]
+        self._num_converged, self._leading = state["num_converged"], state["leading"]
+        position = state["chain"]
+        return state["next_check"], None if position is None else decomposition.chains[position]
 
     # -- reporting -----------------------------------------------------------------------------
 
