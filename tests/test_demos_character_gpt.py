@@ -203,7 +203,8 @@ def test_a_model_learns_and_is_measured(tmp_path: Path) -> None:
             num_samples=10,
             parameters=parameters,
             dataloader="train",
-            at_steps=[0, 60],
+            at_steps=[30, 60],
+            rtol=0.05,
             max_hvps=400,
             prefix=name,
             on_error="raise",
@@ -217,7 +218,7 @@ def test_a_model_learns_and_is_measured(tmp_path: Path) -> None:
     in_block = 12 * 4**2 + 2 * 4
     sizes = {"all": (VOCABULARY + LENGTH) * 4 + 2 * in_block + 4, "last_block": in_block}
     for name, callback in measured.items():
-        assert [m.step for m in callback.history] == [0, 60], name
+        assert [m.step for m in callback.history] == [30, 60], name
         assert {m.num_parameters for m in callback.history} == {sizes[name]}
         assert all(m.slope is not None and m.slope > 0 for m in callback.history), name
 
@@ -230,9 +231,9 @@ def test_eigenvalues_are_those_of_the_dense_hessian(parameters: str | None, tmp_
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.3)
     hessian = PowerLawHessianCallback(
-        num_eigenvalues=5, num_samples=10, parameters=parameters, rtol=1e-4, at_steps=[0], on_error="raise"
+        num_eigenvalues=5, num_samples=10, parameters=parameters, rtol=1e-6, at_steps=[0], on_error="raise"
     )
-    run = trainer(tmp_path, hessian, fast_dev_run=True)
+    run = trainer(tmp_path, hessian, max_steps=1, precision="64-true")
     weights = {name: p.detach().double() for name, p in model.named_parameters()}
     run.fit(model, datamodule=Text())
 
@@ -248,8 +249,9 @@ def test_eigenvalues_are_those_of_the_dense_hessian(parameters: str | None, tmp_
     with sdpa_kernel(SDPBackend.MATH):
         dense = torch.autograd.functional.hessian(loss, torch.cat([w.flatten() for w in chosen.values()]))
     expected = torch.linalg.eigvalsh(dense).flip(0)[:5]
-    found = hessian.history[0].spectrum.eigenvalues[:5]
-    torch.testing.assert_close(found.double(), expected, rtol=2e-4, atol=0)
+    (measurement,) = hessian.history
+    assert measurement.slope is not None, measurement.reason
+    torch.testing.assert_close(measurement.spectrum.eigenvalues[:5], expected, rtol=1e-6, atol=0)
 
 
 # -- from a file -----------------------------------------------------------------------------------
