@@ -358,8 +358,8 @@ def plain_answer(
         ...     for seed in range(3)
         ... ]
         >>> print(plain_answer(rows, "slope"))
-        Too few runs to say whether slope goes with the test loss better than log_step (its Spearman coefficient is
-        the larger one in size in 0 of 3 runs; 6 runs are the least); it is not shown to add to log(step) (no partial
+        Within runs, too few to say whether slope goes with the test loss better than log_step (its Spearman coefficient
+        is the larger one in size in 0 of 3 runs; 6 runs are the least); it is not shown to add to log(step) (no partial
         coefficient in seed 0, seed 1, seed 2).
     """
     if len(told := {(row.question, row.target) for row in rows}) != 1:
@@ -393,12 +393,13 @@ def _sign_test(rows: Sequence[Row], baseline: str, what: str) -> str:
     wins, losses = (sum(sign * lead > _SAME for lead in leads) for sign in (1, -1))
     counts = f"its Spearman coefficient is the larger one in size in {wins} of {len(leads)} runs"
     if len(leads) < _MIN_RUNS:
-        return f"Too few runs to say whether {what} better than {baseline} ({counts}; {_MIN_RUNS} runs are the least)"
+        counts += f"; {_MIN_RUNS} runs are the least"
+        return f"Within runs, too few to say whether {what} better than {baseline} ({counts})"
     p = float(stats.binomtest(wins, wins + losses).pvalue) if wins + losses else 1.0
     if p >= _SIGNIFICANCE:
-        return f"Whether {what} better or worse than {baseline} cannot be told ({counts}, p = {p:.3g})"
+        return f"Within runs, it cannot be told whether {what} better or worse than {baseline} ({counts}, p = {p:.3g})"
     how = "better" if wins > losses else "worse"
-    return f"{what[0].upper()}{what[1:]} {how} than {baseline} ({counts}, p = {p:.3g})"
+    return f"Within runs, {what} {how} than {baseline} ({counts}, p = {p:.3g})"
 
 
 def _what_it_adds(rows: Sequence[Row]) -> str:
@@ -420,7 +421,9 @@ def _what_it_adds(rows: Sequence[Row]) -> str:
         )
         if not holds
     ]
-    figures = f"partial coefficient {interval_text(found)}, reached by {share:.1%} of independent drifting pairs"
+    figures = (
+        f"partial coefficient {interval_text(found)}, reached by {100 * share:.2g} % of independent drifting pairs"
+    )
     if failed:
         return f"it is not shown to add to log(step) ({figures}: {', '.join(failed)})"
     return f"it adds to log(step) ({figures}, of one sign in all runs)"
