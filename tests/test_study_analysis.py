@@ -106,6 +106,17 @@ def test_smooth_curves_add_nothing_however_well_they_correlate() -> None:
     assert "in 0 of 3 runs; 6 runs are the least); it is not shown to add to log(step) (no" in plain_answer(rows)
 
 
+def test_two_curves_that_turn_add_over_the_run_but_not_in_its_parts() -> None:
+    """The limit that plain_answer names."""
+    rng, time, runs = np.random.default_rng(7), np.arange(len(STEPS)), []
+    for seed in range(3):
+        test, fit_error = (np.abs(time - turn) / turn + 0.02 * rng.standard_normal(12) for turn in (6, 8))
+        runs.append(Series(f"seed {seed}", {}, STEPS, test.tolist(), [None] * 12, {"fit_error": fit_error.tolist()}))
+    rows = within_runs(runs, kinds=["spearman"])
+    assert "it adds to log(step)" in plain_answer(rows)
+    assert "it is not shown to add" in plain_answer(rows, segment="before_minimum")
+
+
 def test_a_drift_that_is_shared_by_chance_is_named() -> None:
     rows = within_runs([planted(seed) for seed in range(3)], kinds=["spearman"], segments=["all"])
     rows = [replace(row, partial_drift_share=0.2) for row in rows]

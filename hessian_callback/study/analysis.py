@@ -190,7 +190,8 @@ def within_runs(
 
     Args:
         series: of each run; names must differ.
-        target: ``"test_loss"``, or ``"gap"``, test less training loss.
+        target: ``"test_loss"``, or ``"gap"``, test less training loss; with the latter a training loss correlates
+            by its own noise.
         kinds: coefficients.
         segments: parts of a run.
         level: nominal coverage of the intervals.
@@ -335,6 +336,10 @@ def plain_answer(
     - *adds to log(step)*: every run has a partial coefficient given log(step), all of one sign; the interval of the
       pooled one excludes 0; and at most 5 % of as many independent pairs of random walks pool to one as large.
       A run in which loss or statistic follows the step in perfect order has none: nothing is left to explain.
+
+    Of 100 simulated studies of three runs with twelve checkpoints, 3 were said to add of independent walks, 1 of walks
+    that mostly fall and 7 of unrelated noisy decays. The rule has no guard against two curves that both turn, where
+    the runs share their turning points: these always add. So ask by segment as well, where a run overfits.
 
     Rule across runs, over settings where there are rows of these, else over runs: *better* if the whole interval of
     its Spearman coefficient is larger in size than the whole one of the baseline's, else not told apart.
