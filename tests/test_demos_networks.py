@@ -86,7 +86,7 @@ def test_an_untrained_network_knows_nothing(network: type[nn.Module]) -> None:
     seed_everything(0, verbose=False)
     images, labels = torch.rand(200, 1, 28, 28), torch.arange(200) % 10
     loss = nn.functional.cross_entropy(network()(images), labels)
-    assert float(loss) == pytest.approx(math.log(10), abs=0.05)
+    assert float(loss.detach()) == pytest.approx(math.log(10), abs=0.05)
 
 
 # -- training --------------------------------------------------------------------------------------
@@ -202,12 +202,14 @@ def test_losses_and_accuracies_are_means_over_images(tmp_path: Path) -> None:
 
 
 def test_a_network_learns_and_is_measured(tmp_path: Path) -> None:
-    hessian = PowerLawHessianCallback(num_eigenvalues=4, num_samples=40, dataloader="train", on_error="raise")
+    hessian = PowerLawHessianCallback(
+        num_eigenvalues=4, num_samples=40, dataloader="train", at_steps=[0, 80], on_error="raise"
+    )
     run = trainer(tmp_path, hessian, max_epochs=8)
     run.fit(small(), datamodule=Images())
     assert run.callback_metrics["train_acc"] > 0.8
-    assert [m.step for m in hessian.history] == [0, *range(10, 90, 10)]
-    assert all(m.spectrum is not None and m.slope > 0 for m in hessian.history)
+    assert [m.step for m in hessian.history] == [0, 80]
+    assert all(m.slope is not None and m.slope > 0 for m in hessian.history)
 
 
 def test_checkpoint_is_loaded_with_the_network_given_again(tmp_path: Path) -> None:

@@ -49,14 +49,17 @@ class CharacterGPT(pl.LightningModule):
     with the initialisation of nanoGPT.
 
     Args:
-        vocab_size: different characters, at least as many as the data has.
+        vocab_size: different characters, at least as many as the data has. Vectors of characters that never occur
+            are trained, and measured, all the same.
         context_length: characters that a prediction can see, at least as many as a sequence has.
         num_layers: blocks.
         num_heads: attention heads in each block.
         width: size of a character's vector, a multiple of ``num_heads``.
         dropout: share of the embedded vectors, attention weights and residuals that training leaves out.
         optimizer: makes the optimizer of two parameter groups: matrices, and vectors, whose ``weight_decay`` is 0.
-            The rate is constant, as in the paper. In a file: ``class_path`` and ``init_args``.
+            The rate is constant, as in the paper. In a file: ``class_path`` and ``init_args`` of an optimizer, whose
+            own defaults then hold for what is not named. Default: AdamW with rate 6e-4, weight decay .1 and betas .9
+            and .95.
 
     Raises:
         ValueError: if ``num_heads`` does not divide ``width``; in ``setup``, if the data module has more

@@ -40,12 +40,15 @@ class ImageClassifier(pl.LightningModule):
     Args:
         network: ``(N, ...) -> (N, classes)`` logits.
         optimizer: makes the optimizer of the parameters it is given. In a file: ``class_path`` and ``init_args``
-            of an optimizer, whose own defaults then hold for what is not named.
-        decay_at: shares of the run's steps after which the rate falls, see `step_decay`; empty for a constant rate.
+            of an optimizer, whose own defaults then hold for what is not named. Default: SGD with rate .1, momentum .9
+            and weight decay 5e-4.
+        decay_at: shares of the run's optimizer steps after which the rate falls. The run ends with ``max_steps`` or
+            ``max_epochs``, whichever comes first. Empty for a constant rate.
         decay_factor: what the rate is multiplied by, each time.
 
     Raises:
-        ValueError: if ``decay_at`` or ``decay_factor`` are out of range.
+        ValueError: if ``decay_at`` or ``decay_factor`` are out of range; before training, if the rate is to fall and
+            the run has no known number of steps.
 
     Example:
         >>> from hessian_callback.demos import LeNet
