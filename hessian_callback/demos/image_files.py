@@ -1,7 +1,7 @@
 """Readers for images in files: IDX (the format of MNIST and Fashion-MNIST) and both versions of CIFAR-10.
 
 Whatever comes from a file is foreign: sizes are checked against the header, contents against a checksum where one is
-known, and pickles may not name anything but numpy's arrays.
+known, and pickles are read without anything being called that they name.
 """
 
 from __future__ import annotations
@@ -39,6 +39,13 @@ _FETCH_AGAIN = "replace it by a fresh copy"
 
 _CIFAR_SHAPE = (3, 32, 32)
 _CIFAR_CLASSES = 10
+
+_NAMES_IN_A_PICKLED_ARRAY = {
+    ("numpy.core.multiarray", "_reconstruct"),
+    ("numpy._core.multiarray", "_reconstruct"),
+    ("numpy", "ndarray"),
+    ("numpy", "dtype"),
+}
 
 
 # -- IDX ---------------------------------------------------------------------------------------------
@@ -167,8 +174,7 @@ def read_cifar10(folder: str | os.PathLike[str], part: Literal["train", "test"])
     """Read CIFAR-10's images and labels from the unpacked folder of its binary or its Python version.
 
     The binary version is taken where a folder has both. A record of it is a byte for the label and 3072 for the image;
-    the files of the Python version are pickles, which are read without letting them call anything but what makes a
-    numpy array.
+    the files of the Python version are pickles, which are read without calling anything that they name.
 
     Args:
         folder: the folder with ``data_batch_1.bin`` or ``data_batch_1`` to 5, and ``test_batch.bin`` or ``test_batch``.
@@ -196,7 +202,7 @@ def read_cifar10(folder: str | os.PathLike[str], part: Literal["train", "test"])
         )
     read = _cifar_records if paths is binary else _cifar_pickle
     batches = [read(path) for path in paths]
-    images = torch.from_numpy(np.concatenate([pixels for pixels, _ in batches])).view(-1, *_CIFAR_SHAPE)
+    images = torch.from_numpy(np.concatenate([pixels for pixels, _ in batches])).reshape(-1, *_CIFAR_SHAPE)
     return images, torch.from_numpy(np.concatenate([labels for _, labels in batches]))
 
 
@@ -206,51 +212,62 @@ def _cifar_records(path: Path) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, An
     if not len(content) or len(content) % size:
         raise ValueError(f"{path} has {len(content)} bytes, which is not a multiple of {size}; {_FETCH_AGAIN}")
     records = content.reshape(-1, size)
-    return records[:, 1:], _checked_cifar_labels(path, records[:, 0].astype(np.int64))
+    return records[:, 1:], _checked_cifar_labels(path, records[:, 0].tolist())
 
 
 def _cifar_pickle(path: Path) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     try:
-        content = _ArraysOnly(io.BytesIO(path.read_bytes()), encoding="bytes").load()
+        content = _Recording(io.BytesIO(path.read_bytes()), encoding="bytes").load()
     except Exception as error:  # A damaged pickle may raise anything.
         raise ValueError(
             f"{path} can't be read as a file of CIFAR-10's Python version ({error}); {_FETCH_AGAIN}"
         ) from error
-    # Keys and strings are bytes in the published files, which Python 2 wrote.
+    # Strings are bytes in the published files, which Python 2 wrote.
     entries = content if isinstance(content, dict) else {}
-    pixels, labels = (entries.get(key.encode(), entries.get(key)) for key in ("data", "labels"))
-    if not (
-        isinstance(pixels, np.ndarray)
-        and isinstance(labels, list)
-        and labels
-        and pixels.dtype == np.uint8
-        and pixels.shape == (len(labels), math.prod(_CIFAR_SHAPE))
-        and all(type(label) is int for label in labels)
-    ):
-        raise ValueError(
-            f"{path} holds no 'data' of shape (N, 3072) in uint8 with N whole numbers as 'labels', as CIFAR-10's "
-            f"Python version does; {_FETCH_AGAIN}"
-        )
-    return pixels, _checked_cifar_labels(path, np.array(labels, dtype=np.int64))
+    labels = entries.get(b"labels", entries.get("labels"))
+    size = math.prod(_CIFAR_SHAPE)
+    match entries.get(b"data", entries.get("data")):
+        case _Recorded(
+            state=(_, (int(num), int(width)), _Recorded(arguments=(b"u1" | "u1", *_)), bool(fortran), bytes(values))
+        ) if (
+            isinstance(labels, list)
+            and 0 < num == len(labels)
+            and width == size
+            and len(values) == num * size
+            and all(type(label) is int for label in labels)
+        ):
+            pixels = np.frombuffer(values, np.uint8).reshape((num, size), order="F" if fortran else "C")
+            return pixels, _checked_cifar_labels(path, labels)
+    raise ValueError(
+        f"{path} holds no 'data' of shape (N, {size}) in uint8 with N whole numbers as 'labels', as CIFAR-10's Python "
+        f"version does; {_FETCH_AGAIN}"
+    )
 
 
-def _checked_cifar_labels(path: Path, labels: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    if labels.min() < 0 or labels.max() >= _CIFAR_CLASSES:
-        raise ValueError(f"{path} has labels from {labels.min()} to {labels.max()}, not 0 to 9; {_FETCH_AGAIN}")
-    return labels
+def _checked_cifar_labels(path: Path, labels: list[int]) -> np.ndarray[Any, Any]:
+    if min(labels) < 0 or max(labels) >= _CIFAR_CLASSES:
+        raise ValueError(f"{path} has labels from {min(labels)} to {max(labels)}, not 0 to 9; {_FETCH_AGAIN}")
+    return np.array(labels, dtype=np.int64)
 
 
-class _ArraysOnly(pickle.Unpickler):
-    """Finds what the pickle of a numpy array names, and nothing else."""
+class _Recorded:
+    """What a pickle would have made a numpy object of."""
+
+    def __init__(self, *arguments: Any) -> None:
+        self.arguments = arguments
+        self.state: Any = None
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+
+class _Recording(pickle.Unpickler):
+    """Records what numpy's names in a pickle are called with, and calls nothing.
+
+    Not even numpy: a damaged state of an array or a dtype, which numpy takes as it comes, crashes the process.
+    """
 
     def find_class(self, module: str, name: str) -> Any:
-        reconstruct = np.empty(0).__reduce__()[0]
-        allowed = {
-            ("numpy.core.multiarray", "_reconstruct"): reconstruct,
-            ("numpy._core.multiarray", "_reconstruct"): reconstruct,
-            ("numpy", "ndarray"): np.ndarray,
-            ("numpy", "dtype"): np.dtype,
-        }
-        if (module, name) not in allowed:
+        if (module, name) not in _NAMES_IN_A_PICKLED_ARRAY:
             raise pickle.UnpicklingError(f"it names {module}.{name}, which image files have no use for")
-        return allowed[module, name]
+        return _Recorded

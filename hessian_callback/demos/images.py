@@ -168,10 +168,11 @@ class ImageData(pl.LightningDataModule):
             test = _taken(test, self._balanced(test[1], self.test_size, "test_size"))
         mean, deviation = _scale(train[0])
         num_classes = int(train[1].max()) + 1 if self.source == "idx" else _NUM_CLASSES
-        if len(test[1]) and int(test[1].max()) >= num_classes:
+        shapes = tuple(train[0].shape[1:]), tuple(test[0].shape[1:])
+        if shapes[0] != shapes[1] or not bool((test[1] < num_classes).all()):
             raise ValueError(
-                f"a test label is {int(test[1].max())}, and the training labels end at {num_classes - 1}; take "
-                "training and test files from the same data set"
+                f"training and test images don't belong together: shapes {shapes[0]} and {shapes[1]}, training labels "
+                f"up to {num_classes - 1}, test labels up to {int(test[1].max())}; take both from the same data set"
             )
         if self.train_size is not None:
             train = _taken(train, self._balanced(train[1], self.train_size, "train_size"))
