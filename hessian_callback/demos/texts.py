@@ -28,6 +28,9 @@ _BIBLE_SHA256 = "b5c4940bcfeee072c0935b5200d0f9d88a00a0199cb0961d16133458fcdfae5
 def read_text(source: str) -> str:
     r"""Return a text by its name, or that of a file.
 
+    The help texts repeat themselves: with Python 3.11, 8 % of the windows of 65 characters in their last tenth also
+    occur before it, which flatters a test loss; of the King James version's, 0.06 %.
+
     Args:
         source: ``"pydoc_topics"``, the help texts of Python's own library in the order of their names (0.46 million
             characters, of which each release of Python has other ones); ``"bible_kjv"``, the King James version of
