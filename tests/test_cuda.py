@@ -219,15 +219,27 @@ def test_a_lanczos_step_waits_once() -> None:
 # -- full float32, whatever the run has chosen ---------------------------------------------------------------
 
 
-def settings() -> tuple[Any, ...]:
-    return (
-        torch.backends.cuda.matmul.allow_tf32,
-        torch.backends.cudnn.allow_tf32,
-        torch.get_float32_matmul_precision(),
-        torch.backends.cudnn.enabled,
-        torch.backends.cudnn.benchmark,
-        torch.backends.cudnn.deterministic,
-    )
+def settings() -> list[Any]:
+    """What decides on TF32 and on cuDNN; the older names raise where a run has mixed them with the newer."""
+    readers: list[Any] = [
+        lambda: torch.backends.cuda.matmul.allow_tf32,
+        lambda: torch.backends.cudnn.allow_tf32,
+        torch.get_float32_matmul_precision,
+        lambda: torch.backends.cuda.matmul.fp32_precision,
+        lambda: torch.backends.cudnn.conv.fp32_precision,
+        lambda: torch.backends.cudnn.rnn.fp32_precision,
+        lambda: torch.backends.cudnn.enabled,
+        lambda: torch.backends.cudnn.benchmark,
+        lambda: torch.backends.cudnn.deterministic,
+    ]
+
+    def tried(read: Any) -> Any:
+        try:
+            return read()
+        except (RuntimeError, AttributeError) as error:
+            return type(error).__name__
+
+    return [tried(read) for read in readers]
 
 
 @contextmanager
@@ -241,6 +253,28 @@ def tensor_cores() -> Iterator[None]:
     finally:
         torch.set_float32_matmul_precision(before[0])
         torch.backends.cudnn.allow_tf32 = before[1]
+
+
+@pytest.mark.skipif(not hasattr(torch.backends.cudnn, "conv"), reason="older than these settings")
+@pytest.mark.parametrize("precision", ["ieee", "tf32"])
+def test_settings_operator_by_operator_are_no_obstacle(precision: str) -> None:
+    """PyTorch refuses to read the older settings where convolutions and recurrent layers have different ones."""
+    model = seeded(KINDS["LSTM, padding_idx"].build).eval()
+    batches = [next(iter(KINDS["LSTM, padding_idx"].loaders()[1]))]
+    case = cast(Case(model, resolve_loss(model), batches, [1.0]), torch.float32)
+    vector = torch.ones(sum(p.numel() for p in model.parameters()))
+    expected = operator_of(case).matvec(vector)
+    layers = torch.backends.cudnn.conv, torch.backends.cudnn.rnn
+    kept = [layer.fp32_precision for layer in layers]
+    try:
+        layers[0].fp32_precision = precision
+        layers[1].fp32_precision = "tf32" if precision == "ieee" else "ieee"
+        before = settings()
+        assert_close_in_norm(operator_of(case).matvec(vector), expected, 1e-4)
+        assert settings() == before
+    finally:
+        for layer, value in zip(layers, kept, strict=True):
+            layer.fp32_precision = value
 
 
 def smooth(kind: str) -> Case:
@@ -376,7 +410,7 @@ def test_the_same_eigenvalues_as_on_the_cpu(name: str, dtype: torch.dtype) -> No
     case = in_single(CASES[name]())
     one, other = (top_eigenvalues(operator_of(cast(case, dtype, device)), 5, seed=7) for device in (DEVICE, "cpu"))
     assert_compatible(one, other)
-    assert abs(one.num_hvps - other.num_hvps) <= 3
+    assert abs(one.num_hvps - other.num_hvps) <= 5
 
 
 def assert_compatible(one: Spectrum, other: Spectrum) -> None:
