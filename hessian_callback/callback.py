@@ -6,9 +6,11 @@ import importlib.util
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import torch
 import torch.distributed as dist
@@ -56,6 +58,7 @@ from hessian_callback.protocol import Protocol
 from hessian_callback.run_losses import losses_of
 from hessian_callback.sharding import is_sharded
 from hessian_callback.sharpness import SpectralDensity
+from hessian_callback.solver_checkpoint import CheckpointError, delete_files
 from hessian_callback.spectrum import Spectrum
 from hessian_callback.subspace_history import SubspaceHistory
 
@@ -183,6 +186,10 @@ class PowerLawHessianCallback(Callback):
             for them, to the loggers that show pictures (TensorBoard, Weights & Biases, MLflow), if matplotlib is
             installed.
         layout: group the curves under TensorBoard's "Custom Scalars"; ``False`` where you write a layout of your own.
+        solver_checkpoint: a folder of this run alone, in which a long measurement saves the eigenvalue solver's state
+            every five minutes, the Krylov basis included (a vector a product). When the run is killed and comes to the
+            same step again with the same weights and samples, the measurement goes on from there; with other weights
+            it warns and starts over. What a measurement saved is deleted when it is through.
         verbose: print the expected cost once, and a line for each measurement.
 
     Attributes:
@@ -244,6 +251,7 @@ class PowerLawHessianCallback(Callback):
         train_loss: str | None = "train_loss",
         figures: bool = True,
         layout: bool = True,
+        solver_checkpoint: str | Path | None = None,
         verbose: bool = True,
     ) -> None:
         super().__init__()
@@ -290,6 +298,8 @@ class PowerLawHessianCallback(Callback):
                 raise ValueError(f"the names in groups must be without slashes and not empty, got {group!r}")
             check_log_name("the names in groups", group)
             compile_pattern(f"groups[{group!r}]", expression)
+        if solver_checkpoint is not None:
+            self.protocol.check_resumable()
         self.num_eigenvalues = num_eigenvalues
         self.cadence = Cadence.checked(every_n_epochs, every_n_train_steps, at_steps)
         self.dataloader = dataloader
@@ -310,6 +320,7 @@ class PowerLawHessianCallback(Callback):
         self.train_loss = train_loss
         self.figures = figures
         self.layout = layout
+        self.solver_checkpoint = solver_checkpoint
         self.verbose = verbose
 
         self.history = []
@@ -669,18 +680,68 @@ class PowerLawHessianCallback(Callback):
         ranks: Ranks,
         *,
         description: str = "Hessian",
+        part: str = "",
         eigenvectors: bool = False,
+    ) -> Spectrum:
+        """Compute a spectrum, and go on with what a killed process saved of it, if anything is saved."""
+        folder = self._solver_folder(trainer, part)
+
+        def solve() -> Spectrum:
+            return self._solve_from(folder, trainer, operator, ranks, description, eigenvectors)
+
+        if folder is None:
+            return solve()
+        try:
+            try:
+                return solve()
+            except CheckpointError as error:  # On all ranks.
+                with ranks.together("deleting the solver's checkpoint"):
+                    delete_files(folder, ranks.rank)
+                    rank_zero_warn(f"{self.prefix}: the measurement starts over: {error.reason}")
+                return solve()
+        except (RankLostError, _ToldToEnd):
+            raise
+        except Exception:
+            if self.on_error == "warn":  # Training goes on, and does not come here again.
+                with suppress(OSError):
+                    delete_files(folder, ranks.rank)
+            raise
+
+    def _solve_from(
+        self,
+        folder: Path | None,
+        trainer: Trainer,
+        operator: HessianOperator,
+        ranks: Ranks,
+        description: str,
+        eigenvectors: bool,
     ) -> Spectrum:
         expected = self.protocol.expected_hvps(operator.num_parameters)
         with measuring(trainer, description, expected) as report:
+            begun = False
 
             def progress(now: LanczosProgress) -> None:
+                nonlocal begun
+                if not begun and now.num_hvps > 1 and self.verbose:
+                    announce(trainer, f"{self.prefix}: goes on with product {now.num_hvps}, by {folder}")
+                begun = True
                 report(now)
                 self._give_way(trainer, ranks)
 
             return self.protocol.solve(
-                operator, return_eigenvectors=eigenvectors, progress=progress, memory_budget=self.memory_budget
+                operator,
+                return_eigenvectors=eigenvectors,
+                progress=progress,
+                memory_budget=self.memory_budget,
+                checkpoint=folder,
             )
+
+    def _solver_folder(self, trainer: Trainer, part: str) -> Path | None:
+        """Where the solver's state is saved; what another callback, step or part of the Hessian has is elsewhere."""
+        if self.solver_checkpoint is None:
+            return None
+        # No prefix or group has "=" in it.
+        return Path(self.solver_checkpoint) / f"{quote(self.prefix, safe=' ')}-step={trainer.global_step}{part}"
 
     def _give_way(self, trainer: Trainer, ranks: Ranks) -> None:
         # Several ranks are not told at the same product, so they go on to the end together.
@@ -782,7 +843,7 @@ class PowerLawHessianCallback(Callback):
         """Measure the Hessian's block of one group of parameters."""
         began = time.monotonic()
         with make_operator() as operator:
-            spectrum = self._solve(trainer, operator, ranks, description=f"Hessian ({group})")
+            spectrum = self._solve(trainer, operator, ranks, description=f"Hessian ({group})", part=f"-group={group}")
         fit, reason = self.protocol.fit(spectrum)
         return Measurement(
             **place,
@@ -803,7 +864,8 @@ class PowerLawHessianCallback(Callback):
         slopes, num_hvps = [], 0
         for half in (0, 1):
             with make_operator(half) as operator:
-                spectrum = self._solve(trainer, operator, ranks, description=f"Hessian (half {half + 1})")
+                title = f"Hessian (half {half + 1})"
+                spectrum = self._solve(trainer, operator, ranks, description=title, part=f"-half={half + 1}")
             num_hvps += spectrum.num_hvps
             fit, reason = self.protocol.fit(spectrum)
             if fit is None or fit.num_eigenvalues != num_fitted:

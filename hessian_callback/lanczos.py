@@ -85,8 +85,8 @@ _LONGEST_PROBE = 64
 # By how much of the smallest wanted eigenvalue the complement must be believed to lie below what is provable, before a
 # probe is sent: a narrower margin takes longer probes, and more of them are in vain.
 _MARGIN = 0.02
-# By how many times the rounding level a product may differ from what was stored of the same matrix.
-_REPEATED = 4
+# By how many times the rounding level a product may differ from a stored one of the same matrix: each is off by it once.
+_REPEATED = 2
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -96,6 +97,15 @@ class Protocol:
                 f"num_eigenvalues={wanted} Ritz values; the paper takes num_eigenvalues steps in each"
             )
 
+    def check_resumable(self) -> None:
+        """Check that a spectrum by this protocol can be gone on with from a checkpoint.
+
+        Raises:
+            ValueError: in paper mode.
+        """
+        if self.mode == "paper":
+            raise ValueError("the short runs of mode='paper' have no checkpoint of the solver; use mode='strict'")
+
     @property
     def steps(self) -> int:
         """Steps of each run of the paper's protocol."""
@@ -121,6 +131,7 @@ class Protocol:
         return_eigenvectors: bool = False,
         progress: Callable[[LanczosProgress], None] | None = None,
         memory_budget: int | None = None,
+        checkpoint: str | os.PathLike[str] | None = None,
     ) -> Spectrum:
         """Compute the K largest eigenvalues, or in paper mode Ritz values, of an operator.
 
@@ -130,10 +141,15 @@ class Protocol:
             progress: called after every product.
             memory_budget: bytes that Lanczos vectors may take on the operator's device, and go to the CPU beyond;
                 default: a quarter of what is free there.
+            checkpoint: a folder to go on from after the process was killed, see `top_eigenvalues`.
 
         Raises:
+            ValueError: when the checkpoint can't be gone on with, or for one in paper mode.
+            OSError: when a checkpoint can't be saved.
             ArithmeticError: when a product holds NaN or infinity.
         """
+        if checkpoint is not None:
+            self.check_resumable()
         # A matrix other than a network's has no engine to choose.
         expect = getattr(operator, "expect_products", None)
         if expect is not None:
@@ -156,6 +172,7 @@ class Protocol:
             return_eigenvectors=return_eigenvectors,
             progress=progress,
             basis_device=device_with_room(operator.device, vectors, memory_budget),
+            checkpoint=checkpoint,
         )
 
     def _fixes_the_slope(self, lower: Tensor, upper: Tensor) -> bool:
