@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from hessian_callback.full_float32 import full_float32
+
 __all__ = [
     "DoubleBackwardError",
     "check_parameters_visible",
@@ -30,8 +32,8 @@ def exact_derivatives(model: nn.Module) -> Iterator[None]:
     """Evaluate and differentiate a model so that second derivatives exist and are those of its full precision.
 
     Inside the block gradients are on and autocast is off, attention runs on the math kernel (the fused ones
-    have no double backward), compiled modules run eagerly (so have theirs none), and cuDNN is off if the model
-    holds a recurrent layer on a GPU. All of it is as before when the block is left.
+    have no double backward), compiled modules run eagerly (so have theirs none), float32 is not rounded to TF32, and
+    cuDNN is off if the model holds a recurrent layer on a GPU. All of it is as before when the block is left.
     """
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
@@ -39,12 +41,15 @@ def exact_derivatives(model: nn.Module) -> Iterator[None]:
         for device_type in ("cpu", "cuda"):
             if torch.is_autocast_enabled(device_type):
                 stack.enter_context(torch.autocast(device_type, enabled=False))
+        stack.enter_context(full_float32())
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         if _is_compiled(model):
             # Costs a second where nothing is compiled, as it imports the compiler.
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         if any(isinstance(module, nn.RNNBase) for module in model.modules()) and torch.cuda.is_available():
-            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+            # Not `torch.backends.cudnn.flags`, which sets five other things to its defaults.
+            stack.callback(setattr, torch.backends.cudnn, "enabled", torch.backends.cudnn.enabled)
+            torch.backends.cudnn.enabled = False
         yield
 
 

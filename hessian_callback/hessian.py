@@ -346,6 +346,9 @@ class HessianOperator:
             self._engine.close()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+        if self._memory_budget is not None:
+            # It was more than there is: smaller batches alone would fill it with as many bytes as before.
+            self._memory_budget //= 2
         with self.ranks.together("cutting batches, because memory is short"):
             try:
                 self._parts = self._parts.halved()

@@ -70,6 +70,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hessian_callback.decomposition import Chain, Decomposition
+from hessian_callback.full_float32 import full_float32
 from hessian_callback.linear_operator import SymmetricOperator
 from hessian_callback.probe import Probe
 from hessian_callback.projection import Projection
@@ -85,7 +86,7 @@ _LONGEST_PROBE = 64
 # By how much of the smallest wanted eigenvalue the complement must be believed to lie below what is provable, before a
 # probe is sent: a narrower margin takes longer probes, and more of them are in vain.
 _MARGIN = 0.02
-# By how many times the rounding level a product may differ from a stored one of the same matrix: each is off by it once.
+# By how many rounding levels a product may differ from a stored one of the same matrix: each is off by one.
 _REPEATED = 2
 
 
@@ -201,7 +202,8 @@ def top_eigenvalues(
     solver = _Solver(
         operator, k, rtol, max_hvps, seed, probe_level, positive_only, criterion, progress, basis_device, stored
     )
-    spectrum = solver.solve(start, return_eigenvectors)
+    with full_float32():
+        spectrum = solver.solve(start, return_eigenvectors)
     if stored is not None:
         stored.delete()
     return spectrum

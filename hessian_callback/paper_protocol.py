@@ -23,6 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hessian_callback.full_float32 import full_float32
 from hessian_callback.krylov import krylov_run
 from hessian_callback.lanczos import LanczosProgress
 from hessian_callback.linear_operator import SymmetricOperator
@@ -103,6 +104,7 @@ class PooledRitzValues:
         return int(values.numel() > 0) + int((lowest_so_far[:-1] > highest_to_come[1:]).sum())
 
 
+@full_float32()
 def pooled_ritz_values(
     operator: SymmetricOperator,
     *,

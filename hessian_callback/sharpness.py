@@ -29,6 +29,7 @@ import scipy.special
 import torch
 from torch import Tensor
 
+from hessian_callback.full_float32 import full_float32
 from hessian_callback.krylov import krylov_run
 from hessian_callback.linear_operator import SymmetricOperator
 from hessian_callback.random_vectors import Purpose, gaussian_slice
@@ -91,6 +92,7 @@ class Moments:
     num_hvps: int
 
 
+@full_float32()
 def moments(
     operator: SymmetricOperator, *, num_products: int = 30, spectrum: Spectrum | None = None, seed: int = 0
 ) -> Moments:
@@ -288,6 +290,7 @@ class SpectralDensity:
         return density
 
 
+@full_float32()
 def spectral_density(
     operator: SymmetricOperator, *, num_vectors: int = 4, num_steps: int = 40, seed: int = 0
 ) -> SpectralDensity:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hessian_callback.full_float32 import full_float32
 from hessian_callback.linear_operator import SymmetricOperator
 from hessian_callback.parallel import Partition, Ranks
 from hessian_callback.spectrum import Spectrum
@@ -70,6 +71,7 @@ class SubspaceRotation:
         return float(self.angles.cos().square().mean())
 
 
+@full_float32()
 def principal_angles(one: Tensor, other: Tensor, partition: Partition, ranks: Ranks) -> Tensor:
     r"""Angles between the column spaces of two tall matrices whose rows are cut over the ranks.
 
@@ -119,6 +121,7 @@ def principal_angles(one: Tensor, other: Tensor, partition: Partition, ranks: Ra
     return ranks.broadcast(angles.to(ranks.control_device)).cpu()
 
 
+@full_float32()
 def subspace_rotation(
     operator: SymmetricOperator, previous: Spectrum, current: Spectrum, *, dimension: int
 ) -> SubspaceRotation:
