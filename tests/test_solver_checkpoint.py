@@ -104,22 +104,24 @@ def test_a_run_that_is_killed_again_and_again(name: str, dtype: torch.dtype, tmp
     assert not (tmp_path / "run").exists()
 
 
-def test_several_chains(tmp_path: Path) -> None:
-    """Eigenvalues five times: copies join by probes, and each brings a chain of its own."""
+def test_several_chains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy joins by a probe and brings a chain of its own; killed while there are two, and either is expanded."""
     operator = operator_of(rotated(SPECTRA["five times"]()))
-    whole = top_eigenvalues(operator, 12, rtol=1e-8, max_hvps=200)
-    chains = []
+    whole = top_eigenvalues(operator, 10)
+    save = SolverCheckpoint.save
+    saved: dict[tuple[int, int | None], int] = {}
 
-    class Spy(SolverCheckpoint):
-        def save(self, basis: Any, solver: Any) -> None:
-            chains.append((len(solver["decomposition"]["chains"]), solver["chain"]))
-            super().save(basis, solver)
+    def noting(self: SolverCheckpoint, basis: Any, solver: Any) -> None:
+        decomposition = solver["decomposition"]
+        saved[len(decomposition["chains"]), solver["chain"]] = decomposition["num_hvps"]
+        save(self, basis, solver)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("hessian_callback.lanczos.SolverCheckpoint", Spy)
-        killed_after(whole.num_hvps - 4, operator, tmp_path / "run", 12, rtol=1e-8, max_hvps=200)
-    print(chains)
-    assert_same(top_eigenvalues(operator, 12, rtol=1e-8, max_hvps=200, checkpoint=tmp_path / "run"), whole)
+    with monkeypatch.context() as patch:
+        patch.setattr(SolverCheckpoint, "save", noting)
+        top_eigenvalues(operator, 10, checkpoint=tmp_path / "whole", checkpoint_every=0)
+    for state in ((2, None), (2, 0), (2, 1)):
+        killed_after(saved[state] + 1, operator, tmp_path / "run")
+        assert_same(top_eigenvalues(operator, 10, checkpoint=tmp_path / "run"), whole)
 
 
 @pytest.mark.parametrize("options", [
@@ -364,8 +366,8 @@ def test_damaged_files_are_refused(name: str, damage: Callable[[Path], Any], tmp
 # -- several ranks ---------------------------------------------------------------------------------
 
 
-def spectrum_on(rank: int, folder: Path | None, killed: int | None = None) -> Spectrum:
-    """With ``killed``, rank 0 dies after so many products, and rank 1 in the midst of its last save before."""
+def spectrum_on(rank: int, folder: Path | None, killed: int | None = None) -> tuple[Spectrum, int]:
+    """Return the spectrum, and the first product. With ``killed``, rank 1 dies within the save after so many."""
     if killed is not None:
         own = SolverCheckpoint._replace_state
 
@@ -375,9 +377,9 @@ def spectrum_on(rank: int, folder: Path | None, killed: int | None = None) -> Sp
             own(self, solver)
 
         SolverCheckpoint._replace_state = replace_state  # type: ignore[method-assign]
-    return top_eigenvalues(
-        DiagonalOperator(300), 8, checkpoint=folder, checkpoint_every=every, return_eigenvectors=True
-    )
+    seen: list[int] = []
+    options: dict[str, Any] = {"return_eigenvectors": True, "progress": lambda now: seen.append(now.num_hvps)}
+    return top_eigenvalues(DiagonalOperator(300), 8, checkpoint=folder, checkpoint_every=0, **options), seen[0]
 
 
 def last_save(folder: Path, rank: int) -> int:
@@ -392,21 +394,22 @@ def test_ranks_that_were_killed_between_their_saves_go_back_to_the_same(tmp_path
     survivor, killed = run_ranks(spectrum_on, 2, folder, 17, expect_errors=True)
     assert (survivor.error, killed.exitcode) == ("RankLostError", -signal.SIGKILL)
     assert last_save(folder, rank=0) == last_save(folder, rank=1) + 1
-    for outcome, expected in zip(run_ranks(spectrum_on, 2, folder), whole, strict=True):
-        assert_same(outcome.value, expected)
+    for outcome, (expected, _) in zip(run_ranks(spectrum_on, 2, folder), whole, strict=True):
+        spectrum, first_product = outcome.value
+        assert first_product == 17  # of the save before, with 16 vectors
+        assert_same(spectrum, expected)
     assert not folder.exists()
 
 
 def refusals_on(rank: int, folder: Path) -> list[str]:
-    """Another number of ranks, then a rank without files, one whose file is damaged, and one whose disk is full."""
+    """What is said where rank 1 has no files, where one is damaged, and where its disk is full."""
     said = []
     for fault in ("lost", "damaged", "full"):
-        mine = folder / fault
         if fault == "full":
             left = count(8 if rank == 1 else 1000, -1)
             solver_checkpoint.os.fsync = partial(full_disk, left)  # type: ignore[attr-defined]
         try:
-            spectrum_on(rank, mine)
+            spectrum_on(rank, folder / fault)
         except Exception as error:
             said.append(f"{type(error).__name__}: {error}")
     return said
