@@ -38,8 +38,15 @@ class Cadence:
     at_steps: tuple[int, ...] | None = None
 
     @classmethod
-    def checked(cls, every_n_epochs: int, every_n_train_steps: int | None, at_steps: Iterable[int] | None) -> Cadence:
-        """Make one of a user's options.
+    def checked(
+        cls,
+        every_n_epochs: int,
+        every_n_train_steps: int | None,
+        at_steps: Iterable[int] | None,
+        *,
+        may_be_empty: bool = False,
+    ) -> Cadence:
+        """Make one of a user's options; with ``may_be_empty``, ``at_steps`` may name none.
 
         Raises:
             ValueError: if an option is out of range, or both step options are given.
@@ -52,7 +59,7 @@ class Cadence:
             raise ValueError("give every_n_train_steps or at_steps, not both")
         if at_steps is not None:
             at_steps = tuple(sorted({int(step) for step in at_steps}))
-            if not at_steps or at_steps[0] < 0:
+            if not (at_steps or may_be_empty) or min(at_steps, default=0) < 0:
                 raise ValueError(
                     f"at_steps must name at least one number of optimizer steps, from 0; got {list(at_steps)}"
                 )

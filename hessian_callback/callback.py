@@ -117,6 +117,8 @@ class PowerLawHessianCallback(Callback):
             where validation does not simply end it.
         every_n_train_steps: measure after every n optimizer steps instead.
         at_steps: measure after these numbers of optimizer steps instead, 0 being the start.
+        at_end: measure the end of training as well, whatever the other options say; with ``at_steps=[0]`` start and
+            end alone, with ``at_steps=[]`` the end alone.
         dataloader: ``"val"``, ``"train"`` (the paper's Hessian is that of the training loss), or a loader. Of
             a map-style data set a random subset is used, of a stream the beginning.
         num_samples: samples over all ranks.
@@ -220,6 +222,7 @@ class PowerLawHessianCallback(Callback):
         every_n_epochs: int = 1,
         every_n_train_steps: int | None = None,
         at_steps: Sequence[int] | None = None,
+        at_end: bool = False,
         dataloader: str | Iterable[Any] = "val",
         num_samples: int = 1024,
         batch_size: int | None = None,
@@ -301,7 +304,8 @@ class PowerLawHessianCallback(Callback):
         if solver_checkpoint is not None:
             self.protocol.check_resumable()
         self.num_eigenvalues = num_eigenvalues
-        self.cadence = Cadence.checked(every_n_epochs, every_n_train_steps, at_steps)
+        self.cadence = Cadence.checked(every_n_epochs, every_n_train_steps, at_steps, may_be_empty=at_end)
+        self.at_end = at_end
         self.dataloader = dataloader
         self.num_samples = num_samples
         self.batch_size = batch_size
@@ -445,14 +449,14 @@ class PowerLawHessianCallback(Callback):
         if not self._active:
             return
         epoch_seconds = self._epoch_seconds()
-        if self._at_train_epoch_end and self._epoch_is_due(trainer):
+        if self._at_train_epoch_end and (self._epoch_is_due(trainer) or self._end_is_due(trainer)):
             self._measure_if_affordable(trainer, pl_module, "epoch")
         self._warn_of_cost(epoch_seconds)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure the end of a run whose measurements were thinned out, unless it has been."""
-        limited = self._active and self._time.limit is not None
-        if limited and self.history and self.history[-1].step != trainer.global_step:
+        """Measure the end of training where it is wanted, and an epoch's end was not known to be that."""
+        thinned_out = self._time.limit is not None and bool(self.history)
+        if self._active and (self.at_end or thinned_out) and not self._measured_at(trainer.global_step):
             self._measure(trainer, pl_module, "fit_end")
         summary = None if self.prediction is None or not self._active else self.prediction.summary()
         if summary and self.verbose:
@@ -474,6 +478,13 @@ class PowerLawHessianCallback(Callback):
     def _epoch_is_due(self, trainer: Trainer) -> bool:
         last = next((entry.epoch for entry in reversed(self.history) if entry.when == "epoch"), None)
         return self.cadence.at_epoch(trainer.current_epoch, last)
+
+    def _end_is_due(self, trainer: Trainer) -> bool:
+        # Before the checkpoint of that epoch, so that a run that is killed while it measures makes up for it.
+        return self.at_end and _is_last(trainer) and not self._measured_at(trainer.global_step)
+
+    def _measured_at(self, step: int) -> bool:
+        return bool(self.history) and self.history[-1].step == step
 
     def _measure_if_affordable(self, trainer: Trainer, pl_module: LightningModule, when: When) -> None:
         here = (when, trainer.current_epoch, trainer.global_step)
@@ -1213,10 +1224,11 @@ def _ranks_of(trainer: Trainer) -> Ranks:
 
 
 def _is_last(trainer: Trainer) -> bool:
-    """Whether training is known to end here."""
+    """Whether training is known to end here, at the end of an epoch."""
     epochs, steps = trainer.max_epochs, trainer.max_steps
+    long_enough = trainer.current_epoch + 1 >= (trainer.min_epochs or 0)
     return (
-        trainer.should_stop
+        (trainer.should_stop and long_enough and trainer.global_step >= (trainer.min_steps or 0))
         or (epochs is not None and epochs >= 0 and trainer.current_epoch + 1 >= epochs)
         or 0 <= steps <= trainer.global_step
     )

@@ -72,5 +72,5 @@ def _settings() -> Iterator[_Setting]:
     for place in (backends.cuda, backends.cudnn, backends.mkldnn):
         for operation in ("matmul", "conv", "rnn"):
             owner = getattr(place, operation, None)
-            if hasattr(owner, "fp32_precision"):
+            if owner is not None and hasattr(owner, "fp32_precision"):
                 yield _Setting(partial(setattr, owner, "fp32_precision"), owner.fp32_precision, "ieee")

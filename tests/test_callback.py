@@ -481,3 +481,42 @@ def test_a_run_after_one_that_ended_with_an_error_starts_afresh(tmp_path: Any) -
     assert [m.step for m in callback.history] == [0, 6]
     for one, other in zip(callback.history, fresh.history, strict=True):
         assert torch.equal(one.spectrum.eigenvalues, other.spectrum.eigenvalues)
+
+
+@pytest.mark.parametrize(
+    ("options", "run", "places"),
+    [
+        ({"every_n_epochs": 50}, {"max_epochs": 3}, [("fit_start", 0), ("epoch", 6), ("epoch", 18)]),
+        ({"every_n_epochs": 2}, {"max_epochs": 3}, [("fit_start", 0), ("epoch", 6), ("epoch", 18)]),
+        ({"at_steps": [0]}, {"max_epochs": 2}, [("fit_start", 0), ("epoch", 12)]),
+        ({"at_steps": []}, {"max_epochs": 2}, [("epoch", 12)]),
+        ({"at_steps": [0, 12]}, {"max_epochs": 2}, [("fit_start", 0), ("step", 12)]),
+        ({"at_steps": [3]}, {"max_epochs": -1, "max_steps": 8}, [("step", 3), ("epoch", 8)]),
+        ({"at_steps": [0]}, {"max_epochs": 2, "val_check_interval": 0.5}, [("fit_start", 0), ("fit_end", 12)]),
+        ({"at_steps": [0]}, {"max_epochs": 3, "limit_val_batches": 0}, [("fit_start", 0), ("epoch", 18)]),
+    ],
+)
+def test_the_end_is_measured_once_where_it_is_wanted(options: Any, run: Any, places: Any, tmp_path: Any) -> None:
+    callback = measure(at_end=True, dataloader="train", predict=None, **options)
+    trainer(tmp_path, callback, **run).fit(seeded(), loader(), loader(seed=1))
+    assert [(entry.when, entry.step) for entry in callback.history] == places
+
+
+def test_the_end_that_a_stopper_makes_is_measured(tmp_path: Any) -> None:
+    callback = measure(at_steps=[0], at_end=True)
+    stopper = EarlyStopping("val_loss", patience=1, min_delta=100.0)
+    run = trainer(tmp_path, callback, stopper, max_epochs=9)
+    run.fit(seeded(), loader(), loader(seed=1))
+    assert [(entry.when, entry.step) for entry in callback.history] == [("fit_start", 0), ("fit_end", run.global_step)]
+    assert run.global_step < 54
+
+
+def test_a_stop_before_its_time_is_not_the_end(tmp_path: Any) -> None:
+    callback = measure(at_steps=[0], at_end=True)
+
+    class Impatient(Callback):
+        def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+            trainer.should_stop = True
+
+    trainer(tmp_path, Impatient(), callback, max_epochs=9, min_epochs=3).fit(seeded(), loader(), loader(seed=1))
+    assert [(entry.when, entry.step) for entry in callback.history] == [("fit_start", 0), ("epoch", 18)]

@@ -23,6 +23,7 @@ __all__ = ["CHECKPOINT", "FINISHED", "SETTINGS", "complete_config", "finished", 
 SETTINGS = "settings.yaml"
 FINISHED = "finished.json"
 CHECKPOINT = Path("checkpoints", "last.ckpt")
+SOLVER = "solver"
 
 _LOCK = "running.lock"
 
@@ -31,7 +32,7 @@ TAKEN = 75
 
 
 def complete_config(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """Add to a run's configuration what makes it write into its folder and survive being killed."""
+    """Add to a run's configuration what makes it write into its folder, and go on there after it was killed."""
     trainer = dict(config.get("trainer") or {})
     keeping = {
         "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
@@ -45,10 +46,16 @@ def complete_config(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
         "init_args": {"save_dir": str(folder), "name": "", "version": ""},
     }
+    measuring = []
+    for callback in trainer.get("callbacks") or []:
+        if callback["class_path"].rpartition(".")[2] == "PowerLawHessianCallback":
+            options = {"solver_checkpoint": str(folder / SOLVER), **(callback.get("init_args") or {})}
+            callback = {**callback, "init_args": options}
+        measuring.append(callback)
     trainer |= {
         "default_root_dir": str(folder),
         "logger": logger,
-        "callbacks": [*(trainer.get("callbacks") or []), keeping],
+        "callbacks": [*measuring, keeping],
     }
     for option in ("enable_progress_bar", "enable_model_summary"):
         trainer.setdefault(option, False)
