@@ -142,6 +142,7 @@ class SolverCheckpoint:
             if self._checksum != state["checksum"]:
                 raise self._damaged("basis")
         self._number, self._vectors = number, state["vectors"]
+        self._next_look = _next_after(self._vectors)
         solver: dict[str, Any] = state["solver"]
         return solver
 
@@ -185,7 +186,7 @@ class SolverCheckpoint:
         """Whether to save a basis of ``size`` vectors now; rank 0's clock decides for all ranks, which ask together."""
         if size < self._next_look:
             return False
-        self._next_look = size + max(1, size // _GROWTH)
+        self._next_look = _next_after(size)
         due = time.monotonic() - self._saved_at >= self._every
         if self._ranks.world_size == 1:
             return due
@@ -278,6 +279,10 @@ def delete_files(folder: Path, rank: int) -> None:
             path.unlink(missing_ok=True)
     with suppress(OSError):  # Not empty, or another rank was quicker.
         folder.rmdir()
+
+
+def _next_after(size: int) -> int:
+    return size + max(1, size // _GROWTH)
 
 
 def _bytes_of(vector: Tensor) -> Any:

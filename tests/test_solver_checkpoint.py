@@ -8,6 +8,7 @@ import os
 import signal
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import fields, replace
 from functools import partial
 from itertools import count
@@ -17,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_map
 
 from hessian_callback import HessianOperator, Spectrum, protocol, solver_checkpoint
 from hessian_callback.lanczos import LanczosProgress, top_eigenvalues
@@ -61,28 +63,53 @@ def assert_same(one: Spectrum, other: Spectrum) -> None:
 # -- the same bits ---------------------------------------------------------------------------------
 
 
+def assert_same_state(one: Any, other: Any) -> None:
+    (leaves, shape), (expected, expected_shape) = tree_flatten(one), tree_flatten(other)
+    assert shape == expected_shape
+    for value, known in zip(leaves, expected, strict=True):
+        assert torch.equal(value, known) if isinstance(value, Tensor) else value == known
+
+
+@pytest.fixture
+def saved(monkeypatch: pytest.MonkeyPatch) -> dict[int, Any]:
+    """What is saved, by the number of products; at the same number it has to be the same in every run."""
+    states: dict[int, Any] = {}
+    save = SolverCheckpoint.save
+
+    def noting(self: SolverCheckpoint, basis: Any, solver: Any) -> None:
+        products = solver["decomposition"]["num_hvps"]
+        state = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, solver)
+        assert_same_state(states.setdefault(products, state), state)
+        save(self, basis, solver)
+
+    monkeypatch.setattr(SolverCheckpoint, "save", noting)
+    return states
+
+
 @pytest.mark.parametrize(
-    ("name", "dtype"),
+    ("name", "k", "dtype"),
     [
-        ("power law", torch.float64),
-        ("slow power law", torch.float32),
-        ("five times", torch.float64),
-        ("every one twice", torch.float32),
-        ("rank 8", torch.float64),
-        ("zero", torch.float32),
-        ("identity", torch.float64),
+        ("power law", 10, torch.float64),
+        ("slow power law", 10, torch.float32),
+        ("five times", 10, torch.float64),
+        ("every one twice", 10, torch.float32),
+        ("spikes and a semicircle", 30, torch.float64),
+        ("rank 8", 10, torch.float64),
+        ("zero", 10, torch.float32),
+        ("identity", 10, torch.float64),
     ],
     ids=str,
 )
-def test_a_run_that_is_killed_again_and_again(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+def test_a_run_that_is_killed_again_and_again(
+    name: str, k: int, dtype: torch.dtype, saved: dict[int, Any], tmp_path: Path
+) -> None:
     """At ever other places: between checks, after probes that were in vain, within those that found something."""
     matrix = rotated(SPECTRA[name]())
-    operator = operator_of(matrix, dtype)
-    solve = partial(top_eigenvalues, operator, 10, max_hvps=min(len(matrix), 250), return_eigenvectors=True)
+    solve = partial(top_eigenvalues, operator_of(matrix, dtype), k, max_hvps=min(len(matrix), 250), checkpoint_every=0)
     products: list[int] = []
     whole = solve(progress=lambda now: products.append(now.num_hvps))
+    assert_same(solve(checkpoint=tmp_path / "whole"), whole)
     spectrum = None
-    deaths = 0
     for after in count(3, 3):
         seen: list[int] = []
         die = dying(after)
@@ -91,37 +118,26 @@ def test_a_run_that_is_killed_again_and_again(name: str, dtype: torch.dtype, tmp
             seen.append(now.num_hvps)
             die(now)
 
-        try:
-            spectrum = solve(checkpoint=tmp_path / "run", checkpoint_every=0, progress=progress)
-        except Killed:
-            deaths += 1
+        with suppress(Killed):
+            spectrum = solve(checkpoint=tmp_path / "run", progress=progress)
         assert seen == products[seen[0] - 1 : seen[-1]]
         if spectrum is not None:
             break
-    assert deaths > 0 or whole.num_hvps < 3
+    assert after > 3
     assert spectrum is not None
     assert_same(spectrum, whole)
     assert not (tmp_path / "run").exists()
 
 
-def test_several_chains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("state", [(2, None), (2, 0), (2, 1)], ids=str)
+def test_several_chains(state: tuple[int, int | None], saved: dict[int, Any], tmp_path: Path) -> None:
     """A copy joins by a probe and brings a chain of its own; killed while there are two, and either is expanded."""
     operator = operator_of(rotated(SPECTRA["five times"]()))
-    whole = top_eigenvalues(operator, 10)
-    save = SolverCheckpoint.save
-    saved: dict[tuple[int, int | None], int] = {}
-
-    def noting(self: SolverCheckpoint, basis: Any, solver: Any) -> None:
-        decomposition = solver["decomposition"]
-        saved[len(decomposition["chains"]), solver["chain"]] = decomposition["num_hvps"]
-        save(self, basis, solver)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(SolverCheckpoint, "save", noting)
-        top_eigenvalues(operator, 10, checkpoint=tmp_path / "whole", checkpoint_every=0)
-    for state in ((2, None), (2, 0), (2, 1)):
-        killed_after(saved[state] + 1, operator, tmp_path / "run")
-        assert_same(top_eigenvalues(operator, 10, checkpoint=tmp_path / "run"), whole)
+    whole = top_eigenvalues(operator, 10, checkpoint=tmp_path / "run", checkpoint_every=0, return_eigenvectors=True)
+    chains = {n: (len(solver["decomposition"]["chains"]), solver["chain"]) for n, solver in saved.items()}
+    last = max(products for products, chain in chains.items() if chain == state)
+    killed_after(last + 1, operator, tmp_path / "run")
+    assert_same(top_eigenvalues(operator, 10, checkpoint=tmp_path / "run", return_eigenvectors=True), whole)
 
 
 @pytest.mark.parametrize("options", [
@@ -219,12 +235,15 @@ def test_seconds_must_not_be_negative(tmp_path: Path) -> None:
 def test_what_a_save_left_behind_that_was_not_completed(remains: str, tmp_path: Path) -> None:
     operator, folder = operator_of(POWER_LAW), tmp_path / "run"
     whole = top_eigenvalues(operator, 10)
-    killed_after(30, operator, folder)
+    killed_after(20, operator, folder)
+    assert (folder / "rank0.basis").stat().st_size == 8 * 400 * 19
     if remains == "a new state":
         (folder / "rank0.new").write_bytes((folder / "rank0.state0").read_bytes()[:100])
     else:
         with (folder / "rank0.basis").open("ab") as file:
             file.write(os.urandom(8 * 400 * 3 if remains == "vectors" else 700))
+    killed_after(2, operator, folder)
+    assert (folder / "rank0.basis").stat().st_size == 8 * 400 * 20
     assert_same(top_eigenvalues(operator, 10, checkpoint=folder, checkpoint_every=0), whole)
     assert not folder.exists()
 
@@ -366,8 +385,11 @@ def test_damaged_files_are_refused(name: str, damage: Callable[[Path], Any], tmp
 # -- several ranks ---------------------------------------------------------------------------------
 
 
-def spectrum_on(rank: int, folder: Path | None, killed: int | None = None) -> tuple[Spectrum, int]:
-    """Return the spectrum, and the first product. With ``killed``, rank 1 dies within the save after so many."""
+def spectrum_on(rank: int, folder: Path | None, killed: int | None = None) -> tuple[Spectrum, tuple[int, int]]:
+    """Return the spectrum, and at the first product its number and that of the last save.
+
+    With ``killed``, rank 1 dies within the save after so many products.
+    """
     if killed is not None:
         own = SolverCheckpoint._replace_state
 
@@ -377,15 +399,19 @@ def spectrum_on(rank: int, folder: Path | None, killed: int | None = None) -> tu
             own(self, solver)
 
         SolverCheckpoint._replace_state = replace_state  # type: ignore[method-assign]
-    seen: list[int] = []
-    options: dict[str, Any] = {"return_eigenvectors": True, "progress": lambda now: seen.append(now.num_hvps)}
+    seen: list[tuple[int, int]] = []
+
+    def progress(now: LanczosProgress) -> None:
+        seen.append((now.num_hvps, 0 if folder is None else last_save(folder, rank)))
+
+    options: dict[str, Any] = {"return_eigenvectors": True, "progress": progress}
     return top_eigenvalues(DiagonalOperator(300), 8, checkpoint=folder, checkpoint_every=0, **options), seen[0]
 
 
 def last_save(folder: Path, rank: int) -> int:
     """The number of a rank's last save."""
     states = [io.BytesIO(path.read_bytes()[4:]) for path in folder.glob(f"rank{rank}.state?")]
-    return max(torch.load(state, weights_only=True)["number"] for state in states)
+    return max((torch.load(state, weights_only=True)["number"] for state in states), default=0)
 
 
 def test_ranks_that_were_killed_between_their_saves_go_back_to_the_same(tmp_path: Path) -> None:
@@ -395,8 +421,8 @@ def test_ranks_that_were_killed_between_their_saves_go_back_to_the_same(tmp_path
     assert (survivor.error, killed.exitcode) == ("RankLostError", -signal.SIGKILL)
     assert last_save(folder, rank=0) == last_save(folder, rank=1) + 1
     for outcome, (expected, _) in zip(run_ranks(spectrum_on, 2, folder), whole, strict=True):
-        spectrum, first_product = outcome.value
-        assert first_product == 17  # of the save before, with 16 vectors
+        spectrum, first = outcome.value
+        assert first == (17, 16)  # of the save before; what rank 0 had beyond it is gone
         assert_same(spectrum, expected)
     assert not folder.exists()
 
