@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hessian_callback.full_float32 import full_float32
 from hessian_callback.parallel import Partition, Ranks
 
 __all__ = ["LONGEST_SUM", "inner_products", "orthonormal_columns", "triangular_factor"]
@@ -13,6 +14,7 @@ __all__ = ["LONGEST_SUM", "inner_products", "orthonormal_columns", "triangular_f
 LONGEST_SUM = 8192
 
 
+@full_float32()
 def inner_products(left: Tensor, right: Tensor, ranks: Ranks) -> Tensor:
     r"""Form :math:`X^T Y`, summed over the ranks.
 
@@ -39,6 +41,7 @@ def inner_products(left: Tensor, right: Tensor, ranks: Ranks) -> Tensor:
     return ranks.all_reduce(total.to(ranks.control_device)).cpu()
 
 
+@full_float32()
 def triangular_factor(columns: Tensor, partition: Partition, ranks: Ranks) -> tuple[Tensor, Tensor]:
     r"""QR decomposition of a tall matrix, :math:`X = Q R`, by one decomposition a rank and one of the pieces.
 
@@ -80,6 +83,7 @@ def triangular_factor(columns: Tensor, partition: Partition, ranks: Ranks) -> tu
     return result, upper
 
 
+@full_float32()
 def orthonormal_columns(columns: Tensor, partition: Partition, ranks: Ranks) -> Tensor:
     r"""Orthonormal basis of the range of a tall matrix, without the directions that only rounding spans.
 
