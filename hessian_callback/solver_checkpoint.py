@@ -85,7 +85,7 @@ class SolverCheckpoint:
             raise ValueError(f"checkpoint_every must be a number of seconds from 0 on, got {every}")
         self.folder = Path(folder)
         self._ranks = operator.ranks
-        self._like = torch.empty(operator.partition.slice_length, dtype=operator.dtype)
+        self._like = torch.empty(operator.partition.slice_length, dtype=operator.dtype, device="meta")
         self._run = {
             "parameters": operator.partition.size,
             "dtype": str(operator.dtype).removeprefix("torch."),
@@ -128,7 +128,7 @@ class SolverCheckpoint:
                 self._path("basis").write_bytes(b"")  # What cannot be written shows now, not after an hour.
                 return None
             state = found[number]
-            vector = torch.empty_like(self._like)
+            vector = torch.empty_like(self._like, device="cpu")
             data = memoryview(_bytes_of(vector))
             try:
                 with self._path("basis").open("rb") as file:
@@ -209,8 +209,8 @@ class SolverCheckpoint:
             except OSError as error:
                 raise OSError(
                     error.errno,
-                    f"the solver's checkpoint could not be saved ({error.strerror}); make room or choose another "
-                    "folder and run it again: it goes on from the save before",
+                    f"the solver's checkpoint could not be saved ({error.strerror}); make room, and run it again: it "
+                    "goes on from the save before. Or begin in another folder",
                     error.filename,
                 ) from error
         self._saved_at = time.monotonic()
