@@ -90,6 +90,7 @@ def test_printed_figures_belong_to_their_setting(tmp_path: Path) -> None:
         ({"base": 3}, "base must be a configuration or the name of a file"),
         ({"base": "missing.yaml"}, "there is no file .*missing.yaml; paths count from"),
         ({"fitted": [2]}, "fitted must be a list of numbers of eigenvalues, 3 at the least"),
+        ({"known_to": 2}, "known_to must be a number between 0 and 1, got 2"),
         ({"rows": "some"}, "rows must be one of last, first and last, all; got 'some'"),
         ({"factors": {"a": {"values": [1]}}}, "factor 'a' must be"),
         ({"factors": {"a": {"levels": {"x y": {}, "x-y": {}}}}}, "two runs would have one name"),

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from hessian_callback.history_file import HistoryError
+from hessian_callback.study.correlations import correlation_report
 from hessian_callback.study.definition import PlannedRun, Study, StudyError, load_study
 from hessian_callback.study.one_run import finished, write_whole
 from hessian_callback.study.results import csv_of, markdown_table, rows_of, setting_table
@@ -36,8 +37,8 @@ several machines that share a folder, each taking what no other is at:
 or a job for each run, by its name:
   hessian-callback study STUDY.yaml --list | parallel --sshloginfile HOSTS hessian-callback study STUDY.yaml --only {}
 
-The folder has study.yaml, results.md, results.csv, and for each run NAME/settings.yaml (what was run), log.txt,
-hessian_history.jsonl, TensorBoard's events, checkpoints/last.ckpt and, at the end, finished.json.
+The folder has study.yaml, results and correlations (.md, .csv), and for each run NAME/settings.yaml (what was run),
+log.txt, hessian_history.jsonl, TensorBoard's events, checkpoints/last.ckpt and, at the end, finished.json.
 """
 
 
@@ -128,7 +129,7 @@ def _seeds(text: str | None) -> list[int] | None:
 
 
 def write_tables(study: Study, folder: Path, runs: Sequence[PlannedRun]) -> str:
-    """Write ``results.csv`` and ``results.md`` of the finished runs.
+    """Write ``results`` of the finished runs, and ``correlations`` where the study asks for them, as .md and .csv.
 
     Args:
         study: the study.
@@ -146,4 +147,10 @@ def write_tables(study: Study, folder: Path, runs: Sequence[PlannedRun]) -> str:
     write_whole(folder / "results.csv", csv_of(row.as_dict() for row in rows))
     table = markdown_table(setting_table(study, rows))
     write_whole(folder / "results.md", f"# {study.title}\n\n{told}.\n\n{table}\n")
-    return f"\n{table}\n\n{told}. Tables: {folder / 'results.md'}, {folder / 'results.csv'}"
+    files = ["results.md", "results.csv"]
+    if study.predict:
+        text, lines = correlation_report(rows)
+        write_whole(folder / "correlations.md", f"# {study.title}: correlations with the test loss\n\n{text}")
+        write_whole(folder / "correlations.csv", csv_of(lines))
+        files += ["correlations.md", "correlations.csv"]
+    return f"\n{table}\n\n{told}. Tables: {', '.join(str(folder / name) for name in files)}"

@@ -17,7 +17,7 @@ import yaml
 
 __all__ = ["PlannedRun", "Printed", "Study", "StudyError", "load_study", "with_overrides"]
 
-_KEYS = {"title", "base", "set", "seeds", "factors", "fitted", "rows", "predict", "printed"}
+_KEYS = {"title", "base", "set", "seeds", "factors", "fitted", "known_to", "rows", "predict", "printed"}
 _PRINTED_KEYS = {"at", "fit_error", "slope", "holds", "gap_exponent"}
 _ROWS = ("last", "first and last", "all")
 
@@ -83,6 +83,7 @@ class Study:
         factors: levels by factor; of each level its settings, by dotted key.
         seeds: one run each, for every combination of levels.
         fitted: the K that power laws are fitted at, all to the same eigenvalues; empty: what was measured.
+        known_to: relative error bound up to which an eigenvalue is fitted; ``None``: the ``rtol`` of its measurement.
         rows: which measurements the table shows: ``"last"``, ``"first and last"`` or ``"all"``.
         predict: whether the statistics are correlated with the test loss.
         printed: figures to compare with.
@@ -94,6 +95,7 @@ class Study:
     factors: Mapping[str, Mapping[str, Mapping[str, Any]]]
     seeds: Sequence[int]
     fitted: Sequence[int] = ()
+    known_to: float | None = None
     rows: str = "last"
     predict: bool = False
     printed: Sequence[Printed] = ()
@@ -145,6 +147,7 @@ def load_study(path: str | Path, overrides: Mapping[str, Any] | None = None) -> 
       VALUE, ...}, ...}}``; every combination of levels is a setting;
     - ``seeds``: a run for each of them in every setting;
     - ``fitted``: the numbers of eigenvalues that laws are fitted to, such as ``[50, 200]``;
+    - ``known_to``: relative error bound up to which eigenvalues are fitted, instead of the measurement's own ``rtol``;
     - ``rows``: ``last``, ``first and last`` or ``all`` of the measurements stand in the table;
     - ``predict``: ``true`` for correlations with the test loss;
     - ``printed``: a list of ``{at: {FACTOR: LEVEL, when: ...}, fit_error: ..., slope: ..., holds: ...}``.
@@ -177,6 +180,9 @@ def load_study(path: str | Path, overrides: Mapping[str, Any] | None = None) -> 
     fitted = content.get("fitted") or []
     if not isinstance(fitted, list) or not all(type(number) is int and number >= 3 for number in fitted):
         raise StudyError(f"{path}: fitted must be a list of numbers of eigenvalues, 3 at the least, got {fitted!r}")
+    known_to = content.get("known_to")
+    if known_to is not None and not (isinstance(known_to, float) and 0 < known_to < 1):
+        raise StudyError(f"{path}: known_to must be a number between 0 and 1, got {known_to!r}")
     rows = content.get("rows", "last")
     if rows not in _ROWS:
         raise StudyError(f"{path}: rows must be one of {', '.join(_ROWS)}; got {rows!r}")
@@ -188,6 +194,7 @@ def load_study(path: str | Path, overrides: Mapping[str, Any] | None = None) -> 
         factors=factors,
         seeds=seeds,
         fitted=fitted,
+        known_to=known_to,
         rows=rows,
         predict=bool(content.get("predict", False)),
         printed=printed,

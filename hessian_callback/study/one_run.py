@@ -49,7 +49,9 @@ def complete_config(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     measuring = []
     for callback in trainer.get("callbacks") or []:
         if callback["class_path"].rpartition(".")[2] == "PowerLawHessianCallback":
-            options = {"solver_checkpoint": str(folder / SOLVER), **(callback.get("init_args") or {})}
+            options = dict(callback.get("init_args") or {})
+            if options.get("mode") != "paper":  # Its runs are short, and can't be saved.
+                options.setdefault("solver_checkpoint", str(folder / SOLVER))
             callback = {**callback, "init_args": options}
         measuring.append(callback)
     trainer |= {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from io import StringIO
 from pathlib import Path
 from statistics import fmean
@@ -20,12 +20,24 @@ from hessian_callback.run_tables import RunTable, tabulate
 from hessian_callback.study.definition import PlannedRun, Printed, Study
 from hessian_callback.study.one_run import finished
 
-__all__ = ["ACCURACY", "ENDS", "RANDOM", "TRAINED", "Row", "csv_of", "markdown_table", "rows_of", "setting_table"]
+__all__ = [
+    "ACCURACY",
+    "ENDS",
+    "RANDOM",
+    "TRAINED",
+    "UNKNOWN",
+    "Row",
+    "csv_of",
+    "markdown_table",
+    "rows_of",
+    "setting_table",
+]
 
 #: Names of a run's two ends in the column ``when``.
 ENDS = RANDOM, TRAINED = ("random init", "trained")
 #: The metric that the test error is taken from.
 ACCURACY = "val_acc"
+#: What a cell says where nothing is known.
 UNKNOWN = "–"
 
 _AGREEMENT = {1.0: "same", 0.0: "different"}
@@ -46,6 +58,8 @@ class Row:
         fit: the fit; ``None`` if fewer eigenvalues are positive and known to their tolerance.
         reason: why there is no fit.
         num_known: eigenvalues that are positive and known to their tolerance.
+        largest_bound: the largest relative error bound among those that were fitted; ``None`` without a fit, and for
+            the published protocol, which has no bounds.
         gap_exponent: exponent of the eigengaps sorted by size; ``None`` if they have none.
         test_loss: the run's validation loss with these weights.
         test_error: share of the held-out images that are classified wrongly.
@@ -69,6 +83,7 @@ class Row:
     fit: PowerLawFit | None
     reason: str | None
     num_known: int
+    largest_bound: float | None
     gap_exponent: float | None
     test_loss: float | None
     test_error: float | None
@@ -112,6 +127,7 @@ class Row:
             "samples": self.num_samples,
             "parameters": self.num_parameters,
             "known": self.num_known,
+            "largest_bound": self.largest_bound,
             "negative": self.num_negative,
             "missed_probability": self.missed_probability,
             "products": self.num_hvps,
@@ -149,8 +165,9 @@ def rows_of(study: Study, folder: Path, runs: Sequence[PlannedRun]) -> list[Row]
                 parts = {run.prefix if len(found) > 1 else "": measurement} | dict(measurement.groups)
                 for part, member in parts.items():
                     spectrum = member.spectrum
+                    values = _fitted(member, study.known_to)
                     for wanted in study.fitted or [_asked(member)]:
-                        fit, reason = _fit(member, wanted)
+                        fit, reason = _fit(member, values, wanted)
                         rows.append(
                             Row(
                                 run=planned.name,
@@ -161,9 +178,10 @@ def rows_of(study: Study, folder: Path, runs: Sequence[PlannedRun]) -> list[Row]
                                 num_eigenvalues=wanted,
                                 fit=fit,
                                 reason=reason,
-                                num_known=0 if spectrum is None else len(spectrum.positive_converged),
-                                gap_exponent=_gap_exponent(member, fit),
-                                test_loss=table.validation[index],
+                                num_known=len(values),
+                                largest_bound=_largest_bound(member, fit),
+                                gap_exponent=_gap_exponent(values, fit),
+                                test_loss=table.validation[index] if table.validation_name else None,
                                 test_error=errors[index],
                                 train_loss=table.training[index],
                                 num_samples=measurement.num_samples,
@@ -191,18 +209,17 @@ def _asked(measurement: Measurement) -> int:
     return 0 if measurement.spectrum is None else len(measurement.spectrum.eigenvalues)
 
 
-def _fitted(measurement: Measurement) -> Tensor:
+def _fitted(measurement: Measurement, known_to: float | None) -> Tensor:
     """The eigenvalues that a law may be fitted to; in paper mode those that are positive, known or not."""
     spectrum = measurement.spectrum
     if spectrum is None:
         return torch.zeros(0, dtype=torch.float64)
-    return (
-        spectrum.eigenvalues[spectrum.eigenvalues > 0] if measurement.mode == "paper" else spectrum.positive_converged
-    )
+    if measurement.mode == "paper":
+        return spectrum.eigenvalues[spectrum.eigenvalues > 0]
+    return replace(spectrum, rtol=known_to or spectrum.rtol).positive_converged
 
 
-def _fit(measurement: Measurement, wanted: int) -> tuple[PowerLawFit | None, str | None]:
-    values = _fitted(measurement)
+def _fit(measurement: Measurement, values: Tensor, wanted: int) -> tuple[PowerLawFit | None, str | None]:
     if measurement.spectrum is None:
         return None, measurement.reason
     if len(values) < wanted:
@@ -210,11 +227,19 @@ def _fit(measurement: Measurement, wanted: int) -> tuple[PowerLawFit | None, str
     return fit_power_law(values, num_eigenvalues=wanted), None
 
 
-def _gap_exponent(measurement: Measurement, fit: PowerLawFit | None) -> float | None:
+def _largest_bound(measurement: Measurement, fit: PowerLawFit | None) -> float | None:
+    spectrum = measurement.spectrum
+    if fit is None or spectrum is None or measurement.mode == "paper":
+        return None
+    bounds = spectrum.error_bounds / spectrum.eigenvalues
+    return float(bounds[: fit.num_eigenvalues].max())
+
+
+def _gap_exponent(values: Tensor, fit: PowerLawFit | None) -> float | None:
     if fit is None:
         return None
     try:
-        return fit_eigengaps(_fitted(measurement), num_eigenvalues=fit.num_eigenvalues).exponent
+        return fit_eigengaps(values, num_eigenvalues=fit.num_eigenvalues).exponent
     except ValueError:  # Equal eigenvalues have no gaps.
         return None
 
@@ -268,6 +293,7 @@ def _line(study: Study, members: Sequence[Row]) -> dict[str, str]:
         "d_ks": _spread([fit.fit_error for fit in fits], ".4f"),
         "s_hat": _spread([fit.slope for fit in fits], ".3f"),
         "beta": _spread([fit.density_exponent for fit in fits], ".3f"),
+        "largest bound": _percent([row.largest_bound for row in members]),
         "holds (paper's value)": f"{holds} of {num}" if num else UNKNOWN,
         "holds (fitted)": f"{sum(fit.within_critical_distance_fitted for fit in fits)} of {num}" if num else UNKNOWN,
         "gap exponent": _spread([row.gap_exponent for row in members], ".3f"),
@@ -293,6 +319,11 @@ def _spread(values: Sequence[float | None], digits: str) -> str:
     mean = format(fmean(known), digits)
     low, high = format(min(known), digits), format(max(known), digits)
     return mean if low == high else f"{mean} ({low} to {high})"
+
+
+def _percent(bounds: Sequence[float | None]) -> str:
+    largest = max((bound for bound in bounds if bound is not None), default=None)
+    return UNKNOWN if largest is None else f"{100 * largest:.2g} %"
 
 
 def markdown_table(lines: Sequence[Mapping[str, str]]) -> str:
