@@ -57,7 +57,8 @@ def complete_config(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     trainer |= {
         "default_root_dir": str(folder),
         "logger": logger,
-        "callbacks": [*measuring, keeping],
+        # Last, so that what other callbacks draw before training is not drawn twice.
+        "callbacks": [*measuring, keeping, {"class_path": "hessian_callback.study.random_state.KeepRandomState"}],
     }
     for option in ("enable_progress_bar", "enable_model_summary"):
         trainer.setdefault(option, False)
