@@ -175,6 +175,7 @@ class HessianOperator:
         self._hvp, self._memory_budget = hvp, memory_budget
         self._mean: float | None = None
         self._budget = 0
+        self._ceiling: int | None = None  # what the budget has come down to, because memory ran out
         self._loss = BatchLoss(model, loss_fn, list(chosen.values()))
         self._padding = _padding_rows(model, chosen)
         with self.ranks.together("weighing the batches"):
@@ -346,9 +347,10 @@ class HessianOperator:
             self._engine.close()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-        if self._memory_budget is not None:
-            # It was more than there is: smaller batches alone would fill it with as many bytes as before.
-            self._memory_budget //= 2
+        # Were only batches smaller, as many bytes as before would be kept of them.
+        kept_at_most = min(self._budget, len(self._parts.batches) * self.bytes_per_graph)
+        if kept_at_most > 0:
+            self._ceiling = kept_at_most // 2
         with self.ranks.together("cutting batches, because memory is short"):
             try:
                 self._parts = self._parts.halved()
@@ -386,6 +388,8 @@ class HessianOperator:
             # Ranks on one machine share the main memory.
             sharing = self.ranks.world_size if self.device.type == "cpu" else 1
             budget = 0 if free is None else int(_BUDGET_SHARE * free / sharing)
+        if self._ceiling is not None:
+            budget = min(budget, self._ceiling)
         self._budget = budget
         self._cut_to(budget)
         parts = self._parts

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from hessian_callback import HessianOperator
 from hessian_callback.memory import is_out_of_memory
 from hessian_callback.micro_batches import MicroBatches
+from hessian_callback.products import DoubleBackward
 from tests.cases import CASES, classify
 from tests.ranks import run_ranks
 
@@ -62,6 +63,26 @@ def test_batches_are_halved_until_they_fit(hvp: str, after: int, error: str) -> 
     assert operator.num_halvings == 2
     assert [len(batch[0]) for batch in operator.batches] == [2, 2, 2, 1, 2, 1]
     assert sum(operator.weights) == pytest.approx(1)
+
+
+def test_less_is_kept_after_memory_ran_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A budget beyond what there is: halves of all batches together hold as much as the batches did."""
+    model = CASES["mlp"]().model
+    expected = HessianOperator(model, classify, batches(64, 64, 64, 64)).matvec(VECTOR)
+    with HessianOperator(model, classify, batches(64), memory_budget=0) as operator:
+        room = 3 * operator.bytes_per_graph
+    build = DoubleBackward.__init__
+
+    def built(self: DoubleBackward, loss: Any, parts: Any, weights: Any, *, num_cached: int) -> None:
+        if num_cached * DoubleBackward.graph_size(loss, max(parts, key=lambda part: len(part[0]))) > room:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        build(self, loss, parts, weights, num_cached=num_cached)
+
+    monkeypatch.setattr(DoubleBackward, "__init__", built)
+    operator = HessianOperator(model, classify, batches(64, 64, 64, 64), memory_budget=10**15)
+    torch.testing.assert_close(operator.matvec(VECTOR), expected, rtol=1e-10, atol=1e-10)
+    assert operator.num_halvings == 1
+    assert operator.num_cached_graphs > 0
 
 
 def test_tokens_weigh_the_parts(monkeypatch: Any) -> None:
