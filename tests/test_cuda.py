@@ -483,11 +483,13 @@ def test_a_budget_holds(kind: str) -> None:
     before = settled()
     torch.cuda.reset_peak_memory_stats()
     with operator_of(case, memory_budget=budget) as operator:
-        assert operator.num_cached_graphs == 3
+        num_kept = operator.num_cached_graphs
         kept = torch.cuda.memory_allocated() - before
-        assert 0.5 * 3 * size <= kept <= 1.5 * 3 * size, (kept, size)
+        assert num_kept == 3, f"{num_kept} graphs are kept, in {kept} bytes; {size} were expected of each"
+        assert 0.5 * 3 * size <= kept <= 1.5 * 3 * size, f"3 graphs take {kept} bytes; {size} were expected of each"
         operator.matvec(ones(operator))
-    assert torch.cuda.max_memory_allocated() - before <= 1.5 * budget
+    peak = torch.cuda.max_memory_allocated() - before
+    assert peak <= 1.5 * budget, f"{peak} bytes at the peak, {kept} kept; the budget was {budget}, 4 graphs of {size}"
 
 
 @contextmanager
@@ -656,6 +658,9 @@ def test_training_is_the_same_bit_for_bit(name: str, precision: str, tmp_path: A
     if "Hugging Face" in name:
         pytest.importorskip("transformers")
     callback = measure(on_error="raise", **KINDS[name].choice)
+    # The first run of a process may differ from all later ones, whatever the callback does: what a library makes at
+    # its first use may draw from the generators. cuDNN's dropout state of recurrent layers is suspected of it.
+    trained(name, tmp_path, precision=precision)
     with_callback = trained(name, tmp_path, callback, precision=precision)
     without = trained(name, tmp_path, precision=precision)
     differing = [part for part in without if not same(with_callback[part], without[part])]
