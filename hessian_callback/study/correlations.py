@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from statistics import fmean
 
@@ -16,7 +17,7 @@ from hessian_callback.study.analysis import (
     plain_answer,
     within_runs,
 )
-from hessian_callback.study.association import KINDS, association, interval_text
+from hessian_callback.study.association import KINDS, Kind, association, interval_text
 from hessian_callback.study.results import TRAINED, UNKNOWN, markdown_table
 from hessian_callback.study.results import Row as Measured
 
@@ -32,6 +33,11 @@ _FEWEST_RUNS = 5
 
 def series_of(rows: Sequence[Measured]) -> dict[str, list[Series]]:
     """Put the measurements of each run in order, for each part of the parameters and K.
+
+    A number that is not finite, such as the loss of a run that diverged, counts as unknown.
+
+    Args:
+        rows: the study's rows, those of each run in order of time.
 
     Returns:
         Series by a title for the part and K.
@@ -53,25 +59,32 @@ def _series(name: str, rows: Sequence[Measured]) -> Series:
         "lambda_max": [None if row.fit is None else row.fit.lambda_1 for row in rows],
     }
     if any("trace" in row.comparisons for row in rows):
-        statistics["trace"] = [row.comparisons.get("trace") for row in rows]
+        statistics["trace"] = [_finite(row.comparisons.get("trace")) for row in rows]
     return Series(
         name=name,
         labels={key: level for key, level in first.labels.items() if key != "when"} | {"seed": str(first.seed)},
         steps=[row.step for row in rows],
-        test_loss=[row.test_loss for row in rows],
-        train_loss=[row.train_loss for row in rows],
+        test_loss=[_finite(row.test_loss) for row in rows],
+        train_loss=[_finite(row.train_loss) for row in rows],
         statistics=statistics,
     )
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
 
 
 def correlation_report(rows: Sequence[Measured]) -> tuple[str, list[dict[str, object]]]:
     """Correlate what was measured with the test loss.
 
+    Within runs where one of a setting has five measurements after the first step; across runs where there are five, at
+    their last step and where their training losses are equal.
+
     Args:
         rows: the study's rows.
 
     Returns:
-        Markdown, and the same rows with all digits for a CSV.
+        Markdown, and all coefficients with the test loss, with all digits, for a CSV.
     """
     text: list[str] = []
     table: list[dict[str, object]] = []
@@ -83,26 +96,37 @@ def correlation_report(rows: Sequence[Measured]) -> tuple[str, list[dict[str, ob
             where = ", ".join([title, *(f"{factor} {level}" for factor, level in setting)])
             if max(sum(step > 0 for step in one.steps) for one in members) >= _FEWEST_RUNS:
                 found = within_runs(members)
-                text += [f"## Within runs: {where}", _within_text(found), *_answers(found, SEGMENTS)]
+                text += _section(f"Within runs: {where}", _within_text(found), _answers(found, SEGMENTS))
                 table += [_plain(where, row) for row in found]
         if len(series) >= _FEWEST_RUNS:
-            found = _at_one_place(series)
+            found, remarks = _at_one_place(series)
             for question in dict.fromkeys(row.question for row in found):
                 mine = [row for row in found if row.question == question]
-                text += [f"## {question.capitalize()}: {title}", _across_text(mine), *_answers(mine, SEGMENTS[:1])]
+                heading = f"{question.capitalize()}: {title}"
+                text += _section(heading, _across_text(mine), _answers(mine, SEGMENTS[:1]))
                 table += [_plain(title, row) for row in mine]
+            text += remarks
     if errors := error_table(rows):
         text += ["## Across runs, with the test error instead of the loss", errors]
     return "\n\n".join(text) + "\n", table
 
 
-def _at_one_place(series: Sequence[Series]) -> list[Row]:
-    """Rows over runs at their last step, and where their training losses are equal."""
+def _section(heading: str, table: str, answers: Sequence[str]) -> list[str]:
+    """A section for a table; none where no coefficient is known."""
+    return [f"## {heading}", table, *answers] if table else []
+
+
+def _at_one_place(series: Sequence[Series]) -> tuple[list[Row], list[str]]:
+    """Rows over runs at their last step, and where their training losses are equal; and why there are none of these."""
     rows = across_runs(series)
     found = [row for row in rows if row.question == rows[-1].question]
-    if all(sum(loss is not None for loss in one.train_loss) > 1 for one in series):
-        found += across_runs_at_train_loss(series)
-    return found
+    if not all(sum(loss is not None for loss in one.train_loss) > 1 for one in series):
+        return found, []
+    try:
+        return found + across_runs_at_train_loss(series), []
+    except ValueError as error:
+        # What follows is for a caller, who could choose a loss.
+        return found, [f"Not compared where training losses are equal: {str(error).partition(';')[0]}."]
 
 
 def _answers(rows: Sequence[Row], segments: Sequence[Segment]) -> list[str]:
@@ -183,8 +207,8 @@ def _plain(where: str, row: Row) -> dict[str, object]:
 def error_table(rows: Sequence[Measured]) -> str:
     """Correlate what was measured at the end of the runs with the share of held-out images classified wrongly.
 
-    Over runs, and over settings (means over the seeds), which are what the source paper correlates (r = .853 of slope
-    and test error over eleven optimizers on MNIST).
+    Over runs and, where these are more, over settings (means over the seeds), which are what the source paper
+    correlates (r = .853 of slope and test error over eleven optimizers on MNIST).
 
     Args:
         rows: the study's rows.
@@ -203,12 +227,19 @@ def error_table(rows: Sequence[Measured]) -> str:
         runs = [point for points in settings.values() for point in points]
         means = [tuple(map(fmean, zip(*points, strict=True))) for points in settings.values()]
         for over, points in (("runs", runs), ("settings", means)):
-            if len(means) < _FEWEST_RUNS:
+            if len(means) < _FEWEST_RUNS or (over == "settings" and len(means) == len(runs)):
                 continue
             slopes, fit_errors, errors = zip(*points, strict=True)
             for name, values in (("slope", slopes), ("fit_error", fit_errors)):
                 line = {"part": part or UNKNOWN, "K": str(number), "pairs": over, "predictor": name}
                 for kind in KINDS:
-                    line[f"{kind.capitalize()} (95 %)"] = interval_text(association(values, errors, kind))
+                    line[f"{kind.capitalize()} (95 %)"] = _coefficient(values, errors, kind)
                 lines.append({**line, "n": str(len(points))})
-    return markdown_table(lines) if lines else ""
+    return markdown_table(lines)
+
+
+def _coefficient(values: Sequence[float], errors: Sequence[float], kind: Kind) -> str:
+    try:
+        return interval_text(association(values, errors, kind))
+    except ValueError:  # Equal errors, as of networks that learned nothing, have no correlation.
+        return UNKNOWN

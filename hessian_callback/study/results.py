@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from io import StringIO
@@ -52,12 +53,13 @@ class Row:
         labels: levels by factor; and ``when``, which is ``"random init"``, ``"trained"``, or the number of epochs or
             steps.
         seed: the run's seed.
-        part: prefix of the callback and group of parameters, where there are several.
+        part: prefix of the callback, where there are several, and group of parameters, with a slash between.
         step: optimizer steps before the measurement.
         num_eigenvalues: K that was asked for.
         fit: the fit; ``None`` if fewer eigenvalues are positive and known to their tolerance.
         reason: why there is no fit.
-        num_known: eigenvalues that are positive and known to their tolerance.
+        num_known: leading eigenvalues that are positive and known to their tolerance; for the published protocol, which
+            has no bounds, those that are positive.
         largest_bound: the largest relative error bound among those that were fitted; ``None`` without a fit, and for
             the published protocol, which has no bounds.
         gap_exponent: exponent of the eigengaps sorted by size; ``None`` if they have none.
@@ -131,7 +133,7 @@ class Row:
             "negative": self.num_negative,
             "missed_probability": self.missed_probability,
             "products": self.num_hvps,
-            "seconds": round(self.seconds, 2),
+            "seconds": self.seconds,
             "device": self.device,
             "reason": self.reason,
             **self.comparisons,
@@ -159,14 +161,16 @@ def rows_of(study: Study, folder: Path, runs: Sequence[PlannedRun]) -> list[Row]
             table = tabulate(run)
             errors = _test_errors(table)
             for index, measurement in enumerate(run.history):
-                when = _when(measurement, last=index == len(run.history) - 1)
-                if (study.rows == "last" and when != TRAINED) or (study.rows == "first and last" and when not in ENDS):
+                last = index == len(run.history) - 1
+                when = _when(measurement, last=last)
+                if not last and (study.rows == "last" or (study.rows == "first and last" and when not in ENDS)):
                     continue
-                parts = {run.prefix if len(found) > 1 else "": measurement} | dict(measurement.groups)
-                for part, member in parts.items():
+                prefix = run.prefix if len(found) > 1 else ""
+                for group, member in {"": measurement, **measurement.groups}.items():
+                    part = "/".join(filter(None, (prefix, group)))
                     spectrum = member.spectrum
                     values = _fitted(member, study.known_to)
-                    for wanted in study.fitted or [_asked(member)]:
+                    for wanted in study.fitted or [_asked(run.history, group)]:
                         fit, reason = _fit(member, values, wanted)
                         rows.append(
                             Row(
@@ -205,8 +209,12 @@ def _when(measurement: Measurement, *, last: bool) -> str:
     return f"epoch {measurement.epoch + 1}" if measurement.when == "epoch" else f"step {measurement.step}"
 
 
-def _asked(measurement: Measurement) -> int:
-    return 0 if measurement.spectrum is None else len(measurement.spectrum.eigenvalues)
+def _asked(history: Sequence[Measurement], group: str) -> int:
+    """The K that a callback measured; 0 if all of its measurements failed."""
+    members = [measurement.groups.get(group) if group else measurement for measurement in history]
+    spectra = [member.spectrum for member in members if member is not None]
+    # A measurement that failed in the middle of a run has the K of the others.
+    return max((len(spectrum.eigenvalues) for spectrum in spectra if spectrum is not None), default=0)
 
 
 def _fitted(measurement: Measurement, known_to: float | None) -> Tensor:
@@ -223,8 +231,12 @@ def _fit(measurement: Measurement, values: Tensor, wanted: int) -> tuple[PowerLa
     if measurement.spectrum is None:
         return None, measurement.reason
     if len(values) < wanted:
-        return None, f"only {len(values)} eigenvalues are positive and known ({measurement.spectrum.stopped})"
-    return fit_power_law(values, num_eigenvalues=wanted), None
+        what = "positive" if measurement.mode == "paper" else "positive and known"
+        return None, f"only {len(values)} eigenvalues are {what} ({measurement.spectrum.stopped})"
+    try:
+        return fit_power_law(values, num_eigenvalues=wanted), None
+    except ValueError as error:  # Too few were measured, or all are equal.
+        return None, str(error)
 
 
 def _largest_bound(measurement: Measurement, fit: PowerLawFit | None) -> float | None:
@@ -252,7 +264,12 @@ def _test_errors(table: RunTable) -> list[float | None]:
 
 
 def csv_of(rows: Iterable[Mapping[str, object]]) -> str:
-    """Write rows as CSV, a column for each name that occurs; empty where nothing is known."""
+    """Write rows as CSV, a column for each name that occurs; empty where nothing is known.
+
+    Example:
+        >>> csv_of([{"K": 50, "s_hat": None}, {"K": 200, "trace": 1.5}]).splitlines()
+        ['K,s_hat,trace', '50,,', '200,,1.5']
+    """
     rows = list(rows)
     text = StringIO()
     writer = csv.DictWriter(text, fieldnames=list(dict.fromkeys(name for row in rows for name in row)), restval="")
@@ -267,10 +284,10 @@ def csv_of(rows: Iterable[Mapping[str, object]]) -> str:
 def setting_table(study: Study, rows: Sequence[Row]) -> list[dict[str, str]]:
     """Put the seeds of each setting into one line, beside the printed figures.
 
-    A number is the mean over the seeds, with the smallest and the largest in brackets. A verdict counts the seeds for
-    which the law is not rejected at 5 %, by the paper's critical value and by the one for a fitted exponent. The last
-    column compares with the printed verdict, by the paper's critical value: ``same``, ``different``, or ``mixed`` where
-    the seeds differ.
+    A number is the mean over the seeds, with the smallest and the largest in brackets. ``seeds`` counts those with a
+    fit, of all where some have none. A verdict counts the seeds for which the law is not rejected at 5 %, by the
+    paper's critical value and by the one for a fitted exponent. The last column compares with the printed verdict, by
+    the paper's critical value: ``same``, ``different``, or ``mixed`` where the seeds differ.
     """
     groups: dict[tuple[object, ...], list[Row]] = {}
     for row in rows:
@@ -299,11 +316,12 @@ def _line(study: Study, members: Sequence[Row]) -> dict[str, str]:
         "gap exponent": _spread([row.gap_exponent for row in members], ".3f"),
         "test error": _spread([row.test_error for row in members], ".4f"),
         "test loss": _spread([row.test_loss for row in members], ".3f"),
-        "samples": "/".join(sorted({str(row.num_samples) for row in members})),
+        "samples": "/".join(map(str, sorted({row.num_samples for row in members if row.num_samples is not None}))),
         "products": _spread([row.num_hvps for row in members], ".0f"),
         "seconds": _spread([row.seconds for row in members], ".1f"),
         "printed d_ks": UNKNOWN if printed.fit_error is None else f"{printed.fit_error:.4f}",
         "printed s_hat": UNKNOWN if printed.slope is None else f"{printed.slope:.3f}",
+        "printed gap exponent": UNKNOWN if printed.gap_exponent is None else f"{printed.gap_exponent:.3f}",
         "printed verdict": UNKNOWN if printed.holds is None else ("holds" if printed.holds else "rejected"),
     }
     if printed.holds is not None:
@@ -317,6 +335,8 @@ def _spread(values: Sequence[float | None], digits: str) -> str:
     if not known:
         return UNKNOWN
     mean = format(fmean(known), digits)
+    if not all(map(math.isfinite, known)):  # Of a run that diverged.
+        return mean
     low, high = format(min(known), digits), format(max(known), digits)
     return mean if low == high else f"{mean} ({low} to {high})"
 
@@ -327,8 +347,18 @@ def _percent(bounds: Sequence[float | None]) -> str:
 
 
 def markdown_table(lines: Sequence[Mapping[str, str]]) -> str:
-    """Write lines as a table in Markdown, leaving out columns that say nothing."""
+    """Write lines as a table in Markdown, leaving out columns that say nothing; empty if none says anything.
+
+    Example:
+        >>> print(markdown_table([{"K": "50", "test loss": UNKNOWN}, {"K": "200", "s_hat": "1.065"}]))
+        | K | s_hat |
+        |---|---|
+        | 50 | – |
+        | 200 | 1.065 |
+    """
     names = list(dict.fromkeys(name for line in lines for name in line))
-    names = [name for name in names if any(line.get(name, UNKNOWN) != UNKNOWN for line in lines)]
+    names = [name for name in names if any(line.get(name, "") not in ("", UNKNOWN) for line in lines)]
+    if not names:
+        return ""
     head = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
-    return "\n".join(head + ["| " + " | ".join(line.get(name, UNKNOWN) for name in names) + " |" for line in lines])
+    return "\n".join(head + ["| " + " | ".join(line.get(name) or UNKNOWN for name in names) + " |" for line in lines])
