@@ -52,7 +52,7 @@ what a run measured as a page to look at, beside its losses; or several runs sid
   hessian-callback report runs
 
 a grid of runs, such as an experiment of the paper, and its table; --help has more:
-  hessian-callback study example_configs/studies/mnist_random_trained.yaml --processes 2
+  hessian-callback study example_configs/studies/mnist_width.yaml --processes 2
 
 your own model and data, any LightningModule and LightningDataModule that Python can import:
   hessian-callback fit --model my_package.MyModel --data my_package.MyData \\

@@ -42,6 +42,8 @@ SECTIONS = [
         "tests/test_faults.py",
     ),
 ]
+# From here on the page is written by hand, and kept.
+BY_HAND = "## On a GPU"
 PACKAGES = ("torch", "lightning", "torchmetrics", "transformers")
 
 
@@ -71,8 +73,8 @@ def page(outcomes: dict[str, str]) -> str:
         "# What has been run",
         "",
         f"Written by `python -m tests.compatibility` from its own run: Python {platform.python_version()}, "
-        f"{versions}, on the CPU. Nothing here was run on a GPU. Runs of several processes: [distributed.md]"
-        "(distributed.md).",
+        f"{versions}, on the CPU; all but the last section, [On a GPU](#on-a-gpu), which is written by hand. Runs of "
+        "several processes: [distributed.md](distributed.md).",
     ]
     for heading, promise, tests in SECTIONS:
         lines += ["", f"## {heading}", "", promise, "", "| Case | Outcome |", "|---|---|"]
@@ -88,7 +90,8 @@ def main() -> int:
     outcomes = Outcomes()
     status = pytest.main(["-q", "-p", "no:cacheprovider", *(tests for *_, tests in SECTIONS)], plugins=[outcomes])
     if status == 0:
-        PAGE.write_text(page(outcomes.of))
+        heading, by_hand = PAGE.read_text().partition(BY_HAND)[1:]
+        PAGE.write_text(f"{page(outcomes.of)}\n{heading}{by_hand}")
     return int(status)
 
 

@@ -27,8 +27,8 @@ checkpoint: give the same command once more.
 
 _EPILOG = """\
 examples:
-  hessian-callback study example_configs/studies/mnist_random_trained.yaml --list
-  hessian-callback study example_configs/studies/mnist_random_trained.yaml --processes 2
+  hessian-callback study example_configs/studies/mnist_width.yaml --list
+  hessian-callback study example_configs/studies/mnist_width.yaml --processes 2
   hessian-callback study example_configs/studies/mnist_width.yaml --seeds 0 --set trainer.max_epochs=2 --output runs/try
   hessian-callback study example_configs/studies/mnist_width.yaml --tables     # of what is there, without running
 
