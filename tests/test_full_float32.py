@@ -15,8 +15,6 @@ from hessian_callback.full_float32 import full_float32
 WAYS = {
     "defaults": "",
     "high": "torch.set_float32_matmul_precision('high')",
-    "medium": "torch.set_float32_matmul_precision('medium')",
-    "allowed": "torch.backends.cuda.matmul.allow_tf32 = True",
     "not in cuDNN": "torch.backends.cudnn.allow_tf32 = False",
     "new name": "torch.backends.cuda.matmul.fp32_precision = 'tf32'",
     "convolutions only": "torch.backends.cudnn.conv.fp32_precision = 'ieee'",
