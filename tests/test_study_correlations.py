@@ -237,7 +237,11 @@ def slope_of(each: Row) -> float:
 
 
 def test_runs_are_compared_where_their_training_losses_are_equal() -> None:
-    rows = planted(6, FEW)
+    rows = [
+        replace(each, labels={**each.labels, "width": each.run}, train_loss=each.train_loss + each.seed / 50)
+        for each in planted(6, FEW)
+        if each.train_loss is not None
+    ]
     text, table = correlation_report(rows)
     (series,) = series_of(rows).values()
     at_loss = across_runs_at_train_loss(series)
@@ -246,6 +250,8 @@ def test_runs_are_compared_where_their_training_losses_are_equal() -> None:
         f"Across runs at step 1500: {K50}",
         f"A{at_loss[0].question[1:]}: {K50}",
     ]
+    # Where the losses are equal the steps are not, and are what to compare with.
+    assert f"- {plain_answer(at_loss)}\n- {plain_answer(at_loss, 'slope')}" in text
     mine = [cells for cells in table if cells["question"] == at_loss[0].question]
     assert [cells.get("value") for cells in mine] == [one.found and one.found.value for one in at_loss]
 
