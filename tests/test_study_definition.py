@@ -94,6 +94,7 @@ def test_printed_figures_belong_to_their_setting(tmp_path: Path) -> None:
         ({"rows": "some"}, "rows must be one of last, first and last, all; got 'some'"),
         ({"factors": {"a": {"values": [1]}}}, "factor 'a' must be"),
         ({"factors": {"a": {"levels": {"x y": {}, "x-y": {}}}}}, "two runs would have one name"),
+        ({"factors": {"K": {"key": "model.width", "values": [1]}}}, "a factor cannot be called K, as a column"),
         ({"printed": [{"fit_error": 0.1}]}, "a printed figure has at, fit_error"),
         ({"printed": [{"at": {}, "error": 0.1}]}, "a printed figure has at, fit_error"),
         ({"set": {"trainer.callbacks.1.k": 0}}, "asks for entry 1 of a list of 1, counted from 0"),

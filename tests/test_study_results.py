@@ -6,7 +6,7 @@ import csv
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from hessian_callback.history_file import HistoryError, HistoryWriter
 from hessian_callback.measurement import Measurement
 from hessian_callback.power_law import PowerLawFit, fit_power_law
 from hessian_callback.spectrum import Spectrum
-from hessian_callback.study.definition import PlannedRun, Printed, Study
+from hessian_callback.study.definition import RESERVED, PlannedRun, Printed, Study
 from hessian_callback.study.one_run import FINISHED
 from hessian_callback.study.results import (
     RANDOM,
@@ -444,3 +444,9 @@ def test_csv_has_all_digits_and_gaps_where_nothing_is_known() -> None:
     assert (fitted["holds_paper"], fitted["holds_fitted"], fitted["reason"]) == ("True", "False", "")
     assert (failed["s_hat"], failed["holds_paper"], failed["reason"]) == ("", "", "failed")
     assert float(failed["trace"]) == 1 / 3
+
+
+def test_no_factor_can_be_called_like_a_column() -> None:
+    names = {field.name for field in fields(Row)} - {"run", "labels"}
+    row = Row(run="r", labels={}, **dict.fromkeys(names - {"comparisons", "seconds"}), seconds=0.0)  # type: ignore[arg-type]
+    assert row.as_dict().keys() | {"when"} == RESERVED

@@ -15,11 +15,49 @@ from typing import Any
 
 import yaml
 
-__all__ = ["PlannedRun", "Printed", "Study", "StudyError", "load_study", "with_overrides"]
+__all__ = ["RESERVED", "PlannedRun", "Printed", "Study", "StudyError", "load_study", "with_overrides"]
 
 _KEYS = {"title", "base", "set", "seeds", "factors", "fitted", "known_to", "rows", "predict", "printed"}
 _PRINTED_KEYS = {"at", "fit_error", "slope", "holds", "gap_exponent"}
 _ROWS = ("last", "first and last", "all")
+#: Columns of the results, which a factor cannot be called.
+RESERVED = frozenset(
+    [
+        "run",
+        "when",
+        "seed",
+        "part",
+        "step",
+        "K",
+        "d_ks",
+        "s_hat",
+        "s_hat_stderr",
+        "beta",
+        "beta_stderr",
+        "critical_paper",
+        "critical_fitted",
+        "holds_paper",
+        "holds_fitted",
+        "lambda_1",
+        "lambda_K",
+        "least_squares_slope",
+        "r_squared",
+        "gap_exponent",
+        "test_loss",
+        "test_error",
+        "train_loss",
+        "samples",
+        "parameters",
+        "known",
+        "largest_bound",
+        "negative",
+        "missed_probability",
+        "products",
+        "seconds",
+        "device",
+        "reason",
+    ]
+)
 
 
 class StudyError(ValueError):
@@ -174,6 +212,10 @@ def load_study(path: str | Path, overrides: Mapping[str, Any] | None = None) -> 
         raise StudyError(f"{path}: base must be a configuration or the name of a file with one, got {base!r}")
     base = with_overrides(with_overrides(base, content.get("set") or {}), overrides or {})
     factors = {str(name): _levels(path, name, entry) for name, entry in (content.get("factors") or {}).items()}
+    if taken := RESERVED & factors.keys():
+        raise StudyError(
+            f"{path}: a factor cannot be called {_listed(taken)}, as a column of the results is; rename it"
+        )
     seeds = content["seeds"]
     if not isinstance(seeds, list) or not seeds or not all(type(seed) is int and seed >= 0 for seed in seeds):
         raise StudyError(f"{path}: seeds must be a list of whole numbers, got {seeds!r}")
