@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,9 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(ROOT))
         patch.setenv("OMP_NUM_THREADS", "1")
+        # As in a job of several tasks, of which this is not the first.
+        patch.setenv("SLURM_PROCID", "3")
+        patch.setenv("RANK", "3")
         with pytest.raises(SystemExit) as ending:
             command.main([str(written(folder)), "--output", str(folder / "out"), "--processes", "2"])
     assert ending.value.code == 0
@@ -113,13 +117,71 @@ def test_what_is_finished_is_not_run_again(done: Path, capsys: pytest.CaptureFix
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
-def test_another_configuration_does_not_take_a_folder_over(done: Path) -> None:
+@pytest.mark.parametrize("more", [[], ["--tables"]])
+def test_another_configuration_does_not_take_a_folder_over(more: list[str], done: Path) -> None:
+    changed = [str(done / "digits.yaml"), "--output", str(done / "out"), "--set", "trainer.max_epochs=2", *more]
     with pytest.raises(SystemExit, match="holds a run of another configuration than the study now describes"):
-        command.main([str(done / "digits.yaml"), "--output", str(done / "out"), "--set", "trainer.max_epochs=2"])
+        command.main(changed)
+
+
+def test_another_configuration_is_refused_under_the_lock_as_well(
+    done: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two commands may both have found the folder empty."""
+    folder = done / "out" / "rate-0.05_seed-0"
+    before = (folder / one_run.SETTINGS).read_text()
+    wanted = done / "wanted.yaml"
+    wanted.write_text(one_run.settings_text({"model": {}}, "another"))
+    assert one_run.main(folder, wanted) == 1
+    assert "holds a run of another configuration" in capsys.readouterr().out
+    assert (folder / one_run.SETTINGS).read_text() == before
+
+
+def test_tables_are_of_all_that_is_there(done: Path) -> None:
+    before = (done / "out" / "results.md").read_text()
+    with pytest.raises(SystemExit) as ending:
+        command.main([str(done / "digits.yaml"), "--output", str(done / "out"), "--only", "*0.01*"])
+    assert ending.value.code == 0
+    assert (done / "out" / "results.md").read_text() == before
+
+
+def test_a_run_that_is_told_to_end_while_it_measures_its_end(tmp_path: Path) -> None:
+    """Lightning would save the last epoch all the same, and the run would be complete without its measurement."""
+    slow = {
+        **STUDY["set"],
+        "trainer.max_epochs": 2,
+        "trainer.callbacks.0.init_args.num_eigenvalues": 20,
+        "trainer.callbacks.0.init_args.max_hvps": 2000,
+        "trainer.callbacks.0.init_args.rtol": 1.0e-8,
+        "trainer.callbacks.0.init_args.at_steps": [],
+        "trainer.callbacks.0.init_args.at_end": True,
+    }
+    study = load_study(written(tmp_path, set=slow, factors={}, printed=[]))
+    (run,) = study.runs()
+    folder = tmp_path / "out" / run.name
+
+    def tell() -> None:
+        while "first measurement" not in (folder / "log.txt").read_text():
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    folder.mkdir(parents=True)
+    (folder / "log.txt").touch()
+    teller = threading.Thread(target=tell)
+    teller.start()
+    with pytest.raises(KeyboardInterrupt):
+        run_all([run], tmp_path / "out")
+    teller.join()
+    assert one_run.finished(folder) is None
+    assert not (folder / "hessian_history.jsonl").exists()
+    (outcome,) = run_all([run], tmp_path / "out")
+    assert outcome.status == "finished"
+    history = read_histories(folder / "hessian_history.jsonl").histories["hessian"]
+    assert [entry.step for entry in history] == [150]
 
 
 def test_a_killed_run_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
-    changes = {"set": {**STUDY["set"], "trainer.max_epochs": 6}, "factors": {}}
+    changes = {"set": {**STUDY["set"], "trainer.max_epochs": 4}, "factors": {}, "printed": []}
     study = load_study(written(tmp_path, **changes))
     (run,) = study.runs()
     (whole,) = run_all([run], tmp_path / "whole")
@@ -149,7 +211,7 @@ def test_a_killed_run_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
 def test_a_failing_run_is_told_of_and_the_others_are_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     factors = {"rate": {"levels": {"none": {"model.init_args.learning_rat": 1}, "some": {}}}}
     with pytest.raises(SystemExit) as ending:
-        command.main([str(written(tmp_path, factors=factors)), "--output", str(tmp_path / "out")])
+        command.main([str(written(tmp_path, factors=factors, printed=[])), "--output", str(tmp_path / "out")])
     assert ending.value.code == 1
     told = capsys.readouterr()
     assert "rate-none_seed-0: failed; " in told.out
@@ -186,6 +248,8 @@ def test_names_are_listed_without_running(tmp_path: Path, capsys: pytest.Capture
         (["--set", "a"], "--set takes KEY=VALUE"),
         (["--processes", "0"], "--processes must be at least 1"),
         (["--only", "x"], "--list shows the names"),
+        (["--seeds", "²"], "--seeds takes whole numbers with commas"),
+        (["--set", "a={"], "the value is no YAML"),
     ],
 )
 def test_arguments_that_mean_nothing(arguments: list[str], message: str, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from hessian_callback.study.correlations import correlation_report
 from hessian_callback.study.definition import PlannedRun, Study, StudyError, load_study
 from hessian_callback.study.one_run import finished, write_whole
 from hessian_callback.study.results import csv_of, markdown_table, rows_of, setting_table
-from hessian_callback.study.runner import LOG, Outcome, run_all
+from hessian_callback.study.runner import LOG, Outcome, check_folders, run_all
 
 __all__ = ["main", "write_tables"]
 
@@ -62,7 +62,11 @@ def main(args: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--seeds", metavar="N,N,...", help="other seeds than the study's")
     parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of all runs, by its dotted key"
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="a setting of all runs by its dotted key, unless a level sets it too",
     )
     parser.add_argument("--list", action="store_true", help="print the names of the runs, and run nothing")
     parser.add_argument("--tables", action="store_true", help="write the tables of what is finished, and run nothing")
@@ -79,18 +83,23 @@ def _study(chosen: argparse.Namespace) -> int:
     if chosen.processes < 1:
         raise StudyError(f"--processes must be at least 1, got {chosen.processes}")
     study = load_study(chosen.study, dict(map(_setting, chosen.set)))
-    runs = study.runs(chosen.only, _seeds(chosen.seeds))
+    seeds = _seeds(chosen.seeds)
+    runs = study.runs(chosen.only, seeds)
     if chosen.list:
         print("\n".join(run.name for run in runs))
         return 0
     folder: Path = chosen.output or Path("runs", "studies", study.name)
+    check_folders(runs, folder)
     failed = 0
     if not chosen.tables:
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(folder / "study.yaml", chosen.study.read_text(encoding="utf-8"))
         outcomes = run_all(runs, folder, processes=chosen.processes, report=_Reporter(len(runs)))
         failed = sum(outcome.status == "failed" for outcome in outcomes)
-    print(write_tables(study, folder, runs))
+    # Of all that is there: one of several jobs that each make a run would leave its own alone.
+    every = study.runs(seeds=seeds)
+    check_folders(every, folder)
+    print(write_tables(study, folder, every))
     if failed:
         print(f"{failed} of {len(runs)} runs failed; the tables are of the others", file=sys.stderr)
     return 1 if failed else 0
@@ -107,7 +116,7 @@ class _Reporter:
         line = f"[{self._ended}/{self._total}] {outcome.run.name}: {outcome.status}"
         if outcome.status == "finished":
             ending = finished(outcome.folder) or {}
-            line += f" in {ending.get('seconds', 0):.0f} s"
+            line += f" in {ending.get('seconds', 0):.0f} s" + (" more" if ending.get("resumed") else "")
         if outcome.status == "failed":
             line += f"; {outcome.folder / LOG} ends with\n{outcome.last_lines}"
         print(line, flush=True)
@@ -117,15 +126,18 @@ def _setting(text: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     if not equals or not key:
         raise StudyError(f"--set takes KEY=VALUE, as in trainer.max_epochs=2; got {text!r}")
-    return key, yaml.safe_load(value)
+    try:
+        return key, yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise StudyError(f"--set {text}: the value is no YAML: {' '.join(str(error).split())}") from error
 
 
 def _seeds(text: str | None) -> list[int] | None:
     if text is None:
         return None
-    if not all(part.strip().isdigit() for part in text.split(",")):
+    if not all(part.strip().isdecimal() for part in text.split(",")):
         raise StudyError(f"--seeds takes whole numbers with commas between, as in 0,1,2; got {text!r}")
-    return [int(part) for part in text.split(",")]
+    return list(dict.fromkeys(int(part) for part in text.split(",")))
 
 
 def write_tables(study: Study, folder: Path, runs: Sequence[PlannedRun]) -> str:
@@ -142,6 +154,8 @@ def write_tables(study: Study, folder: Path, runs: Sequence[PlannedRun]) -> str:
     rows = rows_of(study, folder, runs)
     num_finished = sum(finished(folder / run.name) is not None for run in runs)
     told = f"{num_finished} of {len(runs)} runs are finished"
+    if missing := len({(row.run, row.step, row.part) for row in rows if row.num_hvps is None}):
+        told += f"; {missing} of their measurements failed, and results.csv has the reasons"
     if not rows:
         return f"{told}; there is no table yet"
     write_whole(folder / "results.csv", csv_of(row.as_dict() for row in rows))

@@ -210,6 +210,9 @@ def load_study(path: str | Path, overrides: Mapping[str, Any] | None = None) -> 
         base = _read_yaml(path.parent / base)
     if not isinstance(base, dict):
         raise StudyError(f"{path}: base must be a configuration or the name of a file with one, got {base!r}")
+    for key in ("set", "factors"):
+        if not isinstance(content.get(key) or {}, dict):
+            raise StudyError(f"{path}: {key} must be a mapping, got {content[key]!r}")
     base = with_overrides(with_overrides(base, content.get("set") or {}), overrides or {})
     factors = {str(name): _levels(path, name, entry) for name, entry in (content.get("factors") or {}).items()}
     if taken := RESERVED & factors.keys():
@@ -228,7 +231,7 @@ def load_study(path: str | Path, overrides: Mapping[str, Any] | None = None) -> 
     rows = content.get("rows", "last")
     if rows not in _ROWS:
         raise StudyError(f"{path}: rows must be one of {', '.join(_ROWS)}; got {rows!r}")
-    printed = [_printed(path, entry) for entry in content.get("printed") or []]
+    printed = [_printed(path, entry, factors) for entry in content.get("printed") or []]
     study = Study(
         name=path.stem,
         title=str(content["title"]),
@@ -262,17 +265,23 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 def _levels(path: Path, name: object, entry: object) -> dict[str, dict[str, Any]]:
     if isinstance(entry, dict) and entry.keys() == {"key", "values"} and isinstance(entry["values"], list):
         return {str(value): {entry["key"]: value} for value in entry["values"]}
-    if isinstance(entry, dict) and entry.keys() == {"levels"} and isinstance(entry["levels"], dict):
-        return {str(level): dict(settings or {}) for level, settings in entry["levels"].items()}
+    levels = entry.get("levels") if isinstance(entry, dict) and entry.keys() == {"levels"} else None
+    if isinstance(levels, dict) and all(isinstance(settings or {}, dict) for settings in levels.values()):
+        return {str(level): dict(settings or {}) for level, settings in levels.items()}
     raise StudyError(
         f"{path}: factor {name!r} must be {{key: ..., values: [...]}} or {{levels: {{NAME: {{KEY: VALUE}}}}}}"
     )
 
 
-def _printed(path: Path, entry: object) -> Printed:
+def _printed(path: Path, entry: object, factors: Mapping[str, Mapping[str, object]]) -> Printed:
     if not isinstance(entry, dict) or not isinstance(entry.get("at"), dict) or entry.keys() - _PRINTED_KEYS:
         raise StudyError(f"{path}: a printed figure has {_listed(_PRINTED_KEYS)}; got {entry!r}")
     at = {str(name): str(level) for name, level in entry["at"].items()}
+    if unknown := {name for name, level in at.items() if name != "when" and level not in factors.get(name, {})}:
+        raise StudyError(f"{path}: a printed figure is at no setting of the study: {_listed(unknown)} in {entry!r}")
+    figures = {name: value for name, value in entry.items() if name not in ("at", "holds")}
+    if not all(isinstance(value, (int, float)) for value in figures.values()):
+        raise StudyError(f"{path}: printed figures must be numbers, got {entry!r}")
     return Printed(**{**entry, "at": at})
 
 

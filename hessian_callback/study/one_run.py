@@ -1,7 +1,7 @@
-"""One run of a study, in a process of its own: ``python -m hessian_callback.study.one_run FOLDER``.
+"""One run of a study, in a process of its own: ``python -m hessian_callback.study.one_run FOLDER SETTINGS``.
 
-It holds the folder's lock while it runs, goes on from the folder's checkpoint if there is one, and says at the end, by
-a file, that the run is complete.
+It holds the folder's lock while it runs, refuses to go on with other settings than the folder's, goes on from the
+folder's checkpoint if there is one, and says at the end, by a file, that the run is complete.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import os
 import platform
 import sys
 import time
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,17 @@ from typing import Any
 import yaml
 from filelock import FileLock, Timeout
 
-__all__ = ["CHECKPOINT", "FINISHED", "SETTINGS", "complete_config", "finished", "main", "write_whole"]
+__all__ = [
+    "CHECKPOINT",
+    "FINISHED",
+    "SETTINGS",
+    "complete_config",
+    "digest_in",
+    "finished",
+    "main",
+    "settings_text",
+    "write_whole",
+]
 
 SETTINGS = "settings.yaml"
 FINISHED = "finished.json"
@@ -26,6 +37,10 @@ CHECKPOINT = Path("checkpoints", "last.ckpt")
 SOLVER = "solver"
 
 _LOCK = "running.lock"
+_DIGEST = "# digest: "
+
+_RESUMING = "hessian_callback.study.resuming"
+_CALLBACKS = ("KeepRandomState", "EndWhenTold")
 
 #: Exit status where another process is at the same run.
 TAKEN = 75
@@ -47,7 +62,10 @@ def complete_config(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         "init_args": {"save_dir": str(folder), "name": "", "version": ""},
     }
     measuring = []
-    for callback in trainer.get("callbacks") or []:
+    listed = trainer.get("callbacks") or []
+    for callback in listed if isinstance(listed, list) else [listed]:
+        if isinstance(callback, str):
+            callback = {"class_path": callback}
         if callback["class_path"].rpartition(".")[2] == "PowerLawHessianCallback":
             options = dict(callback.get("init_args") or {})
             if options.get("mode") != "paper":  # Its runs are short, and can't be saved.
@@ -57,8 +75,8 @@ def complete_config(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     trainer |= {
         "default_root_dir": str(folder),
         "logger": logger,
-        # Last, so that what other callbacks draw before training is not drawn twice.
-        "callbacks": [*measuring, keeping, {"class_path": "hessian_callback.study.random_state.KeepRandomState"}],
+        # Behind those that measure: what they draw is not drawn twice, and what they give up is not saved.
+        "callbacks": [*measuring, keeping, *({"class_path": f"{_RESUMING}.{name}"} for name in _CALLBACKS)],
     }
     for option in ("enable_progress_bar", "enable_model_summary"):
         trainer.setdefault(option, False)
@@ -75,19 +93,38 @@ def finished(folder: Path) -> dict[str, Any] | None:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file so that it is never there in part."""
-    beside = path.with_name(f"{path.name}.{os.getpid()}")
-    beside.write_text(text, encoding="utf-8")
+    """Write a file so that it is never there in part, whoever else writes it."""
+    beside = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
+    with beside.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(beside, path)
 
 
-def main(folder: Path) -> int:
-    """Run what the folder's settings say, unless that is done or being done.
+def settings_text(config: Mapping[str, Any], digest: str) -> str:
+    """A run's settings as a file, which begins with the digest that tells them from others."""
+    return f"{_DIGEST}{digest}\n{yaml.safe_dump(dict(config), sort_keys=False)}"
+
+
+def digest_in(path: Path) -> str | None:
+    """The digest that a file of settings begins with; ``None`` if there is no such file."""
+    if not path.exists():
+        return None
+    return path.read_text(encoding="utf-8").partition("\n")[0].removeprefix(_DIGEST)
+
+
+def main(folder: Path, wanted: Path) -> int:
+    """Run some settings in a folder, unless that is done or being done.
+
+    Args:
+        folder: the run's folder.
+        wanted: the settings, which become the folder's.
 
     Returns:
-        The process' exit status: 0, or `TAKEN` if another process holds the lock.
+        The process' exit status: 0, `TAKEN` if another process holds the lock, or 1 if the folder has other settings.
     """
-    with (folder / SETTINGS).open(encoding="utf-8") as file:
+    with wanted.open(encoding="utf-8") as file:
         settings = yaml.safe_load(file)
     lock = FileLock(folder / _LOCK)
     try:
@@ -96,6 +133,10 @@ def main(folder: Path) -> int:
         print(f"another process is at {folder}")
         return TAKEN
     with lock:
+        if digest_in(folder / SETTINGS) not in (None, digest_in(wanted)):
+            print(f"{folder} holds a run of another configuration; choose another --output, or move that folder away")
+            return 1
+        os.replace(wanted, folder / SETTINGS)
         if finished(folder) is not None:
             return 0
         began = time.time()
@@ -132,4 +173,4 @@ def _circumstances(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
+    sys.exit(main(Path(sys.argv[1]), Path(sys.argv[2])))

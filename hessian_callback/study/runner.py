@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Sequence
+import uuid
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import yaml
-
 from hessian_callback.study.definition import PlannedRun, StudyError
-from hessian_callback.study.one_run import SETTINGS, TAKEN, complete_config, finished, write_whole
+from hessian_callback.study.one_run import SETTINGS, TAKEN, complete_config, digest_in, finished, settings_text
 
-__all__ = ["LOG", "Outcome", "run_all"]
+__all__ = ["LOG", "Outcome", "check_folders", "run_all"]
 
 LOG = "log.txt"
 
-_DIGEST = "# digest: "
 # Seconds that a run has to end by itself when the study is interrupted.
 _GRACE = 30
 
@@ -69,8 +68,7 @@ def run_all(
         StudyError: before anything is run, if a folder holds a run of another configuration.
         KeyboardInterrupt: after the running ones have been ended.
     """
-    for run in runs:
-        _check(run, folder / run.name)
+    check_folders(runs, folder)
     stop = threading.Event()
     reporting = threading.Lock()
 
@@ -94,7 +92,12 @@ class _interrupts:
     def __enter__(self) -> None:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, lambda *_: self._stop.set())
+                self._before[number] = signal.signal(number, self._told)
+
+    def _told(self, number: int, frame: object) -> None:
+        if not self._stop.is_set():
+            print(f"ending the runs, which takes up to {_GRACE} s", file=sys.stderr, flush=True)
+        self._stop.set()
 
     def __exit__(self, *error: object) -> None:
         for number, handler in self._before.items():
@@ -103,43 +106,61 @@ class _interrupts:
             raise KeyboardInterrupt
 
 
-def _check(run: PlannedRun, folder: Path) -> None:
-    settings = folder / SETTINGS
-    if not settings.exists():
-        return
-    first = settings.read_text(encoding="utf-8").partition("\n")[0]
-    if first != _DIGEST + run.digest:
-        raise StudyError(
-            f"{folder} holds a run of another configuration than the study now describes; choose another --output, or "
-            "move that folder away to have it run again"
-        )
+def check_folders(runs: Sequence[PlannedRun], folder: Path) -> None:
+    """Make sure that the folders of some runs are theirs.
+
+    Raises:
+        StudyError: if one holds a run of another configuration.
+    """
+    for run in runs:
+        place = folder / run.name
+        if digest_in(place / SETTINGS) not in (None, run.digest):
+            raise StudyError(
+                f"{place} holds a run of another configuration than the study now describes, --set included; choose "
+                "another --output, or move that folder away to have it run again"
+            )
 
 
 def _run(run: PlannedRun, folder: Path, stop: threading.Event) -> Outcome:
-    if finished(folder) is not None:
+    if finished(folder) is not None and digest_in(folder / SETTINGS) == run.digest:
         return Outcome(run, folder, "finished before")
     if stop.is_set():
         return Outcome(run, folder, "interrupted")
     folder.mkdir(parents=True, exist_ok=True)
-    config = complete_config(run.config, folder.absolute())
-    write_whole(folder / SETTINGS, f"{_DIGEST}{run.digest}\n" + yaml.safe_dump(config, sort_keys=False))
-    command = [sys.executable, "-m", "hessian_callback.study.one_run", str(folder.absolute())]
+    wanted = folder / f"{SETTINGS}.{uuid.uuid4().hex}"
+    wanted.write_text(settings_text(complete_config(run.config, folder.absolute()), run.digest), encoding="utf-8")
+    command = [sys.executable, "-m", "hessian_callback.study.one_run", str(folder.absolute()), str(wanted.absolute())]
     with (folder / LOG).open("ab") as log:
         # Its own group: Ctrl-C reaches it through this process only, once.
         process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env=_of_its_own(os.environ),
         )
         try:
             while process.poll() is None and not stop.wait(0.2):
                 pass
         finally:
             _end(process)
+            wanted.unlink(missing_ok=True)  # Of a run that took it, it is the folder's.
     if process.returncode == TAKEN:
         return Outcome(run, folder, "taken")
     if process.returncode == 0 and finished(folder) is not None:
         return Outcome(run, folder, "finished")
     lines = (folder / LOG).read_text(encoding="utf-8", errors="replace").splitlines()
     return Outcome(run, folder, "interrupted" if stop.is_set() else "failed", "\n".join(lines[-5:]))
+
+
+def _of_its_own(environment: Mapping[str, str]) -> dict[str, str]:
+    """An environment without the rank that this process may have in a job: each run is a job of its own.
+
+    Lightning would take the rank over, and loggers write on rank 0 alone.
+    """
+    ranks = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "JSM_NAMESPACE_RANK")
+    return {name: value for name, value in environment.items() if name not in ranks and not name.startswith("SLURM_")}
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
