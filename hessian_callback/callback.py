@@ -146,7 +146,9 @@ class PowerLawHessianCallback(Callback):
             and the last are made in any case, others only while they fit.
         allow_fewer: log a slope even if fewer than ``num_eigenvalues`` eigenvalues could be fitted.
         on_error: ``"warn"``: a measurement that fails is noted in ``history`` and training goes on;
-            ``"raise"``: it ends the run. What is certain to fail every time is raised before training.
+            ``"raise"``: it ends the run. What is certain to fail every time is raised before training, as far as it
+            shows there: by the measurement at the start or, without one, by collecting the samples. A training that
+            is under way is not ended for it.
         prefix: what the logged names begin with; several callbacks in a trainer need different ones.
         seed: chooses samples, fixes their augmentation, and starts the eigenvalue solver.
         mode: ``"strict"``: only eigenvalues whose error bound meets ``rtol`` are fitted. ``"paper"``: the published
@@ -191,7 +193,8 @@ class PowerLawHessianCallback(Callback):
         solver_checkpoint: a folder of this run alone, in which a long measurement saves the eigenvalue solver's state
             every five minutes, the Krylov basis included (a vector a product). When the run is killed and comes to the
             same step again with the same weights and samples, the measurement goes on from there; with other weights
-            it warns and starts over. What a measurement saved is deleted when it is through.
+            it warns and starts over. What a measurement saved is deleted when it is through. One that can't be saved
+            is warned of and goes on.
         verbose: print the expected cost once, and a line for each measurement.
 
     Attributes:
@@ -404,7 +407,7 @@ class PowerLawHessianCallback(Callback):
     # -- when ------------------------------------------------------------------------------------
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure before the first step, or take up the thread of a resumed run."""
+        """Measure before the first step, or collect the samples for later, and take up the thread of a resumed run."""
         if not self._active:
             return
         admission.warn_of_strict_schedulers(trainer, self.prefix)
@@ -421,6 +424,8 @@ class PowerLawHessianCallback(Callback):
             self._restore_monitored(trainer, pl_module)
         elif self.cadence.at_start:
             self._measure(trainer, pl_module, "fit_start")
+        else:
+            self._collect_ahead(trainer, pl_module)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note the time, to compare a measurement with an epoch."""
@@ -697,8 +702,12 @@ class PowerLawHessianCallback(Callback):
         """Compute a spectrum, and go on with what a killed process saved of it, if anything is saved."""
         folder = self._solver_folder(trainer, part)
 
-        def solve() -> Spectrum:
+        def solve(folder: Path | None = folder) -> Spectrum:
             return self._solve_from(folder, trainer, operator, ranks, description, eigenvectors)
+
+        def warn(what: str, error: CheckpointError) -> None:
+            with ranks.together("warning of the solver's checkpoint"):
+                rank_zero_warn(f"{self.prefix}: the measurement {what}: {error.reason}")
 
         if folder is None:
             return solve()
@@ -706,10 +715,14 @@ class PowerLawHessianCallback(Callback):
             try:
                 return solve()
             except CheckpointError as error:  # On all ranks.
-                with ranks.together("deleting the solver's checkpoint"):
+                with suppress(OSError):
                     delete_files(folder, ranks.rank)
-                    rank_zero_warn(f"{self.prefix}: the measurement starts over: {error.reason}")
+                warn("starts over", error)
+            try:
                 return solve()
+            except CheckpointError as error:  # Of the folder then, as nothing is left in it.
+                warn("is not saved", error)
+                return solve(None)
         except (RankLostError, _ToldToEnd):
             raise
         except Exception:
@@ -884,6 +897,30 @@ class PowerLawHessianCallback(Callback):
             slopes.append(fit.slope)
         values = {"slope_half_1": slopes[0], "slope_half_2": slopes[1]}
         return Finding({**values, "slope_sampling_stderr": sampling_stderr(*slopes)}, num_hvps)
+
+    def _collect_ahead(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find out before training what a first measurement hours later could only warn of."""
+        began = time.monotonic()
+        ranks = _ranks_of(trainer)
+        error: Exception | None = None
+        with sigterm_deferred() if ranks.world_size > 1 else nullcontext():
+            try:
+                with undisturbed(trainer, pl_module) as snapshot:
+                    self._collected(trainer, snapshot, ranks)
+            except RankLostError:
+                raise
+            except Exception as exception:
+                error = exception
+            reason = self._agree_to_go_on(
+                error,
+                ranks,
+                "collecting the held-out samples",
+                raise_permanent=True,
+                consequence="the held-out samples could not be collected before training; the measurement tries again",
+            )
+        if reason is not None:
+            self._reasons_warned.discard(reason)  # Then it is worth saying again, for it costs the slope.
+        self._time.spent += time.monotonic() - began
 
     def _collected(self, trainer: Trainer, snapshot: Snapshot, ranks: Ranks) -> HeldOut:
         if self._held_out is None:

@@ -152,17 +152,21 @@ def top_eigenvalues(
             CPU it costs a transfer of three vectors a product, and leaves the device to the products.
         checkpoint: a folder of this run alone, to save it in. Called again with the same arguments after its process
             was killed, it goes on from the last save, to the result, bit for bit, of a run that was not interrupted
-            and whose products are the same bit for bit. That matrix and arguments are the same is checked, by one
-            product that is not counted. Each rank saves its own slices. The result deletes what was saved.
+            and whose products are the same bit for bit. That the matrix is the same is checked, by one product that
+            is not counted, and so are its size and dtype, the number of ranks, ``k``, ``rtol``, ``max_hvps``,
+            ``seed``, ``probe_level`` and ``positive_only``. ``start``, ``criterion`` and ``return_eigenvectors`` are
+            not: the stored run has begun with its own start, and those of this call decide when it ends, and on what
+            comes back. Each rank saves its own slices. The result deletes what was saved. A save that fails, on a full
+            disk, say, is warned of, and the computation goes on without further ones.
         checkpoint_every: seconds between two saves, and before the first; 0: as often as possible.
 
     Returns:
         The eigenvalues with their bounds, and how they were come by.
 
     Raises:
-        ValueError: for arguments out of range. As `CheckpointError`, when the checkpoint is damaged, or of another
-            matrix or of other arguments.
-        OSError: when a checkpoint can't be saved; on all ranks together.
+        ValueError: for arguments out of range. As `CheckpointError`, on all ranks together and before a product is
+            spent that counts, when the checkpoint is damaged, or of another matrix or of other arguments, or its
+            folder can't be used.
         ArithmeticError: when the operator returns NaN or infinity, or when the basis lost its orthogonality.
 
     Example:

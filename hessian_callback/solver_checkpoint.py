@@ -7,6 +7,9 @@ rest, of the last save and of the one before: a save replaces the older one in a
 A process may be killed at any moment. Vectors beyond those that a state counts were being written then, and are
 overwritten. Where the ranks were killed between their saves, some have one save more than others, and all go back to
 the last that they have in common, whose vectors are all still there.
+
+What it is for is a process that dies. So a run does not die of it: a save that fails is the last, on all ranks, and the
+run goes on with the products that it has in memory.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from __future__ import annotations
 import io
 import os
 import time
+import warnings
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -37,7 +41,7 @@ _SUFFIXES = ("basis", "state0", "state1", "new")
 
 
 class CheckpointError(ValueError):
-    """Raised on all ranks when a stored run is not one that this run could go on with."""
+    """Raised on all ranks, before a product is spent, when there is no going on with what the folder holds."""
 
     def __init__(self, reason: str, remedy: str) -> None:
         """Say why not, and what to do."""
@@ -99,6 +103,7 @@ class SolverCheckpoint:
         self._number = 0  # saves so far, those of earlier processes included
         self._vectors = 0  # how many of the basis' vectors are saved,
         self._checksum = 0  # and the checksum of their bytes
+        self._given_up = False
 
     # -- loading -------------------------------------------------------------------------------
 
@@ -109,18 +114,17 @@ class SolverCheckpoint:
             What `save` was given, tensors on the CPU; ``None`` if nothing was saved.
 
         Raises:
-            CheckpointError: if what was saved is of another run, or damaged.
-            OSError: if the folder can't be used.
+            CheckpointError: if what was saved is of another run, or damaged, or the folder can't be used.
         """
         found: dict[int, dict[str, Any]] = {}
-        with self._together("opening the solver's checkpoint"):
+        with self._together("opening the solver's checkpoint"), self._usable():
             self.folder.mkdir(parents=True, exist_ok=True)
             for suffix in ("state0", "state1"):
                 if self._path(suffix).exists():
                     state = self._read_state(suffix)
                     found[state["number"]] = state
         number = self._last_in_common(sorted(found))
-        with self._together("reading the solver's checkpoint"):
+        with self._together("reading the solver's checkpoint"), self._usable():
             for other in found:
                 if other > number:  # Of ranks that were killed a little later than the others.
                     self._path(f"state{other % 2}").unlink()
@@ -184,7 +188,7 @@ class SolverCheckpoint:
 
     def is_due(self, size: int) -> bool:
         """Whether to save a basis of ``size`` vectors now; rank 0's clock decides for all ranks, which ask together."""
-        if size < self._next_look:
+        if self._given_up or size < self._next_look:
             return False
         self._next_look = _next_after(size)
         due = time.monotonic() - self._saved_at >= self._every
@@ -193,27 +197,41 @@ class SolverCheckpoint:
         return bool(self._ranks.broadcast(torch.tensor([float(due)], device=self._ranks.control_device)))
 
     def save(self, basis: KrylovBasis, solver: Mapping[str, Any]) -> None:
-        """Save a run, on all ranks or on none.
+        """Save a run, on all ranks together.
+
+        A save that can't be written on one of them is warned of, and the last: `is_due` says no from then on. What was
+        saved before stays.
 
         Args:
             basis: its basis, which begins with the vectors that were saved before.
             solver: all else, as ``torch.load(weights_only=True)`` accepts it.
-
-        Raises:
-            OSError: if it can't be written.
         """
-        with self._together("saving the solver's checkpoint"):
+        vectors = self._vectors
+        error: OSError | None = None
+        with self._ranks.together("saving the solver's checkpoint"):
             try:
                 self._append(basis)
                 self._replace_state(solver)
-            except OSError as error:
-                raise OSError(
-                    error.errno,
-                    f"the solver's checkpoint could not be saved ({error.strerror}); make room, and run it again: it "
-                    "goes on from the save before. Or begin in another folder",
-                    error.filename,
-                ) from error
+            except OSError as exception:
+                error = exception
+                with suppress(OSError):  # On a disk that is full, the rest of the run may need the room.
+                    self._path("new").unlink(missing_ok=True)
+                    os.truncate(self._path("basis"), vectors * self._like.nbytes)
         self._saved_at = time.monotonic()
+        failed = self._ranks.failed_ranks(error is not None)
+        if not failed:
+            return
+        self._given_up = True
+        # Where warnings are errors, they must not be those of one rank alone.
+        with self._ranks.together("warning of the solver's checkpoint"):
+            if error is not None or self._ranks.rank == 0:
+                why = _reason_of(error) if error is not None else f"see rank {', '.join(map(str, failed))}"
+                warnings.warn(
+                    f"the solver's checkpoint in {self.folder} could not be saved: {why}. The computation goes on "
+                    "without further saves, so a process that is killed now loses what it did since the last one; put "
+                    "this right before the next run",
+                    stacklevel=2,
+                )
 
     def _append(self, basis: KrylovBasis) -> None:
         with self._path("basis").open("r+b") as file:
@@ -242,14 +260,33 @@ class SolverCheckpoint:
         self._number = number
 
     def delete(self) -> None:
-        """Delete the files, on all ranks together, and the folder if nothing else is in it."""
-        with self._together("deleting the solver's checkpoint"):
-            delete_files(self.folder, self._ranks.rank)
+        """Delete the files, on all ranks together, and the folder if nothing else is in it.
+
+        What can't be deleted is warned of.
+        """
+        with self._ranks.together("deleting the solver's checkpoint"):
+            try:
+                delete_files(self.folder, self._ranks.rank)
+            except OSError as error:  # The result is worth more.
+                warnings.warn(
+                    f"the solver's checkpoint could not be deleted: {_reason_of(error)}; delete {self.folder} yourself",
+                    stacklevel=2,
+                )
 
     # -- files ---------------------------------------------------------------------------------
 
     def _path(self, suffix: str) -> Path:
         return self.folder / f"rank{self._ranks.rank}.{suffix}"
+
+    @contextmanager
+    def _usable(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise CheckpointError(
+                f"the folder {self.folder} can't be used for the solver's checkpoint: {_reason_of(error)}",
+                "make it one that can be read and written, or name another",
+            ) from error
 
     @contextmanager
     def _together(self, stage: str) -> Iterator[None]:
@@ -279,6 +316,13 @@ def delete_files(folder: Path, rank: int) -> None:
             path.unlink(missing_ok=True)
     with suppress(OSError):  # Not empty, or another rank was quicker.
         folder.rmdir()
+
+
+def _reason_of(error: OSError) -> str:
+    if isinstance(error, FileNotFoundError):
+        return f"a file that is gone ({error.filename}): do two runs share this folder? Give each its own"
+    at = "" if error.filename is None else f" ({error.filename})"
+    return f"{error.strerror or error}{at}"
 
 
 def _next_after(size: int) -> int:

@@ -38,9 +38,9 @@ def fit(
 ) -> Watched:
     """Train for six steps, measured at the start and after the fourth."""
     torch.set_num_threads(1)
-    seed = options.pop("weights", 1)
+    seed, root = options.pop("weights", 1), options.pop("root", folder)
     callback = Watched(at, then, at_steps=[0, 4], hvp="double_backward", solver_checkpoint=folder, **options)
-    trainer(folder, callback, max_epochs=1).fit(seeded(seed=seed, dropout=0.0), loader(), loader(seed=1))
+    trainer(root, callback, max_epochs=1).fit(seeded(seed=seed, dropout=0.0), loader(), loader(seed=1))
     return callback
 
 

@@ -161,6 +161,38 @@ def test_what_cannot_work_is_refused_before_training(case: str, tmp_path: Any) -
     assert not started
 
 
+def test_what_collecting_finds_is_refused_where_only_the_end_is_measured(tmp_path: Any) -> None:
+    network = seeded()
+    callback = measure(at_steps=[], at_end=True, batch_size=4, dataloader=DataLoader(Stream(), batch_size=8))
+    with pytest.raises(MisconfigurationException, match="batch_size is given, but the batches come from a stream"):
+        trainer(tmp_path, callback, max_epochs=1).fit(network, loader(), loader(seed=1))
+    assert network.calls == 0
+
+
+def test_samples_that_cannot_be_read_at_the_start_are_read_at_the_end(tmp_path: Any) -> None:
+    class Away(torch.utils.data.Dataset):
+        back = False
+
+        def __len__(self) -> int:
+            return 48
+
+        def __getitem__(self, index: int) -> Any:
+            if not self.back:
+                raise OSError("the share is away")
+            return data()[index]
+
+    samples = Away()
+
+    class Back(Callback):
+        def on_train_epoch_end(self, *_: Any) -> None:
+            samples.back = True
+
+    callback = measure(at_steps=[], at_end=True, dataloader=DataLoader(samples, batch_size=8))
+    with pytest.warns(UserWarning, match=r"not be collected before training; the measurement tries again: .* away"):
+        trainer(tmp_path, Back(), callback, max_epochs=1).fit(seeded(), loader(), loader(seed=1))
+    assert [(entry.when, entry.fit is not None) for entry in callback.history] == [("epoch", True)]
+
+
 def test_layers_without_double_backward_are_refused() -> None:
     from hessian_callback.admission import check_precision
 
