@@ -76,3 +76,21 @@ def test_inside_full_and_outside_as_before(way: str) -> None:
 def test_warnings_inside_are_the_users() -> None:
     with pytest.warns(UserWarning, match="mine"), full_float32():
         warnings.warn("mine", stacklevel=1)
+
+
+def test_what_is_full_already_still_follows_the_generic_setting() -> None:
+    if not hasattr(torch.backends, "fp32_precision"):
+        pytest.skip("this torch has the old names only")
+    script = """
+import torch
+from hessian_callback.full_float32 import full_float32
+torch.backends.fp32_precision = "ieee"
+with full_float32():
+    pass
+torch.backends.fp32_precision = "tf32"
+backends = torch.backends
+owners = backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn, backends.mkldnn.matmul
+assert {owner.fp32_precision for owner in owners} == {"tf32"}
+"""
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
