@@ -386,7 +386,7 @@ def test_the_same_hessian_by_another_engine_is_none_other(tmp_path: Path) -> Non
         ({"operator": operator_of(POWER_LAW[:399, :399])}, r"parameters=400, and this one has parameters=399"),
         ({"version": "0.0.9"}, r"version=.*, and this one has version=0.0.9"),
     ],
-    ids=str,
+    ids=["k", "rtol", "max_hvps", "seed", "positive_only", "dtype", "parameters", "version"],
 )
 def test_another_run_is_refused(
     options: dict[str, Any], named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
