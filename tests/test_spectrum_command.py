@@ -87,7 +87,7 @@ def test_command_prints_a_table_and_leaves_no_folder(
         (["fit", "--config", "nope.yaml"], ["nope.yaml", "Paths count from the current folder"]),
         (["fit"], ["fit.model", "--model package.MyModel"]),
         (["fit", "--model", "nowhere.Net"], ["No module named 'nowhere'", "package.module.MyClass"]),
-        (["fitt"], ["fitt", "fit, spectrum, validate and report"]),
+        (["fitt"], ["fitt", "fit, spectrum, validate, report and study"]),
         (
             ["spectrum", "--model", "hessian_callback.demos.DigitsCNN", "--ckpt_path", "gone.ckpt"],
             ["gone.ckpt", "Paths count from the current folder"],
