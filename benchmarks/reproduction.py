@@ -12,10 +12,10 @@ import csv
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import fmean
 
+from hessian_callback.study import results
 from hessian_callback.study.definition import Printed, load_study
-from hessian_callback.study.results import UNKNOWN, markdown_table
+from hessian_callback.study.results import UNKNOWN, agreement, markdown_table
 
 ROOT = Path(__file__).parents[1]
 SAVED = Path(__file__).with_name("reproduction")
@@ -63,21 +63,14 @@ def table(name: str, numbers: Sequence[str]) -> str:
         line["test error"] = spread([row["test_error"] for row in members], 3)
         line["printed d_ks"] = UNKNOWN if printed.fit_error is None else str(printed.fit_error)
         line["printed s_hat"] = UNKNOWN if printed.slope is None else str(printed.slope)
-        line["verdict"] = UNKNOWN
-        if printed.holds is not None and num:
-            agreeing = holds if printed.holds else num - holds
-            line["verdict"] = {num: "same", 0: "different"}.get(agreeing, "mixed")
+        line["verdict"] = agreement(printed, holds, num)
         lines.append(line)
     return markdown_table(lines)
 
 
 def spread(texts: Sequence[str], digits: int) -> str:
-    """Mean and range of numbers, ``–`` of none."""
-    values = [float(text) for text in texts if text]
-    if not values:
-        return UNKNOWN
-    low, mean, high = (f"{value:.{digits}f}" for value in (min(values), fmean(values), max(values)))
-    return mean if low == high else f"{mean} ({low}–{high})"
+    """Mean and range of the numbers in a CSV's cells."""
+    return results.spread([float(text) for text in texts if text], f".{digits}f", between="–")
 
 
 def written(page: str) -> str:

@@ -145,7 +145,6 @@ class Protocol:
 
         Raises:
             ValueError: when the checkpoint can't be gone on with, or for one in paper mode.
-            OSError: when a checkpoint can't be saved.
             ArithmeticError: when a product holds NaN or infinity.
         """
         if checkpoint is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from io import StringIO
 
@@ -13,7 +13,7 @@ from hessian_callback.measurement import Measurement
 from hessian_callback.run_files import Run, losses_at
 from hessian_callback.running_correlations import MIN_OBSERVATIONS, rank_correlation
 
-__all__ = ["Correlation", "RunTable", "across_runs", "correlations", "csv_text", "tabulate"]
+__all__ = ["Correlation", "RunTable", "across_runs", "correlations", "csv_of", "csv_text", "tabulate"]
 
 _VALIDATION = ("val_loss", "val/loss", "valid_loss", "valid/loss", "validation_loss", "validation/loss", "loss/val")
 _TRAINING = ("train_loss", "train/loss", "training_loss", "loss/train", "loss")
@@ -143,6 +143,17 @@ def csv_text(tables: Iterable[RunTable]) -> str:
             for group, part in m.groups.items():
                 row |= {f"{name}/{group}": getattr(part, name) for name in ("slope", "slope_stderr", "fit_error")}
             rows.append(row)
+    return csv_of(rows)
+
+
+def csv_of(rows: Iterable[Mapping[str, object]]) -> str:
+    """Write rows as CSV, a column for each name that occurs; empty where nothing is known.
+
+    Example:
+        >>> csv_of([{"K": 50, "s_hat": None}, {"K": 200, "trace": 1.5}]).splitlines()
+        ['K,s_hat,trace', '50,,', '200,,1.5']
+    """
+    rows = list(rows)
     text = StringIO()
     writer = csv.DictWriter(text, fieldnames=list(dict.fromkeys(name for row in rows for name in row)), restval="")
     writer.writeheader()

@@ -23,9 +23,7 @@ from hessian_callback.study.results import Row as Measured
 
 __all__ = ["correlation_report", "error_table", "series_of"]
 
-#: The statistics of a spectrum by the names that they are correlated under.
-_STATISTICS = ("fit_error", "slope", "lambda_max")
-#: Those that are asked about in words, and what they are compared with.
+#: The statistics that are asked about in words, and what they are compared with.
 _ASKED = ("fit_error", "slope")
 _COMPARED_WITH = ("log_step", "train_loss")
 _FEWEST_RUNS = 5
@@ -153,7 +151,9 @@ def _within_text(rows: Sequence[Row]) -> str:
             if not any(row.found for row in mine):
                 continue
             line = {"segment": segment.replace("_", " "), "predictor": predictor}
-            line["Spearman, run by run"] = ", ".join("–" if r.found is None else f"{r.found.value:.2f}" for r in runs)
+            line["Spearman, run by run"] = ", ".join(
+                UNKNOWN if r.found is None else f"{r.found.value:.2f}" for r in runs
+            )
             # Of a single run nothing is pooled.
             for kind in KINDS:
                 pooled = [row for row in mine if row.kind == kind and (row.over == POOLED or len(runs) == 1)]

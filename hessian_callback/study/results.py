@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import csv
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from io import StringIO
 from pathlib import Path
 from statistics import fmean
 
@@ -17,7 +15,7 @@ from hessian_callback.eigengaps import fit_eigengaps
 from hessian_callback.measurement import Measurement
 from hessian_callback.power_law import PowerLawFit, fit_power_law
 from hessian_callback.run_files import find_runs, losses_at
-from hessian_callback.run_tables import RunTable, tabulate
+from hessian_callback.run_tables import RunTable, csv_of, tabulate
 from hessian_callback.study.definition import PlannedRun, Printed, Study
 from hessian_callback.study.one_run import finished
 
@@ -28,10 +26,12 @@ __all__ = [
     "TRAINED",
     "UNKNOWN",
     "Row",
+    "agreement",
     "csv_of",
     "markdown_table",
     "rows_of",
     "setting_table",
+    "spread",
 ]
 
 #: Names of a run's two ends in the column ``when``.
@@ -40,8 +40,6 @@ ENDS = RANDOM, TRAINED = ("random init", "trained")
 ACCURACY = "val_acc"
 #: What a cell says where nothing is known.
 UNKNOWN = "–"
-
-_AGREEMENT = {1.0: "same", 0.0: "different"}
 
 
 @dataclass(frozen=True)
@@ -263,21 +261,6 @@ def _test_errors(table: RunTable) -> list[float | None]:
     return [None if share is None else 1 - share for share in losses_at(table.run.history, scalars[ACCURACY])]
 
 
-def csv_of(rows: Iterable[Mapping[str, object]]) -> str:
-    """Write rows as CSV, a column for each name that occurs; empty where nothing is known.
-
-    Example:
-        >>> csv_of([{"K": 50, "s_hat": None}, {"K": 200, "trace": 1.5}]).splitlines()
-        ['K,s_hat,trace', '50,,', '200,,1.5']
-    """
-    rows = list(rows)
-    text = StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(dict.fromkeys(name for row in rows for name in row)), restval="")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
-
-
 # -- one line for each setting -----------------------------------------------------------------------
 
 
@@ -307,30 +290,48 @@ def _line(study: Study, members: Sequence[Row]) -> dict[str, str]:
     line |= {
         "K": str(first.num_eigenvalues),
         "seeds": str(num) if num == len(members) else f"{num} of {len(members)}",
-        "d_ks": _spread([fit.fit_error for fit in fits], ".4f"),
-        "s_hat": _spread([fit.slope for fit in fits], ".3f"),
-        "beta": _spread([fit.density_exponent for fit in fits], ".3f"),
+        "d_ks": spread([fit.fit_error for fit in fits], ".4f"),
+        "s_hat": spread([fit.slope for fit in fits], ".3f"),
+        "beta": spread([fit.density_exponent for fit in fits], ".3f"),
         "largest bound": _percent([row.largest_bound for row in members]),
         "holds (paper's value)": f"{holds} of {num}" if num else UNKNOWN,
         "holds (fitted)": f"{sum(fit.within_critical_distance_fitted for fit in fits)} of {num}" if num else UNKNOWN,
-        "gap exponent": _spread([row.gap_exponent for row in members], ".3f"),
-        "test error": _spread([row.test_error for row in members], ".4f"),
-        "test loss": _spread([row.test_loss for row in members], ".3f"),
+        "gap exponent": spread([row.gap_exponent for row in members], ".3f"),
+        "test error": spread([row.test_error for row in members], ".4f"),
+        "test loss": spread([row.test_loss for row in members], ".3f"),
         "samples": "/".join(map(str, sorted({row.num_samples for row in members if row.num_samples is not None}))),
-        "products": _spread([row.num_hvps for row in members], ".0f"),
-        "seconds": _spread([row.seconds for row in members], ".1f"),
+        "products": spread([row.num_hvps for row in members], ".0f"),
+        "seconds": spread([row.seconds for row in members], ".1f"),
         "printed d_ks": UNKNOWN if printed.fit_error is None else f"{printed.fit_error:.4f}",
         "printed s_hat": UNKNOWN if printed.slope is None else f"{printed.slope:.3f}",
         "printed gap exponent": UNKNOWN if printed.gap_exponent is None else f"{printed.gap_exponent:.3f}",
         "printed verdict": UNKNOWN if printed.holds is None else ("holds" if printed.holds else "rejected"),
     }
     if printed.holds is not None:
-        agreeing = holds if printed.holds else num - holds
-        line["verdict"] = UNKNOWN if not num else _AGREEMENT.get(agreeing / num, "mixed")
+        line["verdict"] = agreement(printed, holds, num)
     return line
 
 
-def _spread(values: Sequence[float | None], digits: str) -> str:
+def agreement(printed: Printed, holds: int, num: int) -> str:
+    """Whether the law holding in some of a number of seeds is the printed verdict; unknown without either.
+
+    Example:
+        >>> agreement(Printed({}, holds=False), 0, 3), agreement(Printed({}, holds=False), 1, 3)
+        ('same', 'mixed')
+    """
+    if printed.holds is None or not num:
+        return UNKNOWN
+    agreeing = holds if printed.holds else num - holds
+    return {num: "same", 0: "different"}.get(agreeing, "mixed")
+
+
+def spread(values: Sequence[float | None], digits: str, between: str = " to ") -> str:
+    """Mean of what is known, with the smallest and the largest in brackets where they differ as they are shown.
+
+    Example:
+        >>> spread([1.0, None, 2.0], ".1f"), spread([0.5], ".2f"), spread([None], ".1f")
+        ('1.5 (1.0 to 2.0)', '0.50', '–')
+    """
     known = [value for value in values if value is not None]
     if not known:
         return UNKNOWN
@@ -338,7 +339,7 @@ def _spread(values: Sequence[float | None], digits: str) -> str:
     if not all(map(math.isfinite, known)):  # Of a run that diverged.
         return mean
     low, high = format(min(known), digits), format(max(known), digits)
-    return mean if low == high else f"{mean} ({low} to {high})"
+    return mean if low == high else f"{mean} ({low}{between}{high})"
 
 
 def _percent(bounds: Sequence[float | None]) -> str:
