@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
@@ -14,7 +14,7 @@ from torch import Tensor
 from hessian_callback.eigengaps import fit_eigengaps
 from hessian_callback.measurement import Measurement
 from hessian_callback.power_law import PowerLawFit, fit_power_law
-from hessian_callback.run_files import find_runs, losses_at
+from hessian_callback.run_files import Run, find_runs, losses_at
 from hessian_callback.run_tables import RunTable, csv_of, tabulate
 from hessian_callback.study.definition import PlannedRun, Printed, Study
 from hessian_callback.study.one_run import finished
@@ -156,47 +156,49 @@ def rows_of(study: Study, folder: Path, runs: Sequence[PlannedRun]) -> list[Row]
             continue
         found = find_runs([folder / planned.name])
         for run in found:
-            table = tabulate(run)
-            errors = _test_errors(table)
-            for index, measurement in enumerate(run.history):
-                last = index == len(run.history) - 1
-                when = _when(measurement, last=last)
-                if not last and (study.rows == "last" or (study.rows == "first and last" and when not in ENDS)):
-                    continue
-                prefix = run.prefix if len(found) > 1 else ""
-                for group, member in {"": measurement, **measurement.groups}.items():
-                    part = "/".join(filter(None, (prefix, group)))
-                    spectrum = member.spectrum
-                    values = _fitted(member, study.known_to)
-                    for wanted in study.fitted or [_asked(run.history, group)]:
-                        fit, reason = _fit(member, values, wanted)
-                        rows.append(
-                            Row(
-                                run=planned.name,
-                                labels={**planned.labels, "when": when},
-                                seed=planned.seed,
-                                part=part,
-                                step=measurement.step,
-                                num_eigenvalues=wanted,
-                                fit=fit,
-                                reason=reason,
-                                num_known=len(values),
-                                largest_bound=_largest_bound(member, fit),
-                                gap_exponent=_gap_exponent(values, fit),
-                                test_loss=table.validation[index] if table.validation_name else None,
-                                test_error=errors[index],
-                                train_loss=table.training[index],
-                                num_samples=measurement.num_samples,
-                                num_parameters=member.num_parameters,
-                                num_hvps=None if spectrum is None else spectrum.num_hvps,
-                                seconds=member.seconds,
-                                num_negative=None if spectrum is None else spectrum.num_negative,
-                                missed_probability=None if spectrum is None else spectrum.missed_probability,
-                                device=str(ending["device"]),
-                                comparisons=member.comparisons,
-                            )
-                        )
+            prefix = run.prefix if len(found) > 1 else ""
+            rows += _rows_of_run(study, planned, run, prefix, str(ending["device"]))
     return rows
+
+
+def _rows_of_run(study: Study, planned: PlannedRun, run: Run, prefix: str, device: str) -> Iterator[Row]:
+    """The rows of one callback's measurements, in order of time."""
+    table = tabulate(run)
+    errors = _test_errors(table)
+    for index, measurement in enumerate(run.history):
+        last = index == len(run.history) - 1
+        when = _when(measurement, last=last)
+        if not last and (study.rows == "last" or (study.rows == "first and last" and when not in ENDS)):
+            continue
+        for group, member in {"": measurement, **measurement.groups}.items():
+            spectrum = member.spectrum
+            values = _fitted(member, study.known_to)
+            for wanted in study.fitted or [_asked(run.history, group)]:
+                fit, reason = _fit(member, values, wanted)
+                yield Row(
+                    run=planned.name,
+                    labels={**planned.labels, "when": when},
+                    seed=planned.seed,
+                    part="/".join(filter(None, (prefix, group))),
+                    step=measurement.step,
+                    num_eigenvalues=wanted,
+                    fit=fit,
+                    reason=reason,
+                    num_known=len(values),
+                    largest_bound=_largest_bound(member, fit),
+                    gap_exponent=_gap_exponent(values, fit),
+                    test_loss=table.validation[index] if table.validation_name else None,
+                    test_error=errors[index],
+                    train_loss=table.training[index],
+                    num_samples=measurement.num_samples,
+                    num_parameters=member.num_parameters,
+                    num_hvps=None if spectrum is None else spectrum.num_hvps,
+                    seconds=member.seconds,
+                    num_negative=None if spectrum is None else spectrum.num_negative,
+                    missed_probability=None if spectrum is None else spectrum.missed_probability,
+                    device=device,
+                    comparisons=member.comparisons,
+                )
 
 
 def _when(measurement: Measurement, *, last: bool) -> str:
