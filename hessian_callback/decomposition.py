@@ -239,7 +239,7 @@ class Decomposition:
         noisy = removed > 100 * squared
         for position in reversed(range(len(self.chains))):
             # Where only rounding is left, the chain has ended in an invariant subspace.
-            small = self._gram[position, position] <= (8 * self.eps * self.norm) ** 2
+            small = self._gram[position, position] <= max((8 * self.eps * self.norm) ** 2, self._underflow)
             if small or (noisy and self.chains[position] is chain):
                 self._drop(position)
 
@@ -275,7 +275,12 @@ class Decomposition:
     def rounding(self) -> float:
         """The additive error of every Ritz value and bound, from inexact products and arithmetic."""
         a_priori = (self.operator.relative_error + 24 * self.eps) * self.norm
-        return max(a_priori + self.asymmetry, 64 * float(torch.finfo(self.operator.dtype).tiny))
+        return max(a_priori + self.asymmetry, 8 * float(np.sqrt(self._underflow)))
+
+    @property
+    def _underflow(self) -> float:
+        """A squared norm below which its terms may have underflowed: that of a vector which can't be told from zero."""
+        return self.operator.partition.size * float(torch.finfo(self.operator.dtype).tiny)
 
     def check_orthogonality(self) -> None:
         """Test ``||(V^T V - I) x|| <= 10 sqrt(N) eps`` on a random unit ``x``."""

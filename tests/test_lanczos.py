@@ -99,6 +99,15 @@ def test_bounds_hold_on_any_spectrum(data: st.DataObject) -> None:
     assert_bounds_hold(spectrum, truth_of(matrix, dtype))
 
 
+@pytest.mark.parametrize("exponent", [0.3, 0.45, 0.48, 0.5, 0.53, 0.6, 0.75, 0.95])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_bounds_hold_where_squares_underflow(exponent: float, dtype: torch.dtype) -> None:
+    scale = torch.finfo(dtype).tiny ** exponent
+    for values in ([-1.0, -1.0, 0.0], [1.0, 0.5, 0.25, -1.0]):
+        matrix = rotated(torch.tensor(values, dtype=torch.float64) * scale, seed=1)
+        assert_bounds_hold(top_eigenvalues(operator_of(matrix, dtype), 1), truth_of(matrix, dtype))
+
+
 @pytest.mark.parametrize("budget", [11, 20, 30, 40])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_bounds_hold_where_the_products_run_out(budget: int, dtype: torch.dtype) -> None:
