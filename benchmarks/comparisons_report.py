@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 
 from benchmarks.statistics_report import table
-from hessian_callback.halves import sampling_stderr
-from hessian_callback.lanczos import top_eigenvalues
-from hessian_callback.linear_operator import MatvecOperator
-from hessian_callback.paper_protocol import pooled_ritz_values
-from hessian_callback.power_law import fit_power_law
-from hessian_callback.sharpness import Estimate, moments
-from hessian_callback.spectrum import Spectrum
+from hessian_callback.algorithms.lanczos import top_eigenvalues
+from hessian_callback.algorithms.pooled_ritz import pooled_ritz_values
+from hessian_callback.algorithms.sharpness import Estimate, moments
+from hessian_callback.algorithms.spectrum import Spectrum
+from hessian_callback.linalg.linear_operator import MatvecOperator
+from hessian_callback.measurement.split_half import sampling_stderr
+from hessian_callback.power_law.fit import fit_power_law
 
 SIZE = 2000
 INDEX = torch.arange(1, SIZE + 1, dtype=torch.float64)

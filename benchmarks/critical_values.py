@@ -1,4 +1,4 @@
-"""Simulate the critical values of the fit error that `hessian_callback.power_law` tabulates.
+"""Simulate the critical values of the fit error that `hessian_callback.power_law.fit` tabulates.
 
     python -m benchmarks.critical_values
 
@@ -12,7 +12,7 @@ import argparse
 import numpy as np
 import numpy.typing as npt
 
-from hessian_callback.goodness_of_fit import simulate_ks_distances
+from hessian_callback.power_law.goodness_of_fit import simulate_ks_distances
 
 LEVELS = (0.20, 0.15, 0.10, 0.05, 0.01)
 SMALL = tuple(range(3, 21))

@@ -23,8 +23,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from benchmarks.cases import trained
-from hessian_callback import HessianOperator, parallel, top_eigenvalues
-from hessian_callback.parallel import Ranks
+from hessian_callback import HessianOperator, top_eigenvalues
+from hessian_callback.linalg import distributed as parallel
+from hessian_callback.linalg.distributed import Ranks
 
 MODELS = ("lenet", "gpt")
 COLLECTIVES = ("all_reduce", "broadcast", "reduce_scatter", "all_gather")

@@ -28,8 +28,8 @@ from benchmarks.cases import GPT, Case, cross_entropy, next_token, trained
 from benchmarks.paper_scale import Clock
 from benchmarks.timing import circumstances, in_turns, ratios
 from hessian_callback import HessianOperator, top_eigenvalues
-from hessian_callback.derivatives import exact_derivatives
-from hessian_callback.krylov_basis import row_products
+from hessian_callback.linalg.krylov_basis import row_products
+from hessian_callback.operators.derivatives import exact_derivatives
 
 K = 50
 ENGINES: dict[str, dict[str, Any]] = {

@@ -24,7 +24,7 @@ from benchmarks import peers
 from benchmarks.cases import Case, cross_entropy, lenet
 from benchmarks.timing import circumstances, pin_threads
 from hessian_callback import HessianOperator, top_eigenvalues
-from hessian_callback.lanczos import LanczosProgress
+from hessian_callback.algorithms.lanczos import LanczosProgress
 
 SAVED = Path(__file__).with_name("paper_scale.jsonl")
 BATCH = 250

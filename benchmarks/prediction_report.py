@@ -24,10 +24,17 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks.statistics_report import table
 from hessian_callback import PowerLawHessianCallback
+from hessian_callback.callbacks.live_prediction import LivePrediction
+from hessian_callback.callbacks.prediction import (
+    LEVEL,
+    Comparison,
+    Observation,
+    PredictionTrack,
+    compare_errors,
+    predict_next,
+)
 from hessian_callback.demos import DigitsCNN, DigitsData
-from hessian_callback.live_prediction import LivePrediction
-from hessian_callback.prediction import LEVEL, Comparison, Observation, PredictionTrack, compare_errors, predict_next
-from hessian_callback.running_correlations import rank_correlation
+from hessian_callback.reports.running_correlations import rank_correlation
 
 SEEDS = (0, 1, 2)
 EPOCHS = {"digits": 30, "overfitting": 40}

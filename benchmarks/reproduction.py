@@ -13,9 +13,9 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from hessian_callback.study import results
-from hessian_callback.study.definition import Printed, load_study
-from hessian_callback.study.results import UNKNOWN, agreement, markdown_table
+from hessian_callback.studies import results
+from hessian_callback.studies.definition import Printed, load_study
+from hessian_callback.studies.results import UNKNOWN, agreement, markdown_table
 
 ROOT = Path(__file__).parents[1]
 SAVED = Path(__file__).with_name("reproduction")

@@ -18,13 +18,13 @@ import numpy as np
 import numpy.typing as npt
 from scipy.linalg import eigh_tridiagonal
 
-from hessian_callback.alternatives import Alternative, boundary_p, likelihood_ratio_test
-from hessian_callback.cutoff_scan import check_outliers
-from hessian_callback.eigengaps import fit_eigengaps
-from hessian_callback.goodness_of_fit import ks_p_value, simulate_ks_distances
-from hessian_callback.maximum_entropy import entropy_deficit
-from hessian_callback.power_law import PowerLawFit, critical_distance, fit_power_law
-from hessian_callback.truncated_power_law import fit_truncated_power_laws
+from hessian_callback.power_law.alternatives import Alternative, boundary_p, likelihood_ratio_test
+from hessian_callback.power_law.cutoff import check_outliers
+from hessian_callback.power_law.eigengaps import fit_eigengaps
+from hessian_callback.power_law.fit import PowerLawFit, critical_distance, fit_power_law
+from hessian_callback.power_law.goodness_of_fit import ks_p_value, simulate_ks_distances
+from hessian_callback.power_law.maximum_entropy import entropy_deficit
+from hessian_callback.power_law.truncated import fit_truncated_power_laws
 
 FloatArray = npt.NDArray[np.float64]
 Sampler = Callable[[int, np.random.Generator], FloatArray]

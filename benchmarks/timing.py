@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from hessian_callback.memory import readable_size
+from hessian_callback.operators.memory import readable_size
 
 DISTRIBUTIONS = (
     "torch",

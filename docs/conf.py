@@ -8,6 +8,8 @@ formulas need a LaTeX installation. An unknown command is an error of the build.
 from __future__ import annotations
 
 import re
+from importlib import import_module
+from pathlib import Path
 from pkgutil import iter_modules
 from typing import Any
 
@@ -70,21 +72,23 @@ def _displayed_formula(translator: Any, node: nodes.math_block) -> None:
 
 
 def _read_source(app: Sphinx, page: str, source: list[str]) -> None:
-    """Turn links to the benchmarks' reports into links to their pages, and list the modules without a page."""
+    """Turn links to the benchmarks' reports into links to their pages, and fill the reference."""
     source[0] = re.sub(r"\]\(\.\./benchmarks/(\w+\.md)", r"](benchmarks/\1", source[0])
-    if page == "reference/rooms":
-        source[0] += "\n".join(map(_module_section, _modules_without_a_page(app)))
+    folder, _, subpackage = page.partition("/")
+    if folder == "reference":
+        source[0] += "".join(map(_module_section, _modules_of(subpackage)))
 
 
 def _module_section(name: str) -> str:
-    return f"\n{name}\n{'-' * len(name)}\n\n.. automodule:: hessian_callback.{name}\n"
+    title = name.rpartition(".")[2]
+    return f"\n{title}\n{'-' * len(title)}\n\n.. automodule:: hessian_callback.{name}\n"
 
 
-def _modules_without_a_page(app: Sphinx) -> list[str]:
-    pages = (path.read_text(encoding="utf-8") for path in (app.srcdir / "reference").glob("*.rst"))
-    shown = {name for page in pages for name in re.findall(r"automodule:: hessian_callback\.(\w+)", page)}
-    modules = (module.name for module in iter_modules(hessian_callback.__path__))
-    return sorted(name for name in modules if name not in shown and not name.startswith("_"))
+def _modules_of(subpackage: str) -> list[str]:
+    """Return the names of a subpackage's modules; none if it is a single module."""
+    folders = getattr(import_module(f"hessian_callback.{subpackage}"), "__path__", [])
+    names = (f"{subpackage}.{module.name}" for module in iter_modules(folders))
+    return sorted(name for name in names if "._" not in name)
 
 
 def _resolve_short_name(app: Sphinx, env: BuildEnvironment, node: pending_xref, text: nodes.Element) -> Any:
@@ -98,11 +102,15 @@ def _resolve_short_name(app: Sphinx, env: BuildEnvironment, node: pending_xref, 
     return python.resolve_xref(env, node["refdoc"], app.builder, "obj", found[0], node, text)
 
 
+def _reference_pages(app: Sphinx) -> list[Path]:
+    return list((app.srcdir / "reference").glob("*.rst"))
+
+
 def setup(app: Sphinx) -> dict[str, Any]:
     """Register what the project adds to Sphinx."""
     app.add_html_math_renderer("mathml", (_inline_formula, None), (_displayed_formula, None))
     app.connect("source-read", _read_source)
-    # What is on that page follows from the others, so no cached reading of it is right.
-    app.connect("env-get-outdated", lambda *_: ["reference/rooms"])
+    # These pages depend on the modules that exist, so a cached reading is never valid.
+    app.connect("env-get-outdated", lambda *_: [f"reference/{page.stem}" for page in _reference_pages(app)])
     app.connect("missing-reference", _resolve_short_name)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

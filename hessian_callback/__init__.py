@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 from hessian_callback._version import __version__
 
 if TYPE_CHECKING:
-    from hessian_callback.callback import PowerLawHessianCallback
-    from hessian_callback.early_stopping import PowerLawEarlyStopping
-    from hessian_callback.hessian import HessianOperator
-    from hessian_callback.lanczos import top_eigenvalues
+    from hessian_callback.algorithms.lanczos import top_eigenvalues
+    from hessian_callback.algorithms.spectrum import Spectrum
+    from hessian_callback.callbacks.early_stopping import PowerLawEarlyStopping
+    from hessian_callback.callbacks.power_law import PowerLawHessianCallback
     from hessian_callback.metrics import PowerLawFitError, PowerLawSlope
-    from hessian_callback.power_law import PowerLawFit, fit_power_law
-    from hessian_callback.spectrum import Spectrum
+    from hessian_callback.operators.hessian import HessianOperator
+    from hessian_callback.power_law.fit import PowerLawFit, fit_power_law
 
 __all__ = [
     "HessianOperator",
@@ -33,23 +33,23 @@ __all__ = [
     "top_eigenvalues",
 ]
 
-_ROOMS = {
-    "HessianOperator": "hessian",
-    "PowerLawEarlyStopping": "early_stopping",
-    "PowerLawFit": "power_law",
+_MODULES = {
+    "HessianOperator": "operators.hessian",
+    "PowerLawEarlyStopping": "callbacks.early_stopping",
+    "PowerLawFit": "power_law.fit",
     "PowerLawFitError": "metrics",
-    "PowerLawHessianCallback": "callback",
+    "PowerLawHessianCallback": "callbacks.power_law",
     "PowerLawSlope": "metrics",
-    "Spectrum": "spectrum",
-    "fit_power_law": "power_law",
-    "top_eigenvalues": "lanczos",
+    "Spectrum": "algorithms.spectrum",
+    "fit_power_law": "power_law.fit",
+    "top_eigenvalues": "algorithms.lanczos",
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _ROOMS:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{_ROOMS[name]}"), name)
+    value = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
     globals()[name] = value
     return value
 

@@ -15,8 +15,8 @@ from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.utilities.distributed import gather_all_tensors
 
-from hessian_callback import functional
-from hessian_callback.power_law import Eigenvalues, as_float64
+from hessian_callback.power_law import functional
+from hessian_callback.power_law.fit import Eigenvalues, as_float64
 
 __all__ = [
     "EffectiveRank",

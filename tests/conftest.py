@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from xdist.scheduler import LoadScopeScheduling
 
-from tests.browser import browser, tensorboard
+from tests.helpers.browser import browser, tensorboard
 
 __all__ = ["browser", "pytest_xdist_auto_num_workers", "pytest_xdist_make_scheduler", "tensorboard"]
 

@@ -27,18 +27,18 @@ from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader, TensorDataset
 
 from hessian_callback import HessianOperator, Spectrum, top_eigenvalues
-from hessian_callback.krylov_basis import row_products
-from hessian_callback.linear_operator import MatvecOperator
-from hessian_callback.memory import free_memory
-from hessian_callback.objective import resolve_loss
-from hessian_callback.parallel import Partition, Ranks
-from hessian_callback.random_vectors import gaussian_slice, rademacher_slice
-from hessian_callback.tall_matrices import inner_products, orthonormal_columns
-from tests.cases import CASES, Case, classify, dense_hessian, rotated
-from tests.model_zoo import KINDS, Trained
-from tests.test_trainer_paths import same
-from tests.toy_runs import loader as plain_loader
-from tests.toy_runs import measure, seeded, trainer
+from hessian_callback.callbacks.module_loss import resolve_loss
+from hessian_callback.linalg.distributed import Partition, Ranks
+from hessian_callback.linalg.krylov_basis import row_products
+from hessian_callback.linalg.linear_operator import MatvecOperator
+from hessian_callback.linalg.random_vectors import gaussian_slice, rademacher_slice
+from hessian_callback.linalg.tall_matrices import inner_products, orthonormal_columns
+from hessian_callback.operators.memory import free_memory
+from tests.callbacks.test_trainer_paths import same
+from tests.helpers.cases import CASES, Case, classify, dense_hessian, rotated
+from tests.helpers.model_zoo import KINDS, Trained
+from tests.helpers.toy_runs import loader as plain_loader
+from tests.helpers.toy_runs import measure, seeded, trainer
 
 DEVICE = torch.device(os.environ.get("HESSIAN_CALLBACK_TEST_DEVICE", "cuda"))
 ON_GPU = DEVICE.type == "cuda"
@@ -788,7 +788,7 @@ def test_a_group_of_one_gives_the_same(group: Any, deterministic: None) -> None:
 
 def test_the_collectives_take_tensors_of_the_device(group: Any) -> None:
     """A single rank calls none of them by itself."""
-    from hessian_callback.parallel import all_gather, reduce_scatter
+    from hessian_callback.linalg.distributed import all_gather, reduce_scatter
 
     vector = torch.randn(1000, device=DEVICE)
     for collective in (all_gather, reduce_scatter):

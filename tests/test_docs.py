@@ -12,8 +12,8 @@ import pytest
 from sybil import Document, Example
 from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser, SkipParser
 
-from hessian_callback.cli import main
-from tests.toy_runs import Net, loader, measure, seeded, trainer
+from hessian_callback.cli.main import main
+from tests.helpers.toy_runs import Net, loader, measure, seeded, trainer
 
 ROOT = Path(__file__).parents[1]
 # statistics.md and distributed.md speak of an operator that the reader has: their blocks are only compiled.

@@ -15,10 +15,7 @@ import torch.multiprocessing as mp
 from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 
-from hessian_callback import functional, metrics, spectral_statistics
-from hessian_callback.eigengaps import fit_eigengaps
-from hessian_callback.goodness_of_fit import ks_p_value
-from hessian_callback.maximum_entropy import entropy_deficit
+from hessian_callback import metrics
 from hessian_callback.metrics import (
     PowerLawFitError,
     PowerLawSlope,
@@ -26,7 +23,11 @@ from hessian_callback.metrics import (
     power_law_metrics,
     take_first_if_equal,
 )
-from hessian_callback.power_law import fit_power_law
+from hessian_callback.power_law import functional, spectral_statistics
+from hessian_callback.power_law.eigengaps import fit_eigengaps
+from hessian_callback.power_law.fit import fit_power_law
+from hessian_callback.power_law.goodness_of_fit import ks_p_value
+from hessian_callback.power_law.maximum_entropy import entropy_deficit
 
 SPECTRUM = 2.0 * torch.arange(1, 51, dtype=torch.float64) ** -1.3
 OTHER = torch.exp(-torch.arange(1, 31, dtype=torch.float64) / 10)

@@ -1,0 +1,1 @@
+"""Algorithms on any symmetric operator: top eigenvalues with bounds, trace, density and subspaces."""

@@ -1,0 +1,1 @@
+"""The Lightning callbacks and everything else that imports Lightning to measure a run."""

@@ -1,0 +1,89 @@
+"""Modules whose parameters are half-precision numbers: their Hessian is formed on a copy in float32."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule, Trainer
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor, nn
+
+from hessian_callback.operators.fully_shard import is_sharded
+from hessian_callback.operators.memory import free_memory, readable_size
+
+__all__ = ["batch_in_full_precision", "has_half_precision", "in_full_precision"]
+
+_HALF = (torch.float16, torch.bfloat16)
+# Of what is free, how much a copy may take; products and their graphs need the rest.
+_SHARE = 0.5
+
+_REMEDY = (
+    "use precision='bf16-mixed', or examine a checkpoint with Trainer(precision='32-true').validate() on a device "
+    "with more memory"
+)
+
+
+def has_half_precision(module: nn.Module) -> bool:
+    """Whether any parameter of a module is in half precision, a frozen one included.
+
+    Example:
+        >>> has_half_precision(nn.Linear(2, 2)), has_half_precision(nn.Linear(2, 2).bfloat16())
+        (False, True)
+    """
+    return any(parameter.dtype in _HALF for parameter in module.parameters())
+
+
+def in_full_precision(trainer: Trainer, pl_module: LightningModule) -> tuple[LightningModule, str]:
+    """Return a module to form second derivatives on, and the precision that they will have.
+
+    In half precision a Hessian's smaller eigenvalues drown in rounding. So a module with such parameters is
+    copied, and the copy's are made float32, at the values that they have: its Hessian is that of the float32 loss.
+    Any other module is returned as it is.
+
+    Args:
+        trainer: its trainer, which the copy shares.
+        pl_module: the module in training.
+
+    Returns:
+        The module, and a text such as ``"float32"`` or ``"float32 (a copy of bfloat16)"``.
+
+    Raises:
+        MisconfigurationException: if there is no room for a copy, or the module cannot be copied.
+    """
+    found = sorted({str(p.dtype).removeprefix("torch.") for p in pl_module.parameters()})
+    if not has_half_precision(pl_module):
+        return pl_module, " and ".join(found)
+    reason = "parameters in half precision need a copy in float32 to form the Hessian on"
+    if is_sharded(pl_module):
+        raise MisconfigurationException(f"{reason}, which sharded ones do not have: {_REMEDY}")
+    needed = sum(4 * t.numel() for t in itertools.chain(pl_module.parameters(), pl_module.buffers()))
+    free = free_memory(pl_module.device)
+    # Ranks on one machine share the main memory.
+    sharing = trainer.world_size if pl_module.device.type == "cpu" else 1
+    if free is not None and needed > _SHARE * free / sharing:
+        raise MisconfigurationException(
+            f"{reason}, which would take {readable_size(needed)} of the {readable_size(free / sharing)} that are free: "
+            f"{_REMEDY}"
+        )
+    try:
+        # All that hangs on the module is copied, except for what runs it.
+        copied = copy.deepcopy(pl_module, {id(trainer): trainer})
+    except Exception as error:
+        raise MisconfigurationException(f"{reason}, but the module cannot be copied ({error}): {_REMEDY}") from error
+    for parameter in copied.parameters():
+        parameter.grad = None
+    return copied.float(), f"float32 (a copy of {' and '.join(name for name in found if name != 'float32')})"
+
+
+def batch_in_full_precision(batch: Any) -> Any:
+    """Return a batch with float32 in the place of half precision.
+
+    Example:
+        >>> batch_in_full_precision({"x": torch.ones(2, dtype=torch.bfloat16), "y": torch.tensor(1)})
+        {'x': tensor([1., 1.]), 'y': tensor(1)}
+    """
+    return apply_to_collection(batch, Tensor, lambda tensor: tensor.float() if tensor.dtype in _HALF else tensor)

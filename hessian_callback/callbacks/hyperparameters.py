@@ -1,0 +1,46 @@
+"""TensorBoard's table of hyperparameters, with the measured numbers in its columns."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+from lightning.fabric.utilities.logger import _convert_params, _flatten_dict
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch.utils.tensorboard.summary import hparams
+
+from hessian_callback.callbacks.loggers import name_start
+
+__all__ = ["announce_columns"]
+
+
+def announce_columns(trainer: Trainer, pl_module: LightningModule, curves: Collection[str]) -> None:
+    """Name curves as metrics of the table of hyperparameters, whose cells then show their last values.
+
+    TensorBoard believes the first such announcement of a run, and Lightning makes one at the start of training that
+    names ``hp_metric`` alone. This one names that and the curves, and must be called before, in ``setup``. Nothing is
+    written where Lightning would write nothing: without saved hyperparameters, or with ``default_hp_metric=False``.
+
+    Args:
+        trainer: whose loggers to write to; on rank zero only.
+        pl_module: whose hyperparameters, merged with those of the data module, fill the other columns.
+        curves: full names of scalars that will be logged.
+    """
+    saved = _saved(pl_module) | _saved(trainer.datamodule)  # type: ignore[attr-defined]
+    if not saved:
+        return
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger) and logger._default_hp_metric:
+            start = name_start(logger)
+            names = [start + name for name in ("hp_metric", *curves)]
+            values = logger._sanitize_params(_flatten_dict(_convert_params(saved)))
+            announcement, _, _ = hparams(values, dict.fromkeys(names, 0.0))
+            logger.experiment._get_file_writer().add_summary(announcement)
+
+
+def _saved(source: Any) -> dict[str, Any]:
+    if source is None or not source._log_hyperparams:
+        return {}
+    # The class path is the command line's own.
+    return {name: value for name, value in source.hparams_initial.items() if name != "_class_path"}

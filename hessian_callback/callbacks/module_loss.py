@@ -1,0 +1,152 @@
+"""The loss whose Hessian is measured: a function of a LightningModule and one batch."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.plugins.precision import DoublePrecision
+from torch import Tensor
+
+from hessian_callback.linalg.distributed import Ranks
+
+__all__ = ["LossFunction", "as_in_a_step", "mean_loss", "resolve_loss"]
+
+LossFunction = Callable[[Any, Any], Tensor]
+
+_REMEDY = (
+    "Pass loss_fn=..., a callable(pl_module, batch) that returns the batch's mean loss, "
+    "or give the module a method hessian_loss(batch)"
+)
+
+
+def resolve_loss(pl_module: LightningModule, loss_fn: Callable[..., Any] | None = None) -> LossFunction:
+    """Find the loss of a module: ``loss_fn``, else ``pl_module.hessian_loss``, else ``training_step``.
+
+    ``training_step`` logs, updates metrics and may count, so what is returned must be called inside
+    `guard.undisturbed`.
+
+    Args:
+        pl_module: the module, attached to a trainer or not.
+        loss_fn: ``callable(pl_module, batch)`` that returns the mean loss of the batch.
+
+    Returns:
+        ``loss(pl_module, batch)``. A dictionary is replaced by its entry ``"loss"``.
+
+    Raises:
+        MisconfigurationException: if there is no loss function and ``training_step`` cannot serve: it
+            optimises manually, takes the data loader's iterator, or is not there.
+
+    Example:
+        >>> class Line(LightningModule):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.slope = torch.nn.Parameter(torch.tensor(2.0))
+        ...     def training_step(self, batch):
+        ...         return {"loss": ((self.slope * batch[0] - batch[1]) ** 2).mean()}
+        >>> line = Line()
+        >>> resolve_loss(line)(line, (torch.ones(3), torch.zeros(3))).item()
+        4.0
+    """
+    if loss_fn is not None:
+        if not callable(loss_fn):
+            raise MisconfigurationException(f"loss_fn is a {type(loss_fn).__name__}. {_REMEDY}")
+        return _Loss(loss_fn, getattr(loss_fn, "__name__", type(loss_fn).__name__))
+    own = getattr(pl_module, "hessian_loss", None)
+    if callable(own):
+        # Called on the module that is handed in: the one of the measurement, not the one of today.
+        return _Loss(_hessian_loss, f"{type(pl_module).__name__}.hessian_loss")
+    return _Loss(_training_step_of(pl_module), f"{type(pl_module).__name__}.training_step")
+
+
+def as_in_a_step(trainer: Trainer, pl_module: LightningModule, loss: LossFunction) -> LossFunction:
+    """Give a loss the surroundings that Lightning gives ``training_step``, as far as second derivatives allow.
+
+    With ``precision="64-true"`` new tensors are double as well. Autocast is left out: the Hessian is that of
+    the loss in the parameters' own precision. A module that was compiled as a whole runs eagerly.
+    """
+    contexts: list[Callable[[], AbstractContextManager[Any]]] = []
+    if isinstance(trainer.precision_plugin, DoublePrecision):
+        contexts.append(trainer.precision_plugin.forward_context)
+    # Lightning unwraps a compiled module, and keeps its compiled methods.
+    if getattr(pl_module, "_compiler_ctx", None) is not None:
+        contexts.append(lambda: torch.compiler.set_stance("force_eager"))
+    if not contexts:
+        return loss
+
+    def surrounded(module: Any, batch: Any) -> Tensor:
+        with ExitStack() as stack:
+            for context in contexts:
+                stack.enter_context(context())
+            return loss(module, batch)
+
+    return surrounded
+
+
+def mean_loss(loss: LossFunction, module: Any, batches: Sequence[Any], weights: Sequence[float], ranks: Ranks) -> float:
+    """Return the weighted mean of the loss over all ranks' batches.
+
+    Example:
+        >>> mean_loss(lambda _, batch: batch.mean(), None, [torch.ones(2), torch.zeros(6)], [2, 6], Ranks())
+        0.25
+    """
+    sums = torch.zeros(2, dtype=torch.float64)
+    with ranks.together("evaluating the loss"), torch.no_grad():
+        for batch, weight in zip(batches, weights, strict=True):
+            sums += weight * torch.tensor([float(loss(module, batch)), 1.0], dtype=torch.float64)
+    total, weight = ranks.all_reduce(sums.to(ranks.control_device)).tolist()
+    return float(total / weight)
+
+
+class _Loss:
+    """A loss function whose result is checked and, if a dictionary, unpacked."""
+
+    def __init__(self, function: Callable[..., Any], name: str) -> None:
+        self._function = function
+        self.__name__ = name
+
+    def __call__(self, pl_module: Any, batch: Any) -> Tensor:
+        output = self._function(pl_module, batch)
+        if isinstance(output, Mapping):
+            output = output.get("loss")
+        if not isinstance(output, Tensor):
+            found = "None" if output is None else f"a {type(output).__name__}"
+            raise MisconfigurationException(
+                f"{self.__name__} returned {found} where a loss tensor is needed, or a dictionary with one "
+                f"under 'loss'. {_REMEDY}"
+            )
+        return output
+
+
+def _hessian_loss(pl_module: Any, batch: Any) -> Any:
+    return pl_module.hessian_loss(batch)
+
+
+def _training_step_of(pl_module: LightningModule) -> Callable[..., Any]:
+    name = type(pl_module).__name__
+    if not pl_module.automatic_optimization:
+        raise MisconfigurationException(
+            f"{name} optimises manually, so its training_step would step the optimizer instead of "
+            f"returning a loss. {_REMEDY}"
+        )
+    if type(pl_module).training_step is LightningModule.training_step:
+        raise MisconfigurationException(f"{name} has no training_step to take the loss from. {_REMEDY}")
+    parameters = inspect.signature(pl_module.training_step).parameters
+    if "dataloader_iter" in parameters:
+        raise MisconfigurationException(
+            f"{name}.training_step takes the data loader's iterator, not a batch. {_REMEDY}"
+        )
+    # Lightning, too, hands over the index only where it is asked for.
+    takes_index = len(parameters) >= 2 or any(
+        parameter.kind is inspect.Parameter.VAR_POSITIONAL for parameter in parameters.values()
+    )
+
+    def training_step(module: Any, batch: Any) -> Any:
+        return module.training_step(batch, 0) if takes_index else module.training_step(batch)
+
+    return training_step

@@ -1,0 +1,1 @@
+"""Vectors cut over ranks: the operator protocol, ranks, long sums, random vectors and full float32."""

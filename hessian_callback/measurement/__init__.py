@@ -1,0 +1,1 @@
+"""One measurement without Lightning: from a problem to a `Measurement`."""

@@ -1,0 +1,286 @@
+"""One measurement of a training run: an entry of ``PowerLawHessianCallback.history``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, get_args
+
+import torch
+
+from hessian_callback.algorithms.sharpness import SpectralDensity
+from hessian_callback.algorithms.spectrum import Spectrum
+from hessian_callback.power_law.fit import PowerLawFit, fit_power_law
+
+__all__ = ["Measurement", "Mode", "When"]
+
+When = Literal["fit_start", "epoch", "step", "fit_end", "validate"]
+Mode = Literal["strict", "paper"]
+
+
+@dataclass(frozen=True, eq=False)
+class Measurement:
+    r"""What one measurement saw, and where in the run it was made.
+
+    A measurement that failed, or whose slope may not be compared with the others, is an entry like any
+    other: ``reason`` says in plain text why no slope was logged, and what could be computed is there.
+
+    Attributes:
+        epoch: the trainer's ``current_epoch``.
+        step: optimizer steps taken before the measurement.
+        when: ``"fit_start"`` (before the first step), ``"epoch"``, ``"step"``, ``"fit_end"`` or
+            ``"validate"``.
+        spectrum: the largest eigenvalues, without eigenvectors; ``None`` if the measurement failed.
+        fit: the power law fitted to the leading resolved eigenvalues; ``None`` if none could be fitted.
+        reason: why no slope was logged; ``None`` if one was.
+        seconds: wall time that training stood still for it.
+        num_parameters: size ``P`` of the Hessian; ``None`` if the measurement failed before it was known.
+        num_samples: held-out samples over all ranks; ``None`` likewise.
+        loss: mean loss over the held-out samples, the function whose Hessian was measured.
+        engine: which engine formed the Hessian-vector products.
+        world_size: number of ranks that shared the work.
+        mode: ``"strict"``, or ``"paper"`` for the protocol of `paper_protocol`, whose ``spectrum`` proves
+            nothing by index.
+        comparisons: numbers of the optional comparisons, by the name they are logged under; `comparisons` says
+            which there are.
+        not_compared: why a comparison that was asked for has no number, by its name.
+        density: the spectral density, if it was asked for.
+        precision: of the Hessian-vector products, such as ``"float32"`` or ``"float32 (a copy of bfloat16)"``.
+        groups: the same measurement of the Hessian's blocks, by the name of the group of parameters.
+        val_loss: the run's own validation loss with the same weights, where `live_prediction` was told its name.
+        train_loss: the run's own training loss as it was logged last, mostly the mean over the epoch.
+
+    Example:
+        >>> failed = Measurement(epoch=3, step=120, when="epoch", spectrum=None, fit=None,
+        ...                      reason="the loss is NaN", seconds=0.2)
+        >>> failed.logged, failed.slope
+        (False, None)
+        >>> Measurement.from_state(failed.to_state()) == failed
+        True
+        >>> print(failed.summary())
+        epoch 3, step 120: no slope (the loss is NaN), 0.2 s
+    """
+
+    epoch: int
+    step: int
+    when: When
+    spectrum: Spectrum | None
+    fit: PowerLawFit | None
+    reason: str | None
+    seconds: float
+    num_parameters: int | None = None
+    num_samples: int | None = None
+    loss: float | None = None
+    engine: str | None = None
+    world_size: int = 1
+    mode: Mode = "strict"
+    comparisons: Mapping[str, float] = field(default_factory=dict)
+    not_compared: Mapping[str, str] = field(default_factory=dict)
+    density: SpectralDensity | None = None
+    precision: str | None = None
+    groups: Mapping[str, Measurement] = field(default_factory=dict)
+    val_loss: float | None = None
+    train_loss: float | None = None
+
+    @property
+    def logged(self) -> bool:
+        """Whether this measurement's slope went to the logger."""
+        return self.reason is None
+
+    @property
+    def slope(self) -> float | None:
+        r"""Power-law slope :math:`\hat s` of the fitted eigenvalues, logged or not."""
+        return None if self.fit is None else float(self.fit.slope)
+
+    @property
+    def slope_stderr(self) -> float | None:
+        """Standard error of the slope."""
+        return None if self.fit is None else float(self.fit.slope_stderr)
+
+    @property
+    def density_exponent(self) -> float | None:
+        r"""Exponent :math:`\hat\beta = 1 + 1/\hat s` of the eigenvalue density."""
+        return None if self.fit is None else float(self.fit.density_exponent)
+
+    @property
+    def fit_error(self) -> float | None:
+        """Kolmogorov-Smirnov distance of the fit."""
+        return None if self.fit is None else float(self.fit.fit_error)
+
+    @property
+    def critical_distance(self) -> float | None:
+        r"""The fit error above which ``within_critical_distance`` is false, at the level of 5 %.
+
+        In strict mode `PowerLawFit.critical_distance_fitted`, in paper mode the constant :math:`1.36 / \sqrt K`.
+        """
+        if self.fit is None:
+            return None
+        return self.fit.critical_distance_paper if self.mode == "paper" else self.fit.critical_distance_fitted
+
+    @property
+    def within_critical_distance(self) -> bool | None:
+        """Whether the fit error is compatible with a power law, by the ``critical_distance`` of the mode."""
+        if self.fit is None:
+            return None
+        paper = self.mode == "paper"
+        return self.fit.within_critical_distance_paper if paper else self.fit.within_critical_distance_fitted
+
+    @property
+    def fitted_eigenvalues(self) -> torch.Tensor:
+        """The eigenvalues that the fit used, ``(K,)``, descending; none if there is no fit."""
+        if self.spectrum is None:
+            return torch.zeros(0, dtype=torch.float64)
+        return self.spectrum.eigenvalues[: self.num_fitted or 0]
+
+    @property
+    def num_fitted(self) -> int | None:
+        """Number ``K`` of eigenvalues that the fit used."""
+        return None if self.fit is None else int(self.fit.num_eigenvalues)
+
+    @property
+    def lambda_max(self) -> float | None:
+        """Largest eigenvalue, if it converged."""
+        if self.spectrum is None or not self.spectrum.converged[:1].any():
+            return None
+        return float(self.spectrum.eigenvalues[0])
+
+    @property
+    def num_hvps(self) -> int | None:
+        """Hessian-vector products spent."""
+        return None if self.spectrum is None else self.spectrum.num_hvps
+
+    def scalars(self) -> dict[str, float]:
+        """Return what is logged, by its name behind the prefix; what is not known is not in it.
+
+        The quantities of the fit are there only if they were logged: a slope at another ``K`` must
+        not stand in a curve beside the others. What was measured of a group of parameters ends in its name.
+        """
+        values: dict[str, float | None] = {
+            "lambda_max": self.lambda_max,
+            "num_fitted": None if self.spectrum is None else self.num_fitted or 0,
+            "num_hvps": self.num_hvps,
+            "seconds": self.seconds,
+        }
+        if self.logged:
+            values |= {
+                "slope": self.slope,
+                "fit_error": self.fit_error,
+                "slope_stderr": self.slope_stderr,
+                "density_exponent": self.density_exponent,
+            }
+            values["critical_distance"] = self.critical_distance
+            if self.fit is not None and self.mode == "strict":
+                low, high = self.fit.slope_interval(0.95)
+                values |= {"slope_low": low, "slope_high": high}
+                values["critical_distance_paper"] = self.fit.critical_distance_paper
+        values |= {
+            name: value for name, value in self.comparisons.items() if self.logged or not name.startswith("slope_")
+        }
+        for group, measurement in self.groups.items():
+            values |= {f"{name}/{group}": v for name, v in measurement.scalars().items() if name != "seconds"}
+        return {name: float(value) for name, value in values.items() if value is not None}
+
+    def summary(self) -> str:
+        """Return the measurement as one line of text; of the groups it says the slopes."""
+        where = f"epoch {self.epoch}, step {self.step}"
+        seconds = f"{self.seconds:.1f} s"
+        products = f"{self.num_hvps} HVPs" + (f" in {self.precision}" if self.precision else "")
+        cost = f"{products}, {seconds}" if self.spectrum else seconds
+        groups = "".join(f"; {group}: {measurement._slope_in_words()}" for group, measurement in self.groups.items())
+        if self.fit is None:
+            return f"{where}: no slope ({self.reason}), {cost}{groups}"
+        protocol = ", paper protocol" if self.mode == "paper" else ""
+        fitted = f"{self._slope_in_words()}, fit error {self.fit_error:.3f}, K = {self.num_fitted}{protocol}, {cost}"
+        text = f"{where}: {fitted}" if self.logged else f"{where}: {fitted}; not logged ({self.reason})"
+        return text + groups
+
+    def _slope_in_words(self) -> str:
+        return "no slope" if self.fit is None else f"slope {self.slope:.3f} ± {self.slope_stderr:.3f}"
+
+    # -- checkpoints -----------------------------------------------------------------------------
+
+    def to_state(self) -> dict[str, Any]:
+        """Return Python scalars, dictionaries and tensors that ``torch.load(weights_only=True)`` accepts.
+
+        The fit is not among them: it is made again from the eigenvalues, ``num_fitted`` says from how many.
+        """
+        state: dict[str, Any] = {
+            "epoch": int(self.epoch),
+            "step": int(self.step),
+            "when": str(self.when),
+            "reason": self.reason,
+            "seconds": float(self.seconds),
+            "num_parameters": self.num_parameters,
+            "num_samples": self.num_samples,
+            "loss": self.loss,
+            "val_loss": self.val_loss,
+            "train_loss": self.train_loss,
+            "engine": self.engine,
+            "precision": self.precision,
+            "world_size": int(self.world_size),
+            "num_fitted": self.num_fitted,
+            "mode": str(self.mode),
+            "comparisons": {name: float(value) for name, value in self.comparisons.items()},
+            "not_compared": dict(self.not_compared),
+            "groups": {group: measurement.to_state() for group, measurement in self.groups.items()},
+            "density": None,
+            "spectrum": None,
+        }
+        if self.density is not None:
+            state["density"] = {part.name: _plain(getattr(self.density, part.name)) for part in fields(self.density)}
+        if self.spectrum is not None:
+            state["spectrum"] = {
+                part.name: _plain(getattr(self.spectrum, part.name))
+                for part in fields(self.spectrum)
+                if part.name != "eigenvectors"
+            }
+        return state
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> Measurement:
+        """Restore a measurement from what `to_state` returned, also from a state without comparisons.
+
+        Raises:
+            ValueError: if the state is not one of a measurement.
+        """
+        values = dict(state)
+        if values.get("when") not in get_args(When):
+            raise ValueError(f"not the state of a measurement: 'when' is {values.get('when')!r}")
+        num_fitted = values.pop("num_fitted")
+        saved = values.pop("spectrum")
+        density = values.pop("density", None)
+        groups = {group: cls.from_state(part) for group, part in values.pop("groups", {}).items()}
+        spectrum = None if saved is None else Spectrum(**saved)
+        fit = None
+        if spectrum is not None and num_fitted is not None:
+            fit = fit_power_law(spectrum.eigenvalues[:num_fitted])
+        return cls(
+            spectrum=spectrum,
+            fit=fit,
+            density=None if density is None else SpectralDensity(**density),
+            groups=groups,
+            **values,
+        )
+
+    def __eq__(self, other: object) -> bool:
+        """Compare by value; eigenvalues and bounds bit for bit, wall time included."""
+        if not isinstance(other, Measurement):
+            return NotImplemented
+        return _equal(self.to_state(), other.to_state())
+
+    def __hash__(self) -> int:
+        """Hash by where in the run the measurement was made."""
+        return hash((self.epoch, self.step, self.when))
+
+
+def _plain(value: Any) -> Any:
+    # Cloned, because a saved view takes the whole storage behind it along.
+    return value.detach().cpu().clone() if isinstance(value, torch.Tensor) else value
+
+
+def _equal(one: Any, other: Any) -> bool:
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(_equal(one[key], other[key]) for key in one)
+    return bool(one == other)

@@ -1,0 +1,1 @@
+"""The Hessian of a model as a symmetric operator."""

@@ -1,0 +1,168 @@
+"""The settings under which derivatives of a loss are exact, and errors that say what stands in their way."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from hessian_callback.linalg.full_float32 import full_float32
+
+__all__ = [
+    "DoubleBackwardError",
+    "check_parameters_visible",
+    "check_twice_differentiable",
+    "exact_derivatives",
+    "explained",
+    "graph_nodes",
+]
+
+
+class DoubleBackwardError(RuntimeError):
+    """An operation of the model cannot be differentiated twice; the message names it and the remedy."""
+
+
+@contextmanager
+def exact_derivatives(model: nn.Module) -> Iterator[None]:
+    """Evaluate and differentiate a model so that second derivatives exist and are those of its full precision.
+
+    Inside the block gradients are on and autocast is off, attention runs on the math kernel (the fused ones
+    have no double backward), compiled modules run eagerly (so have theirs none), float32 is not rounded to TF32, and
+    cuDNN is off if the model holds a recurrent layer on a GPU. All of it is as before when the block is left.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        for device_type in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device_type):
+                stack.enter_context(torch.autocast(device_type, enabled=False))
+        stack.enter_context(full_float32())
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        if _is_compiled(model):
+            # Costs a second where nothing is compiled, as it imports the compiler.
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        if any(isinstance(module, nn.RNNBase) for module in model.modules()) and torch.cuda.is_available():
+            # Not `torch.backends.cudnn.flags`, which sets five other things to its defaults.
+            stack.callback(setattr, torch.backends.cudnn, "enabled", torch.backends.cudnn.enabled)
+            torch.backends.cudnn.enabled = False
+        yield
+
+
+def _is_compiled(model: nn.Module) -> bool:
+    return any(
+        type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None
+        for module in model.modules()
+    )
+
+
+def check_twice_differentiable(gradients: Sequence[Tensor]) -> None:
+    """Search the graph behind gradients for functions that forbid a second derivative.
+
+    Autograd raises when it runs into one, but `torch.autograd.grad` prunes the branch that leads there, and
+    returns a Hessian in which these terms are missing.
+
+    Raises:
+        DoubleBackwardError: if there is one.
+    """
+    for node in graph_nodes(gradients):
+        if node.name() in ("torch::autograd::Error", "DelayedError", "NotImplemented"):
+            raise DoubleBackwardError(
+                "a custom autograd function of the model has no double backward (its backward is marked "
+                "once_differentiable): replace it, or " + _ALTERNATIVE
+            )
+
+
+def check_parameters_visible(loss: Tensor) -> None:
+    """Search the graph behind a loss for reentrant checkpointing, behind which autograd finds no parameters.
+
+    Where only parameters lie behind it, `torch.autograd.grad` prunes it, and returns zeros for their gradients.
+
+    Raises:
+        DoubleBackwardError: if there is some.
+    """
+    if any(node.name() == "CheckpointFunctionBackward" for node in graph_nodes([loss])):
+        raise DoubleBackwardError(_REENTRANT)
+
+
+def graph_nodes(tensors: Sequence[Tensor]) -> Iterator[Any]:
+    """Yield the nodes of the graph behind some tensors, each once."""
+    pending = [tensor.grad_fn for tensor in tensors if tensor.grad_fn is not None]
+    seen = set(pending)
+    while pending:
+        node = pending.pop()
+        yield node
+        for following, _ in node.next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                pending.append(following)
+
+
+_REENTRANT = (
+    "reentrant activation checkpointing has no double backward: pass use_reentrant=False to "
+    "torch.utils.checkpoint.checkpoint"
+)
+_ALTERNATIVE = "use hvp='finite_difference', which needs first derivatives only"
+
+# (what PyTorch says, what it means and what helps); {0} is the pattern's first group.
+_CAUSES = [
+    (
+        r"derivative for (\S+) is not implemented",
+        "{0} has no double backward: replace it, or " + _ALTERNATIVE,
+    ),
+    (
+        r"differentiate twice a function that was marked with @once_differentiable",
+        "a custom autograd function of the model is marked once_differentiable and has no double backward "
+        "(torch.nn.SyncBatchNorm in training mode and several fused kernels are such): replace it, or " + _ALTERNATIVE,
+    ),
+    (
+        r"checkpoint.*(?:use_reentrant=True|is incompatible with \.grad\(\))",
+        _REENTRANT,
+    ),
+    (
+        r"aot_autograd does not currently support double backward",
+        "a compiled function inside the loss has no double backward: call the uncompiled function when measuring, or "
+        + _ALTERNATIVE,
+    ),
+    (
+        r"(?:[Ss]parse.*(?:not implemented|not supported|unsupported)|layout.*[Ss]parse)",
+        "sparse gradients have no double backward: build the Embedding with sparse=False, or leave it out by means of "
+        "parameters=",
+    ),
+    (
+        r"[Vv]iew.*inplace|modified by an inplace operation",
+        "the loss changes a tensor in place that its second derivative needs: replace the in-place operation, or "
+        + _ALTERNATIVE,
+    ),
+]
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """Turn autograd's complaints about second derivatives into a `DoubleBackwardError` with the remedy.
+
+    Raises:
+        DoubleBackwardError: instead of an error that is known to mean a missing second derivative.
+
+    Example:
+        >>> with explained():
+        ...     raise RuntimeError("derivative for aten::foo_backward is not implemented")
+        Traceback (most recent call last):
+        ...
+        hessian_callback.operators.derivatives.DoubleBackwardError: aten::foo_backward has no double backward: ...
+    """
+    try:
+        yield
+    except DoubleBackwardError:
+        raise
+    except (RuntimeError, NotImplementedError) as error:
+        for pattern, meaning in _CAUSES:
+            match = re.search(pattern, str(error), flags=re.DOTALL)
+            if match:
+                groups = [group.strip("'\"`,.") for group in match.groups()]
+                raise DoubleBackwardError(meaning.format(*groups)) from error
+        raise

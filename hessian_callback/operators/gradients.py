@@ -1,0 +1,90 @@
+"""Norms of the parameters and of the gradient, over all ranks: what a curvature is measured against."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hessian_callback.linalg.distributed import Ranks
+from hessian_callback.operators.products import BatchLoss
+
+__all__ = ["gradient_norm", "parameter_norm"]
+
+
+def parameter_norm(parameters: Sequence[Tensor]) -> float:
+    r"""Euclidean norm of all parameters together, :math:`\|\theta\|_2`; no product.
+
+    Args:
+        parameters: each of them whole, on every rank.
+
+    Example:
+        >>> parameter_norm([torch.tensor([[3.0]]), torch.tensor([4.0])])
+        5.0
+    """
+    squared = [
+        float(torch.linalg.vector_norm(parameter.detach(), dtype=_precise(parameter))) for parameter in parameters
+    ]
+    return float(torch.tensor(squared, dtype=torch.float64).norm())
+
+
+def gradient_norm(
+    model: nn.Module,
+    loss_fn: Callable[[Any, Any], Tensor],
+    batches: Sequence[Any],
+    weights: Sequence[float],
+    parameters: Sequence[nn.Parameter],
+    ranks: Ranks,
+) -> float:
+    r"""Euclidean norm of the gradient of a weighted mean loss over all ranks' batches.
+
+    .. math:: \Big\| \sum_i w_i \nabla_\theta L_i(\theta) \Big/ \sum_i w_i \Big\|_2
+
+    Costs one gradient of the loss and no product.
+
+    Args:
+        model: the module that ``loss_fn`` is called with.
+        loss_fn: ``(model, batch) -> scalar``, the mean loss of the batch.
+        batches: this rank's batches.
+        weights: a positive weight for each.
+        parameters: what to differentiate with respect to, each whole on every rank and each once.
+        ranks: the processes that hold the other batches; all of them must call.
+
+    Raises:
+        PeerError: if another rank failed.
+
+    Example:
+        The loss :math:`\theta^2` has the gradient :math:`2 \theta`.
+
+        >>> model = nn.Linear(1, 1, bias=False)
+        >>> _ = model.weight.data.fill_(3.0)
+        >>> square = lambda module, batch: module(batch).square().mean()
+        >>> gradient_norm(model, square, [torch.ones(2, 1)], [2.0], list(model.parameters()), Ranks())
+        6.0
+    """
+    loss = BatchLoss(model, loss_fn, parameters)
+    size = sum(loss.sizes)
+    partition = ranks.partition(size)
+    like = parameters[0]
+    total: Tensor | None = torch.zeros(size, dtype=like.dtype, device=like.device)
+    with ranks.together("computing the gradient"), torch.enable_grad(), loss.differentiable():
+        assert total is not None
+        for batch, weight in zip(batches, weights, strict=True):
+            _, gradients = loss.gradient(batch, create_graph=False)
+            for part, gradient in zip(loss.split(total), gradients, strict=True):
+                part.add_(gradient, alpha=weight)
+    piece = ranks.reduce_scatter(total, partition, dtype=like.dtype, device=like.device, stage="computing the gradient")
+    sums = torch.tensor(
+        [float(torch.linalg.vector_norm(piece, dtype=_precise(piece))) ** 2, float(sum(weights))],
+        dtype=torch.float64,
+        device=ranks.control_device,
+    )
+    squared, weight = ranks.all_reduce(sums).tolist()
+    return float(squared**0.5 / weight)
+
+
+def _precise(tensor: Tensor) -> torch.dtype | None:
+    # MPS has no float64.
+    return None if tensor.device.type == "mps" else torch.float64

@@ -1,0 +1,1 @@
+"""Run folders as HTML pages and CSV files."""

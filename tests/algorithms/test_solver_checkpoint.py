@@ -1,0 +1,632 @@
+"""Killed Lanczos runs go on where they were saved, to the same bits; and what they must not go on with is refused."""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import signal
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import fields, replace
+from functools import partial
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_map
+
+from hessian_callback import HessianOperator, Spectrum
+from hessian_callback.algorithms import solver_checkpoint
+from hessian_callback.algorithms.lanczos import LanczosProgress, top_eigenvalues
+from hessian_callback.algorithms.solver_checkpoint import CheckpointError, SolverCheckpoint
+from hessian_callback.measurement import solvers as protocol
+from hessian_callback.measurement.solvers import Protocol
+from tests.algorithms.test_lanczos import SPECTRA, operator_of
+from tests.helpers.cases import CASES, rotated
+from tests.helpers.launched import finish, launch
+from tests.helpers.ranks import run_ranks
+from tests.linalg.test_distributed import DiagonalOperator
+
+DTYPES = [torch.float64, torch.float32]
+POWER_LAW = rotated(SPECTRA["power law"]())
+
+
+class Killed(BaseException):
+    """Ends a run as a signal would: nobody catches it."""
+
+
+def dying(after: int) -> Callable[[LanczosProgress], None]:
+    """Progress that ends the run when this process has formed so many products."""
+    left = count(after - 1, -1)
+
+    def progress(_: LanczosProgress) -> None:
+        if next(left) == 0:
+            raise Killed
+
+    return progress
+
+
+def killed_after(products: int, operator: Any, folder: Path, k: int = 10, **options: Any) -> None:
+    with pytest.raises(Killed):
+        top_eigenvalues(operator, k, progress=dying(products), checkpoint=folder, checkpoint_every=0, **options)
+
+
+def assert_same(one: Spectrum, other: Spectrum) -> None:
+    for field in fields(Spectrum):
+        value, expected = getattr(one, field.name), getattr(other, field.name)
+        assert torch.equal(value, expected) if isinstance(value, Tensor) else value == expected, field.name
+
+
+# -- the same bits ---------------------------------------------------------------------------------
+
+
+def assert_same_state(one: Any, other: Any) -> None:
+    (leaves, shape), (expected, expected_shape) = tree_flatten(one), tree_flatten(other)
+    assert shape == expected_shape
+    for value, known in zip(leaves, expected, strict=True):
+        assert torch.equal(value, known) if isinstance(value, Tensor) else value == known
+
+
+@pytest.fixture
+def saved(monkeypatch: pytest.MonkeyPatch) -> dict[int, Any]:
+    """What is saved, by the number of products; at the same number it has to be the same in every run."""
+    states: dict[int, Any] = {}
+    save = SolverCheckpoint.save
+
+    def noting(self: SolverCheckpoint, basis: Any, solver: Any) -> None:
+        products = solver["decomposition"]["num_hvps"]
+        state = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, solver)
+        assert_same_state(states.setdefault(products, state), state)
+        save(self, basis, solver)
+
+    monkeypatch.setattr(SolverCheckpoint, "save", noting)
+    return states
+
+
+@pytest.mark.parametrize(
+    ("name", "k", "dtype"),
+    [
+        ("power law", 10, torch.float64),
+        ("slow power law", 10, torch.float32),
+        ("five times", 10, torch.float64),
+        ("every one twice", 10, torch.float32),
+        ("spikes and a semicircle", 30, torch.float64),
+        ("rank 8", 10, torch.float64),
+        ("zero", 10, torch.float32),
+        ("identity", 10, torch.float64),
+    ],
+    ids=str,
+)
+def test_a_run_that_is_killed_again_and_again(
+    name: str, k: int, dtype: torch.dtype, saved: dict[int, Any], tmp_path: Path
+) -> None:
+    """At ever other places: between checks, after probes that were in vain, within those that found something."""
+    matrix = rotated(SPECTRA[name]())
+    solve = partial(top_eigenvalues, operator_of(matrix, dtype), k, max_hvps=min(len(matrix), 250), checkpoint_every=0)
+    products: list[int] = []
+    whole = solve(progress=lambda now: products.append(now.num_hvps))
+    assert_same(solve(checkpoint=tmp_path / "whole"), whole)
+    spectrum = None
+    for after in count(3, 3):
+        seen: list[int] = []
+        die = dying(after)
+
+        def progress(now: LanczosProgress, seen: list[int] = seen, die: Any = die) -> None:
+            seen.append(now.num_hvps)
+            die(now)
+
+        with suppress(Killed):
+            spectrum = solve(checkpoint=tmp_path / "run", progress=progress)
+        assert seen == products[seen[0] - 1 : seen[-1]]
+        if spectrum is not None:
+            break
+    assert after > 3
+    assert spectrum is not None
+    assert_same(spectrum, whole)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("state", [(2, None), (2, 0), (2, 1)], ids=str)
+def test_several_chains(state: tuple[int, int | None], saved: dict[int, Any], tmp_path: Path) -> None:
+    """A copy joins by a probe and brings a chain of its own; killed while there are two, and either is expanded."""
+    operator = operator_of(rotated(SPECTRA["five times"]()))
+    whole = top_eigenvalues(operator, 10, checkpoint=tmp_path / "run", checkpoint_every=0, return_eigenvectors=True)
+    chains = {n: (len(solver["decomposition"]["chains"]), solver["chain"]) for n, solver in saved.items()}
+    last = max(products for products, chain in chains.items() if chain == state)
+    killed_after(last + 1, operator, tmp_path / "run")
+    assert_same(top_eigenvalues(operator, 10, checkpoint=tmp_path / "run", return_eigenvectors=True), whole)
+
+
+@pytest.mark.parametrize("options", [
+    {"positive_only": True, "criterion": lambda lower, upper: bool((upper - lower < 0.05 * lower).all())},
+    {"start": torch.linspace(-1, 1, 400, dtype=torch.float64)},
+    {"basis_device": "cpu", "seed": 3},
+], ids=["criterion", "start", "basis_device"])  # fmt: skip
+def test_options_are_arguments_of_the_same_call(options: dict[str, Any], tmp_path: Path) -> None:
+    operator = operator_of(POWER_LAW)
+    whole = top_eigenvalues(operator, 10, **options)
+    killed_after(whole.num_hvps * 2 // 3, operator, tmp_path / "run", **options)
+    assert_same(top_eigenvalues(operator, 10, checkpoint=str(tmp_path / "run"), **options), whole)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("hvp", ["double_backward", "finite_difference"])
+def test_the_hessian_of_a_network(hvp: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    case = CASES["mlp"](dtype)
+
+    def operator() -> HessianOperator:
+        return HessianOperator(case.model, case.loss_fn, case.batches, weights=case.weights, hvp=hvp)
+
+    whole = top_eigenvalues(operator(), 8)
+    killed_after(whole.num_hvps // 2, operator(), tmp_path / "run", 8)
+    assert_same(top_eigenvalues(operator(), 8, checkpoint=tmp_path / "run"), whole)
+
+
+# -- what is written, and when ---------------------------------------------------------------------
+
+
+def test_nothing_is_saved_in_the_first_seconds_nor_left_at_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    operator = operator_of(POWER_LAW)
+    sizes = []
+
+    def look(now: LanczosProgress) -> None:
+        sizes.append({path.name: path.stat().st_size for path in (tmp_path / "run").iterdir()})
+
+    top_eigenvalues(operator, 10, checkpoint=tmp_path / "run", progress=look)
+    assert sizes == [{"rank0.basis": 0}] * len(sizes)
+    assert list(tmp_path.iterdir()) == []
+    # By a clock on which a product takes a minute.
+    sizes.clear()
+    ticks = count(0, 60)
+    monkeypatch.setattr(solver_checkpoint.time, "monotonic", lambda: next(ticks))
+    whole = top_eigenvalues(operator, 10, checkpoint=tmp_path / "run", progress=look)
+    saved = [one["rank0.basis"] // (400 * 8) for one in sizes]
+    assert saved[:9] == [0, 0, 0, 0, 0, 5, 5, 5, 5]
+    assert 4 <= len(set(saved)) <= whole.num_hvps // 4
+
+
+def test_the_basis_is_appended_to_and_small_states_take_turns(tmp_path: Path) -> None:
+    operator = operator_of(POWER_LAW, torch.float32)
+    folder = tmp_path / "run"
+    written = [b""]
+    inodes = set()
+
+    def look(now: LanczosProgress) -> None:
+        data = (folder / "rank0.basis").read_bytes()
+        assert data.startswith(written[-1])
+        assert len(data) <= 4 * 400 * now.num_hvps
+        written.append(data)
+        inodes.add((folder / "rank0.basis").stat().st_ino)
+        assert {path.name for path in folder.iterdir()} <= {"rank0.basis", "rank0.state0", "rank0.state1"}
+
+    top_eigenvalues(operator, 10, checkpoint=folder, checkpoint_every=0, progress=look)
+    assert len(inodes) == 1
+    assert len(set(written)) > 20
+
+
+def test_a_folder_with_other_files_keeps_them(tmp_path: Path) -> None:
+    (tmp_path / "ranks.csv").write_text("mine")
+    top_eigenvalues(operator_of(POWER_LAW), 3, checkpoint=tmp_path, checkpoint_every=0)
+    assert [path.name for path in tmp_path.iterdir()] == ["ranks.csv"]
+
+
+def test_without_a_folder_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(solver_checkpoint.SolverCheckpoint, "__init__", None)
+    top_eigenvalues(operator_of(POWER_LAW), 3, checkpoint_every=0)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_seconds_must_not_be_negative(tmp_path: Path) -> None:
+    for every in (-1.0, float("nan")):
+        with pytest.raises(ValueError, match="checkpoint_every must be a number of seconds from 0 on"):
+            top_eigenvalues(operator_of(POWER_LAW), 3, checkpoint=tmp_path, checkpoint_every=every)
+
+
+# -- killed within a save --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("remains", ["vectors", "half a vector", "a new state"])
+def test_what_a_save_left_behind_that_was_not_completed(remains: str, tmp_path: Path) -> None:
+    operator, folder = operator_of(POWER_LAW), tmp_path / "run"
+    whole = top_eigenvalues(operator, 10)
+    killed_after(20, operator, folder)
+    assert (folder / "rank0.basis").stat().st_size == 8 * 400 * 19
+    if remains == "a new state":
+        (folder / "rank0.new").write_bytes((folder / "rank0.state0").read_bytes()[:100])
+    else:
+        with (folder / "rank0.basis").open("ab") as file:
+            file.write(os.urandom(8 * 400 * 3 if remains == "vectors" else 700))
+    killed_after(2, operator, folder)
+    assert (folder / "rank0.basis").stat().st_size == 8 * 400 * 20
+    assert_same(top_eigenvalues(operator, 10, checkpoint=folder, checkpoint_every=0), whole)
+    assert not folder.exists()
+
+
+def test_the_state_before_serves_where_the_last_is_gone(tmp_path: Path) -> None:
+    """A rank whose last save the others don't have goes back by one; here by hand."""
+    operator, folder = operator_of(POWER_LAW), tmp_path / "run"
+    whole = top_eigenvalues(operator, 10)
+    killed_after(30, operator, folder)
+    newest = max(folder.glob("rank0.state?"), key=lambda path: path.stat().st_mtime_ns)
+    newest.unlink()
+    assert_same(top_eigenvalues(operator, 10, checkpoint=folder, checkpoint_every=0), whole)
+
+
+@pytest.mark.parametrize("written", [4, 5], ids=["vectors", "state"])
+def test_after_a_save_that_fails_the_run_goes_on_and_the_save_before_stays(
+    written: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    operator, folder = operator_of(POWER_LAW), tmp_path / "run"
+    whole = top_eigenvalues(operator, 10)
+    killed_after(20, operator, folder)
+    solve = partial(top_eigenvalues, operator, 10, checkpoint=folder, checkpoint_every=0)
+    with monkeypatch.context() as patch:
+        patch.setattr(solver_checkpoint.os, "fsync", partial(full_disk, count(written, -1)))
+        told = pytest.warns(UserWarning, match=r"saved: No space left on device\. The computation goes on")
+        with told as caught, pytest.raises(Killed):
+            solve(progress=dying(15))
+    assert len(caught) == 1
+    assert last_save(folder, rank=0) == 19 + 2  # two files a save, and the third of this process failed
+    assert {path.name: path.stat().st_size for path in folder.glob("*.[bn]*")} == {"rank0.basis": 8 * 400 * 21}
+    first: list[int] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(solver_checkpoint.os, "fsync", partial(full_disk, count(written, -1)))
+        with pytest.warns(UserWarning, match="goes on without further saves"):
+            assert_same(solve(progress=lambda now: first.append(now.num_hvps)), whole)
+    assert first[0] == 22
+    assert not folder.exists()
+
+
+def full_disk(left: Iterator[int], _: int) -> None:
+    if next(left) <= 0:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_runs_that_share_a_folder_are_told_so(tmp_path: Path) -> None:
+    operator, folder = operator_of(POWER_LAW), tmp_path / "run"
+
+    def look(now: LanczosProgress) -> None:
+        if now.num_hvps == 20:  # The other run is through.
+            solver_checkpoint.delete_files(folder, 0)
+
+    with pytest.warns(UserWarning, match=r"rank0\.basis\): do two runs share this folder\? Give each its own"):
+        spectrum = top_eigenvalues(operator, 10, checkpoint=folder, checkpoint_every=0, progress=look)
+    assert_same(spectrum, top_eigenvalues(operator, 10))
+
+
+def test_files_that_cannot_be_deleted_do_not_cost_the_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    operator = operator_of(POWER_LAW)
+
+    def refuse(path: Path, missing_ok: bool = False) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    with pytest.warns(UserWarning, match=r"could not be deleted: Permission denied \(.*\); delete .* yourself"):
+        spectrum = top_eigenvalues(operator, 10, checkpoint=tmp_path / "run", checkpoint_every=0)
+    assert_same(spectrum, top_eigenvalues(operator, 10))
+
+
+def test_a_folder_that_cannot_be_written_is_found_before_the_first_product(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    products: list[LanczosProgress] = []
+    with pytest.raises(
+        CheckpointError, match=r"can't be used for the .*: Not a directory \(.*\); make it one that can"
+    ):
+        top_eigenvalues(operator_of(POWER_LAW), 3, checkpoint=tmp_path / "file" / "run", progress=products.append)
+    assert not products
+
+
+# -- what must not be gone on with -----------------------------------------------------------------
+
+
+def stepped(case: Any, lr: float) -> None:
+    loss = case.loss_fn(case.model, case.batches[0])
+    with torch.no_grad():
+        gradients = torch.autograd.grad(loss, list(case.model.parameters()))
+        for parameter, gradient in zip(case.model.parameters(), gradients, strict=True):
+            parameter -= lr * gradient
+
+
+@pytest.mark.parametrize("change", ["weights", "samples", "loss"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_another_hessian_is_refused(change: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    case = CASES["mlp"](dtype)
+
+    def solve(**options: Any) -> Spectrum:
+        operator = HessianOperator(case.model, case.loss_fn, case.batches, weights=case.weights)
+        return top_eigenvalues(operator, 8, checkpoint=tmp_path / "run", checkpoint_every=0, **options)
+
+    with pytest.raises(Killed):
+        solve(progress=dying(20))
+    before = {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    own = {name: value.clone() for name, value in case.model.state_dict().items()}
+    batches, weights, loss_fn = case.batches, case.weights, case.loss_fn
+    if change == "weights":
+        stepped(case, lr=1e-3)
+    elif change == "samples":
+        case.batches, case.weights = batches[:1], weights[:1]
+    else:
+        case.loss_fn = lambda model, batch: 1.0001 * loss_fn(model, batch)
+    with pytest.raises(ValueError, match=r"another matrix.*restore the weights and the data.*or delete the folder"):
+        solve()
+    # Nothing is lost, so the right ones can still go on.
+    assert {path: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
+    case.batches, case.weights, case.loss_fn = batches, weights, loss_fn
+    case.model.load_state_dict(own)
+    assert_same(solve(), top_eigenvalues(HessianOperator(case.model, loss_fn, batches, weights=weights), 8))
+
+
+def test_the_same_hessian_by_another_engine_is_none_other(tmp_path: Path) -> None:
+    case = CASES["attention"](torch.float32)
+    first, second = (
+        HessianOperator(case.model, case.loss_fn, case.batches, weights=case.weights, hvp=hvp)
+        for hvp in ("double_backward", "linearize")
+    )
+    whole = top_eigenvalues(first, 8)
+    killed_after(20, first, tmp_path / "run", 8)
+    spectrum = top_eigenvalues(second, 8, checkpoint=tmp_path / "run")
+    assert ((spectrum.eigenvalues - whole.eigenvalues).abs() <= spectrum.error_bounds + whole.error_bounds).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"k": 9}, r"k=10, and this one has k=9"),
+        ({"rtol": 1e-3}, r"rtol=0.01, and"),
+        ({"max_hvps": 70}, r"max_hvps=100, and"),
+        ({"seed": 1}, r"seed=0, and"),
+        ({"positive_only": True}, r"positive_only=False, and"),
+        ({"operator": operator_of(POWER_LAW, torch.float32)}, r"dtype=float64, and this one has dtype=float32"),
+        ({"operator": operator_of(POWER_LAW[:399, :399])}, r"parameters=400, and this one has parameters=399"),
+        ({"version": "0.0.9"}, r"version=.*, and this one has version=0.0.9"),
+    ],
+    ids=["k", "rtol", "max_hvps", "seed", "positive_only", "dtype", "parameters", "version"],
+)
+def test_another_run_is_refused(
+    options: dict[str, Any], named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killed_after(15, operator_of(POWER_LAW), tmp_path / "run", max_hvps=100)
+    if version := options.pop("version", None):
+        monkeypatch.setattr(solver_checkpoint, "__version__", version)
+    defaults: dict[str, Any] = {"operator": operator_of(POWER_LAW), "k": 10, "max_hvps": 100}
+    with pytest.raises(CheckpointError, match=rf"{named}.*run it as it was begun, or delete the folder to start over"):
+        top_eigenvalues(checkpoint=tmp_path / "run", **{**defaults, **options})
+
+
+def cut(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 3] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("damage", [cut, flip, lambda path: path.write_bytes(b""), Path.unlink])
+@pytest.mark.parametrize("name", ["rank0.basis", "rank0.state0", "rank0.state1"])
+def test_damaged_files_are_refused(name: str, damage: Callable[[Path], Any], tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    killed_after(15, operator_of(POWER_LAW), folder)
+    damage(folder / name)
+    if not (folder / name).exists() and name != "rank0.basis":
+        return  # One of two states is enough.
+    with pytest.raises(CheckpointError, match=rf"{name} is cut off or damaged; delete the folder to start over"):
+        top_eigenvalues(operator_of(POWER_LAW), 10, checkpoint=folder)
+
+
+# -- several ranks ---------------------------------------------------------------------------------
+
+
+def spectrum_on(rank: int, folder: Path | None, killed: int | None = None) -> tuple[Spectrum, tuple[int, int]]:
+    """Return the spectrum, and at the first product its number and that of the last save.
+
+    With ``killed``, rank 1 dies within the save after so many products.
+    """
+    if killed is not None:
+        own = SolverCheckpoint._replace_state
+
+        def replace_state(self: SolverCheckpoint, solver: Any) -> None:
+            if rank == 1 and self._vectors >= killed:
+                os.kill(os.getpid(), signal.SIGKILL)
+            own(self, solver)
+
+        SolverCheckpoint._replace_state = replace_state  # type: ignore[method-assign]
+    seen: list[tuple[int, int]] = []
+
+    def progress(now: LanczosProgress) -> None:
+        seen.append((now.num_hvps, 0 if folder is None else last_save(folder, rank)))
+
+    options: dict[str, Any] = {"return_eigenvectors": True, "progress": progress}
+    return top_eigenvalues(DiagonalOperator(300), 8, checkpoint=folder, checkpoint_every=0, **options), seen[0]
+
+
+def last_save(folder: Path, rank: int) -> int:
+    """The number of a rank's last save."""
+    states = [io.BytesIO(path.read_bytes()[4:]) for path in folder.glob(f"rank{rank}.state?")]
+    return max((torch.load(state, weights_only=True)["number"] for state in states), default=0)
+
+
+def test_ranks_that_were_killed_between_their_saves_go_back_to_the_same(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    whole = [outcome.value for outcome in run_ranks(spectrum_on, 2, None)]
+    survivor, killed = run_ranks(spectrum_on, 2, folder, 17, expect_errors=True)
+    assert (survivor.error, killed.exitcode) == ("RankLostError", -signal.SIGKILL)
+    assert last_save(folder, rank=0) == last_save(folder, rank=1) + 1
+    for outcome, (expected, _) in zip(run_ranks(spectrum_on, 2, folder), whole, strict=True):
+        spectrum, first = outcome.value
+        assert first == (17, 16)  # of the save before; what rank 0 had beyond it is gone
+        assert_same(spectrum, expected)
+    assert not folder.exists()
+
+
+def refusals_on(rank: int, folder: Path) -> list[str]:
+    """What is said where rank 1 has no files, where one is damaged, and where its disk is full."""
+    said = []
+    for fault in ("lost", "damaged"):
+        with pytest.raises(CheckpointError) as refused:
+            spectrum_on(rank, folder / fault)
+        said.append(str(refused.value))
+    left = count(8 if rank == 1 else 1000, -1)
+    solver_checkpoint.os.fsync = partial(full_disk, left)  # type: ignore[attr-defined]
+    with pytest.warns(UserWarning, match="could not be saved") as warned:
+        spectrum, _ = spectrum_on(rank, folder / "full")
+    assert_same(spectrum, spectrum_on(rank, None)[0])
+    return said + [str(warning.message) for warning in warned]
+
+
+def dies_on(rank: int, folder: Path) -> None:
+    for name in ("ranks", "lost", "damaged"):
+        with pytest.raises(Killed):
+            top_eigenvalues(DiagonalOperator(300), 8, checkpoint=folder / name, checkpoint_every=0, progress=dying(15))
+
+
+def test_ranks_refuse_and_give_up_saving_together(tmp_path: Path) -> None:
+    run_ranks(dies_on, 2, tmp_path)
+    for path in (tmp_path / "lost").glob("rank1.state?"):
+        path.unlink()
+    flip(tmp_path / "damaged" / "rank1.basis")
+    first, second = (outcome.value for outcome in run_ranks(refusals_on, 2, tmp_path))
+    assert first[0] == second[0]
+    assert "lacks files of rank 1; put them back, or delete the folder" in first[0]
+    assert "by the error of rank 1; do as it says there" in first[1]
+    assert "rank1.basis is cut off or damaged; delete the folder" in second[1]
+    assert len(first) == len(second) == 3
+    assert "could not be saved: see rank 1. The computation goes on without further saves" in first[2]
+    assert "could not be saved: No space left on device. The computation goes on" in second[2]
+    # The states of the survivor are those of two ranks, and one rank alone holds half of the vectors.
+    (alone,) = run_ranks(spectrum_on, 1, tmp_path / "ranks", expect_errors=True)
+    assert alone.error == "CheckpointError"
+    assert "ranks=2, and this one has ranks=1; run it as it was begun, or delete the folder" in alone.message
+
+
+def saves_by_clocks(rank: int, folder: Path) -> list[int]:
+    """Rank 1's clock stands still."""
+    ticks = count(0, 60 if rank == 0 else 0)
+    solver_checkpoint.time.monotonic = lambda: next(ticks)  # type: ignore[assignment]
+    saved: list[int] = []
+
+    def look(_: LanczosProgress) -> None:
+        saved.append((folder / f"rank{rank}.basis").stat().st_size)
+
+    top_eigenvalues(DiagonalOperator(300), 10, checkpoint=folder, progress=look)
+    return saved
+
+
+def test_one_clock_decides_for_all_ranks(tmp_path: Path) -> None:
+    first, second = (outcome.value for outcome in run_ranks(saves_by_clocks, 2, tmp_path / "run"))
+    assert len(set(first)) > 3
+    assert first == second
+
+
+# -- the callback ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Save at every opportunity, not every five minutes."""
+    monkeypatch.setattr(protocol, "top_eigenvalues", partial(top_eigenvalues, checkpoint_every=0))
+
+
+def fitted(*args: Any, **options: Any) -> Any:
+    from tests.helpers.killed_measurement import fit  # Lightning, which ranks do without.
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "(?!.*(starts over|saved|saves))")
+        return fit(*args, **options)
+
+
+def die() -> None:
+    raise Killed
+
+
+def without_times(callback: Any) -> list[Any]:
+    return [
+        replace(entry, seconds=0.0, groups={name: replace(group, seconds=0.0) for name, group in entry.groups.items()})
+        for entry in callback.history
+    ]
+
+
+def test_a_measurement_whose_process_was_killed_goes_on(
+    tmp_path: Path, often: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed at the twelfth product of step 4; the run that is started again comes to the same weights."""
+    process = launch("tests.helpers.killed_measurement", tmp_path / "solver")
+    whole = fitted(tmp_path / "other")
+    output = finish(process)
+    assert process.returncode == -signal.SIGKILL, output
+    assert [path.name for path in (tmp_path / "solver").iterdir()] == ["hessian-step=4"]
+    lines: list[str] = []
+    monkeypatch.setattr("hessian_callback.callbacks.power_law.announce", lambda _, line: lines.append(line))
+    resumed = fitted(tmp_path / "solver", verbose=True)
+    assert f"hessian: goes on with product 12, by {tmp_path / 'solver' / 'hessian-step=4'}" in lines
+    assert [resumed.steps.count(step) for step in (0, 4)] == [whole.steps.count(0), whole.steps.count(4) - 11]
+    assert without_times(resumed) == without_times(whole)
+    assert list((tmp_path / "solver").iterdir()) == []
+
+
+def test_a_measurement_of_other_weights_warns_and_starts_over(tmp_path: Path, often: None) -> None:
+    with pytest.raises(Killed):
+        fitted(tmp_path / "solver", (4, 12), die)
+    with pytest.warns(UserWarning, match=r"hessian: the measurement starts over: .* is of another matrix") as caught:
+        other = fitted(tmp_path / "solver", weights=2)
+    assert sum("starts over" in str(warning.message) for warning in caught) == 1
+    assert without_times(other) == without_times(fitted(tmp_path / "other", weights=2))
+    assert list((tmp_path / "solver").iterdir()) == []
+
+
+def test_parts_have_folders_of_their_own(tmp_path: Path, often: None) -> None:
+    options: dict[str, Any] = {"groups": {"last": r"^net\.4"}, "prefix": "curvature/hessian"}
+    whole = fitted(tmp_path / "other", **options)
+    for product in (12, whole.history[-1].num_hvps):
+        with pytest.raises(Killed):
+            fitted(tmp_path / "solver", (4, product), die, **options)
+        names = [path.name for path in (tmp_path / "solver").iterdir()]
+        assert names == ["curvature%2Fhessian-step=4" + ("" if product == 12 else "-group=last")]
+    assert without_times(fitted(tmp_path / "solver", **options)) == without_times(whole)
+    assert list((tmp_path / "solver").iterdir()) == []
+
+
+def test_a_measurement_that_fails_leaves_nothing_unless_the_run_ends_with_it(tmp_path: Path, often: None) -> None:
+    def fail() -> None:
+        raise OSError("no reading")
+
+    callback = fitted(tmp_path, (4, 12), fail)
+    assert callback.history[1].reason == "OSError: no reading"
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(OSError, match="no reading"):
+        fitted(tmp_path, (4, 12), fail, on_error="raise")
+    assert [path.name for path in tmp_path.iterdir()] == ["hessian-step=4"]
+
+
+def test_a_measurement_that_cannot_be_saved_is_made(
+    tmp_path: Path, often: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = without_times(fitted(tmp_path / "other"))
+    with monkeypatch.context() as patch:
+        patch.setattr(solver_checkpoint.os, "fsync", partial(full_disk, count(5, -1)))
+        with pytest.warns(UserWarning, match="could not be saved") as caught:
+            callback = fitted(tmp_path / "full")
+    assert sum("goes on without further saves" in str(warning.message) for warning in caught) == 2  # one for each
+    assert without_times(callback) == whole
+    assert list((tmp_path / "full").iterdir()) == []
+    (tmp_path / "file").write_text("")
+    with pytest.warns(UserWarning, match=r"the measurement is not saved: the folder .* can't be used"):
+        assert without_times(fitted(tmp_path / "file" / "solver", root=tmp_path / "other")) == whole
+
+
+def test_the_paper_s_runs_have_no_checkpoint(tmp_path: Path) -> None:
+    from hessian_callback import PowerLawHessianCallback
+
+    with pytest.raises(ValueError, match=r"mode='paper' have no checkpoint of the solver; use mode='strict'"):
+        PowerLawHessianCallback(mode="paper", solver_checkpoint=tmp_path)
+    with pytest.raises(ValueError, match="no checkpoint of the solver"):
+        Protocol(3, "paper").solve(operator_of(POWER_LAW), checkpoint=tmp_path)

@@ -1,0 +1,266 @@
+"""Runs as people have them: data modules, precisions, compiled modules, signals, long histories."""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import threading
+from typing import Any
+
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, LightningDataModule, LightningModule
+from lightning.pytorch.callbacks import EarlyStopping
+from torch import nn
+
+import hessian_callback.measurement.solvers
+from hessian_callback.algorithms.spectrum import Spectrum
+from hessian_callback.callbacks import full_precision
+from tests.helpers.toy_runs import Net, loader, measure, seeded, trainer
+
+pytestmark = pytest.mark.filterwarnings("ignore:a measurement of the Hessian took")
+
+
+def first_eigenvalues(tmp_path: Any, model: Any, *loaders: Any, choice: Any = None, **options: Any) -> torch.Tensor:
+    callback = measure(**(choice or {}))
+    trainer(tmp_path, callback, **{"max_epochs": 1, **options}).fit(model, *loaders)
+    assert callback.history[0].spectrum is not None, callback.history[0].reason
+    return callback.history[0].spectrum.eigenvalues
+
+
+class Shifted(LightningDataModule):
+    """Changes batches on their way to the device, differently in training, and at random."""
+
+    def train_dataloader(self) -> Any:
+        return loader(shuffle=True)
+
+    def val_dataloader(self) -> Any:
+        return loader(seed=1)
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        batch[0].add_(1)
+        return batch
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        x, y = batch
+        return (x + torch.rand(()) if self.trainer.training else x * 2), y
+
+
+def test_transfer_hooks_run_alike_at_every_measurement(tmp_path: Any) -> None:
+    fitted, validated = measure(), measure()
+    model = seeded()
+    trainer(tmp_path, validated).validate(model, datamodule=Shifted(), verbose=False)
+    trainer(tmp_path, fitted, max_epochs=1).fit(seeded(), datamodule=Shifted())
+    start = fitted.history[0].spectrum.eigenvalues
+    torch.testing.assert_close(start, validated.history[0].spectrum.eigenvalues)
+    plain = first_eigenvalues(tmp_path, seeded(), loader(), loader(seed=1))
+    assert not torch.allclose(start, plain, rtol=1e-3)
+
+    # Random changes are those of the seed, in each measurement.
+    class Still(Net):
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=0.0)
+
+    frozen = measure(dataloader="train", parameters="weight")
+    model = seeded(Still)
+    for module in model.net:
+        if isinstance(module, nn.BatchNorm1d):
+            module.momentum = 0.0
+    trainer(tmp_path, frozen, max_epochs=2).fit(model, datamodule=Shifted())
+    for later in frozen.history[1:]:
+        assert torch.equal(later.spectrum.eigenvalues, frozen.history[0].spectrum.eigenvalues)
+
+
+class MakesTensors(Net):
+    """A forward that creates tensors of the default dtype."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.net(x @ torch.eye(5))
+
+
+@pytest.mark.parametrize(
+    ("precision", "rtol", "used"),
+    [
+        ("64-true", 1e-4, "float64"),
+        ("32-true", 0.0, "float32"),
+        ("bf16-mixed", 1e-6, "float32"),
+        ("16-mixed", 1e-6, "float32"),
+        ("bf16-true", 1e-5, "float32 (a copy of bfloat16)"),
+        ("16-true", 1e-5, "float32 (a copy of float16)"),
+    ],
+    ids=["64-true", "32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true"],
+)
+@pytest.mark.filterwarnings("ignore:.*AMP with fp16 is not supported on CPU")
+def test_precision(precision: str, rtol: float, used: str, tmp_path: Any) -> None:
+    expected_of = seeded(MakesTensors)
+    if "-true" in precision and "16" in precision:
+        half = torch.bfloat16 if precision.startswith("b") else torch.float16
+        expected_of.to(half).float()  # the values that there are, in more digits
+    expected = first_eigenvalues(tmp_path, expected_of, loader(), loader(seed=1))
+    callback = measure()
+    model = seeded(MakesTensors)
+    trainer(tmp_path, callback, max_epochs=1, precision=precision).fit(model, loader(), loader(seed=1))
+    first = callback.history[0]
+    assert first.spectrum is not None, first.reason
+    torch.testing.assert_close(first.spectrum.eigenvalues, expected, rtol=rtol, atol=0)
+    assert [m.precision for m in callback.history] == [used, used]
+    assert f"HVPs in {used}, " in first.summary()
+    assert torch.get_default_dtype() == torch.float32
+
+
+def test_no_room_for_a_copy_in_float32(tmp_path: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr(full_precision, "free_memory", lambda device: 400)
+    run = trainer(tmp_path, measure(), max_epochs=1, precision="bf16-true")
+    with pytest.raises(
+        MisconfigurationException, match=r"would take 276 B of the 400 B that are free: use precision='bf16-mixed', or"
+    ):
+        run.fit(seeded(), loader(), loader(seed=1))
+
+
+def test_a_module_that_cannot_be_copied(tmp_path: Any) -> None:
+    model = seeded()
+    model.lock = threading.Lock()
+    run = trainer(tmp_path, measure(), max_epochs=1, precision="bf16-true")
+    with pytest.raises(MisconfigurationException, match=r"cannot be copied.*pickle.*use precision='bf16-mixed'"):
+        run.fit(model, loader(), loader(seed=1))
+
+
+class Quiet(Net):
+    """Without logging, which Lightning's compiled training_step does not survive."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        return nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        return None
+
+
+def test_a_module_that_is_compiled(tmp_path: Any) -> None:
+    expected = first_eigenvalues(tmp_path, seeded(Quiet), loader(), loader(seed=1))
+    # Differentiated by the compiler, as with the usual backend, but not turned into machine code.
+    compiled = torch.compile(seeded(Quiet), backend="aot_eager")
+    found = first_eigenvalues(tmp_path, compiled, loader(), loader(seed=1))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+
+
+class TwoOptimizers(LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 3))
+        self.automatic_optimization = False
+
+    def hessian_loss(self, batch: Any) -> torch.Tensor:
+        return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        for optimizer in self.optimizers():
+            optimizer.zero_grad()
+            self.manual_backward(self.hessian_loss(batch))
+            optimizer.step()
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.SGD(part.parameters(), lr=0.1) for part in (self.net[0], self.net[2])]
+
+
+def test_manual_optimisation_with_two_optimizers(tmp_path: Any) -> None:
+    callback = measure(at_steps=[0, 5, 12], dataloader="train")
+    trainer(tmp_path, callback, max_epochs=1).fit(seeded(TwoOptimizers), loader())
+    # Two steps a batch: the one after the fifth is the sixth.
+    assert [m.step for m in callback.history] == [0, 6, 12]
+    assert all(m.logged for m in callback.history)
+
+
+@pytest.mark.parametrize("choice", [{}, {"memory_budget": 0}, {"hvp": "finite_difference"}], ids=str)
+def test_memory_after_many_measurements(choice: dict[str, Any], tmp_path: Any) -> None:
+    """After 50 no tensor is alive that was not after 2, the histories' own aside."""
+    alive = {}
+
+    class Count(Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            if trainer.global_step not in (2, 50):
+                return
+            gc.collect()
+            kept = {
+                id(tensor) for m in callback.history for tensor in vars(m.spectrum).values() if torch.is_tensor(tensor)
+            }
+            tensors = [thing for thing in gc.get_objects() if type(thing) is torch.Tensor and id(thing) not in kept]
+            alive[trainer.global_step] = len(tensors), sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+
+    callback = measure(
+        every_n_train_steps=1, dataloader="train", num_eigenvalues=3, num_samples=16, max_hvps=8, rtol=0.5, **choice
+    )
+    run = trainer(tmp_path, callback, Count(), max_epochs=9, limit_val_batches=0)
+    run.fit(seeded(Quiet), loader())  # Lightning keeps what is logged at the end of an epoch.
+    assert [m.step for m in callback.history[1:]] == list(range(1, 55))
+    assert alive[50] == alive[2]
+
+
+@pytest.mark.parametrize("where", ["start", "epoch"])
+def test_sigterm_in_the_middle_of_a_measurement(where: str, tmp_path: Any) -> None:
+    calls = iter(range(10**6))
+
+    def loss_fn(module: Any, batch: Any) -> torch.Tensor:
+        due = module.trainer.global_step == (0 if where == "start" else 6)
+        if due and next(calls) == 11:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return nn.functional.cross_entropy(module(batch[0]), batch[1])
+
+    callback = measure(loss_fn=loss_fn, memory_budget=0)
+    model = seeded()
+    run = trainer(tmp_path, callback, max_epochs=3)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit):
+        run.fit(model, loader(), loader(seed=1))
+    assert len(callback.history) == (0 if where == "start" else 1)
+    assert model.training
+    assert torch.is_grad_enabled()
+    assert signal.getsignal(signal.SIGTERM) == before
+    # Given up at once, rather than after all products.
+    assert next(calls) < 40
+
+
+# -- stopping ------------------------------------------------------------------------------------------------
+
+# Epoch and slope of LeNet on MNIST, as printed in the paper.
+PAPER = {1: 1.102, 2: 1.087, 3: 1.092, 10: 0.972, 20: 0.925, 30: 0.930}
+
+
+@pytest.mark.parametrize(
+    ("mode", "patience", "stops_after"),
+    # The slope falls with a wobble: "min" follows it, if the wobble is forgiven, and "max" gives up at once.
+    [("min", 1, 3), ("min", 2, None), ("max", 1, 2), ("max", 2, 3), ("max", 3, 10)],
+)
+def test_the_papers_slopes_through_early_stopping(
+    mode: str, patience: int, stops_after: int | None, tmp_path: Any, monkeypatch: Any
+) -> None:
+    slopes = iter([1.2, *PAPER.values()])
+
+    def replay(operator: Any, k: int, **_: Any) -> Spectrum:
+        ranks = torch.arange(1, k + 1, dtype=torch.float64)
+        exponent = next(slopes) / float((k / ranks).log().mean())
+        values = ranks**-exponent
+        return Spectrum(
+            eigenvalues=values,
+            error_bounds=torch.zeros_like(values),
+            converged=torch.ones(k, dtype=torch.bool),
+            missed_probability=0.0,
+            num_hvps=0,
+            stopped="converged",
+            rounding=0.0,
+            symmetry_defect=0.0,
+            ritz_values=values,
+            rtol=0.01,
+        )
+
+    monkeypatch.setattr(hessian_callback.measurement.solvers, "top_eigenvalues", replay)
+    callback = measure()
+    stopper = EarlyStopping("hessian/slope", mode=mode, patience=patience, strict=False)
+    run = trainer(tmp_path, callback, stopper, max_epochs=len(PAPER))
+    run.fit(seeded(), loader(), loader(seed=1))
+    measured = [m.slope for m in callback.history[1:]]
+    assert measured == pytest.approx(list(PAPER.values())[: len(measured)])
+    epochs = list(PAPER)[: len(measured)]
+    assert (stopper.stopped_epoch != 0) == (stops_after is not None)
+    assert epochs[-1] == (stops_after or 30)

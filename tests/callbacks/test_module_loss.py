@@ -1,0 +1,82 @@
+"""The loss of a LightningModule, however it offers one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule
+
+from hessian_callback.callbacks.module_loss import mean_loss, resolve_loss
+from hessian_callback.linalg.distributed import Ranks
+
+
+class Plain(LightningModule):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return batch.mean()
+
+
+class NoIndex(LightningModule):
+    def training_step(self, batch: Any) -> Any:
+        return {"loss": batch.mean(), "logits": batch}
+
+
+class Flexible(LightningModule):
+    def training_step(self, *arguments: Any) -> Any:
+        batch, _ = arguments
+        return batch.mean()
+
+
+class Offers(Plain):
+    def hessian_loss(self, batch: Any) -> Any:
+        return batch.sum()
+
+
+@pytest.mark.parametrize(
+    ("make", "loss_fn", "expected"),
+    [
+        (Plain, None, 2.0),
+        (NoIndex, None, 2.0),
+        (Flexible, None, 2.0),
+        (Offers, None, 8.0),
+        (Offers, lambda module, batch: batch.max(), 2.0),
+    ],
+)
+def test_the_loss_that_is_found(make: Any, loss_fn: Any, expected: float) -> None:
+    module = make()
+    assert resolve_loss(module, loss_fn)(module, torch.full((4,), 2.0)).item() == expected
+
+
+class Nothing(LightningModule):
+    pass
+
+
+class Iterates(LightningModule):
+    def training_step(self, dataloader_iter: Any) -> Any:
+        return None
+
+
+class Manual(Plain):
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+
+@pytest.mark.parametrize("make", [Nothing, Iterates, Manual])
+def test_no_loss_is_refused_with_the_remedy(make: Any) -> None:
+    with pytest.raises(MisconfigurationException, match=r"Pass loss_fn=.*hessian_loss\(batch\)"):
+        resolve_loss(make())
+
+
+@pytest.mark.parametrize("output", [None, 1.0, {"losses": 1}], ids=str)
+def test_what_is_no_loss(output: Any) -> None:
+    loss = resolve_loss(Nothing(), lambda module, batch: output)
+    with pytest.raises(MisconfigurationException, match=r"a loss tensor is needed.*Pass loss_fn="):
+        loss(None, None)
+
+
+def test_mean_over_ragged_batches() -> None:
+    batches = [torch.tensor([1.0, 2.0]), torch.tensor([6.0])]
+    assert mean_loss(lambda _, batch: batch.mean(), None, batches, [2, 1], Ranks()) == 3.0

@@ -1,0 +1,329 @@
+"""The command line, run as a user runs it: the examples, their TensorBoard files, help and errors."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import textwrap
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.loggers import CSVLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from hessian_callback.cli import main as cli
+from hessian_callback.demos import DigitsCNN, DigitsData
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = ROOT / "example_configs"
+
+
+def command(*args: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """Run the command line in a process of its own, in a folder of its own."""
+    environment = os.environ | {
+        "COLUMNS": "100",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+    }
+    return subprocess.run(
+        [sys.executable, "-m", "hessian_callback.cli.main", *args],
+        cwd=cwd,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+
+
+@dataclass
+class Run:
+    """A finished run of an example: what it printed, and the TensorBoard files it left."""
+
+    folder: Path
+    output: str
+
+    @property
+    def log_dir(self) -> Path:
+        (found,) = re.findall(r"TensorBoard files: (\S+)", self.output)
+        return self.folder / found
+
+    @property
+    def table(self) -> dict[str, tuple[float, float, int]]:
+        """Slope, fit error and K by the name of the row."""
+        row = re.compile(
+            r"^ *(start|epoch \d+|validation) +\d+ +[\d.]+ +([\d.]+) ± [\d.]+ +([\d.]+) +(\d+) +\d+ +[\d.]+ *$", re.M
+        )
+        return {name: (float(s), float(d), int(k)) for name, s, d, k in row.findall(self.output)}
+
+    def board(self) -> Any:
+        board = EventAccumulator(str(self.log_dir), size_guidance={"images": 0, "scalars": 0})
+        board.Reload()
+        return board
+
+
+def example(name: str, folder: Path) -> Run:
+    done = command("fit", "--config", str(CONFIGS / name), cwd=folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return Run(folder, done.stdout)
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return example("digits_cnn.yaml", tmp_path_factory.mktemp("digits_cnn"))
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return example("digits_early_stopping.yaml", tmp_path_factory.mktemp("digits_early_stopping"))
+
+
+# -- the main job ----------------------------------------------------------------------------------
+
+
+def test_table_has_a_line_for_each_measurement(digits: Run) -> None:
+    assert list(digits.table) == ["start", *(f"epoch {e}" for e in range(8))]
+    assert {k for _, _, k in digits.table.values()} == {50}
+
+
+@pytest.mark.parametrize(("tag", "column"), [("hessian/slope", 0), ("hessian/fit_error", 1)])
+def test_tensorboard_has_slope_and_fit_error_of_every_epoch(digits: Run, tag: str, column: int) -> None:
+    logged = [(event.step, round(event.value, 3)) for event in digits.board().Scalars(tag)]
+    # 75 steps an epoch; TensorBoard's step of an epoch is that of its last batch.
+    steps = [0, *(75 * e - 1 for e in range(1, 9))]
+    expected = list(zip(steps, (row[column] for row in digits.table.values()), strict=True))
+    assert [step for step, _ in logged] == steps
+    assert [value for _, value in logged] == pytest.approx([value for _, value in expected], abs=6e-4)
+
+
+def test_tensorboard_has_a_picture_of_every_spectrum(digits: Run) -> None:
+    board = digits.board()
+    pictures = board.Images("hessian/spectrum")
+    assert [p.step for p in pictures] == [event.step for event in board.Scalars("hessian/slope")]
+    assert {(p.width, p.height) for p in pictures} == {(512, 384)}
+
+
+def test_readme_lists_what_is_logged(digits: Run) -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    rows = [line.split("|")[1] for line in text.splitlines() if line.startswith("| `")]
+    listed = {name for row in rows for name in re.findall(r"`(hessian/\w+)`", row)}
+    tags = digits.board().Tags()
+    logged = {tag for tag in tags["scalars"] + tags["images"] if tag.startswith("hessian/")}
+    # What is predicted has a page of its own.
+    predicted = re.compile(r"hessian/((next_|predicted_)?(loss|gap)|prediction_\w+|rank_correlation|spearman)")
+    assert {tag for tag in listed if not predicted.match(tag)} == {tag for tag in logged if not predicted.match(tag)}
+
+
+def test_output_says_where_the_curves_are(digits: Run) -> None:
+    assert digits.log_dir == digits.folder / "runs" / "digits_cnn" / "version_0"
+    assert re.search(r"tensorboard --logdir runs/digits_cnn$", digits.output, re.M)
+
+
+def test_output_names_the_critical_value(digits: Run) -> None:
+    assert "rejected above a fit error of 0.151 (K = 50, exponent fitted; the paper has 0.192)" in digits.output
+
+
+def test_training_is_not_said_to_have_been_stopped(digits: Run) -> None:
+    assert "stopped the training" not in digits.output
+
+
+def test_validate_measures_a_checkpoint_as_training_did(digits: Run, tmp_path: Path) -> None:
+    (checkpoint,) = digits.log_dir.glob("checkpoints/*.ckpt")
+    done = command(
+        "validate", "--config", str(CONFIGS / "digits_cnn.yaml"), "--ckpt_path", str(checkpoint), cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert Run(tmp_path, done.stdout).table["validation"] == pytest.approx(digits.table["epoch 7"], abs=2e-3)
+
+
+# -- stopping on the slope ---------------------------------------------------------------------------
+
+
+def test_example_stops_by_itself_and_says_so(stopped: Run) -> None:
+    ((epoch, value, best, when, noise, wait),) = re.findall(
+        r"^PowerLawEarlyStopping stopped the training at epoch (\d+): hessian/slope = ([\d.]+) \(epoch \d+, step \d+\) "
+        r"is not above ([\d.]+) \(epoch (\d+), step \d+\) by more than the noise of the difference, ([\d.]+) "
+        r"\(numerical [\d.e-]+, sample 2 x [\d.]+ from the halves of \d+ measurements\); "
+        r"measurements without progress: (\d+) \(patience=4, mode='max'\)\.$",
+        stopped.output,
+        re.M,
+    )
+    slopes = [slope for slope, _, _ in stopped.table.values()][1:]
+    assert int(epoch) == len(slopes) - 1 < 29
+    assert float(value) == pytest.approx(slopes[-1], abs=1e-3)
+    assert float(best) == pytest.approx(slopes[int(when)], abs=1e-3)
+    assert float(value) - float(best) <= float(noise)
+    assert int(wait) == int(epoch) - int(when) >= 4
+    assert int(wait) * 0.02 * float(best) >= 2 * float(noise) - 1e-3
+
+
+def fit(*callbacks: EarlyStopping, max_epochs: int = 3) -> Trainer:
+    trainer = Trainer(
+        max_epochs=max_epochs,
+        limit_train_batches=1,
+        limit_val_batches=1,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=list(callbacks),
+    )
+    trainer.fit(DigitsCNN(), datamodule=DigitsData(val_batch_size=8))
+    return trainer
+
+
+def test_no_stop_no_message() -> None:
+    assert cli.stop_messages(fit(EarlyStopping("val_loss", patience=9))) == []
+
+
+def test_patience_is_named_with_value_and_best() -> None:
+    trainer = fit(EarlyStopping("val_loss", mode="max", min_delta=100.0, patience=2), max_epochs=9)
+    (message,) = cli.stop_messages(trainer)
+    value = float(trainer.callback_metrics["val_loss"])
+    assert message.startswith(f"EarlyStopping stopped the training at epoch 2: val_loss = {value:.3f}, not better")
+    assert message.endswith("at 2 checks in a row (mode=max, patience=2).")
+
+
+def test_threshold_in_the_first_epoch_is_a_stop_and_the_other_stopper_is_not_blamed() -> None:
+    crossed = EarlyStopping("val_loss", stopping_threshold=100.0)
+    waiting = EarlyStopping("train_loss", patience=9)
+    first, *others = cli.stop_messages(fit(crossed, waiting))
+    assert re.fullmatch(
+        r"EarlyStopping stopped the training at epoch 0: val_loss = [\d.]+ \(mode=min, patience=3\)\.", first
+    )
+    if hasattr(waiting, "stopping_reason_message"):  # Older ones cannot be told apart in the first epoch.
+        assert not others
+
+
+# -- words -----------------------------------------------------------------------------------------
+
+
+def printed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *args: str) -> str:
+    monkeypatch.setattr(sys, "argv", ["hessian-callback", *args])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("args", [[], ["--help"]])
+def test_help_teaches_the_first_run(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, args: list[str]
+) -> None:
+    lines = printed(capsys, monkeypatch, *args).splitlines()
+    assert "  hessian-callback fit --config example_configs/digits_cnn.yaml" in lines
+    assert "  hessian-callback fit --config example_configs/digits_early_stopping.yaml" in lines
+
+
+def test_help_of_the_callback_explains_its_options(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (line,) = [line for line in cli._EPILOG.splitlines() if "callbacks.help" in line]
+    text = printed(capsys, monkeypatch, *line.split()[1:])
+    assert "num_eigenvalues" in text
+    assert "relative tolerance of each eigenvalue" in text
+
+
+def test_model_in_the_current_directory_is_found(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As for a console script, which does not search the current directory."""
+    source = "from hessian_callback.demos import DigitsCNN\nclass MyOwnNet(DigitsCNN):\n    pass\n"
+    (tmp_path / "my_own_net.py").write_text(source)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry not in ("", str(tmp_path))])
+    assert "learning_rate" in printed(capsys, monkeypatch, "fit", "--model.help", "my_own_net.MyOwnNet")
+
+
+def test_examples_named_in_the_help_exist() -> None:
+    named = set(re.findall(r"example_configs/\S+\.yaml", cli._EPILOG))
+    assert {f"example_configs/{path.name}" for path in CONFIGS.glob("digits_*.yaml")} <= named
+    assert all((CONFIGS.parent / name).is_file() for name in named)
+
+
+def test_bad_option_of_the_callback_is_refused_before_training(tmp_path: Path) -> None:
+    done = command(
+        *("fit", "--config", str(CONFIGS / "digits_cnn.yaml")),
+        *("--trainer.callbacks.init_args.nun_eigenvalues", "20"),
+        cwd=tmp_path,
+    )
+    assert done.returncode == 2
+    assert "nun_eigenvalues" in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(("threads", "code"), [("2", 0), ("0", 2)])
+def test_number_of_threads(tmp_path: Path, threads: str, code: int) -> None:
+    source = """
+        import torch
+        from hessian_callback.demos import DigitsCNN
+        class Telling(DigitsCNN):
+            def on_fit_start(self):
+                print("threads:", torch.get_num_threads())
+    """
+    (tmp_path / "telling.py").write_text(textwrap.dedent(source))
+    done = command(
+        *("fit", "--model", "telling.Telling", "--data", "hessian_callback.demos.DigitsData"),
+        *("--trainer.fast_dev_run", "true", "--trainer.accelerator", "cpu", "--num_threads", threads),
+        cwd=tmp_path,
+    )
+    assert done.returncode == code, done.stderr
+    assert "threads: 2" in done.stdout if code == 0 else "num_threads" in done.stderr
+
+
+def test_missing_jsonargparse_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "jsonargparse", None)
+    with pytest.raises(SystemExit, match=r"pip install 'hessian-callback\[demo\]'"):
+        cli.main(["fit"])
+
+
+def test_run_without_the_callback_says_how_to_add_it(capsys: pytest.CaptureFixture[str]) -> None:
+    cli.print_report(Trainer(logger=False, enable_checkpointing=False, accelerator="cpu"))
+    assert "--trainer.callbacks+=hessian_callback.PowerLawHessianCallback" in capsys.readouterr().out
+
+
+def test_other_loggers_are_not_passed_off_as_tensorboard(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    cli.print_report(Trainer(logger=CSVLogger(tmp_path), enable_checkpointing=False, accelerator="cpu"))
+    assert "TensorBoard" not in capsys.readouterr().out
+
+
+def test_only_rank_zero_reports(capsys: pytest.CaptureFixture[str]) -> None:
+    cli.print_report(SimpleNamespace(is_global_zero=False))  # type: ignore[arg-type]
+    assert capsys.readouterr().out == ""
+
+
+def test_wide_table_is_not_cut_in_a_narrow_log(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hessian_callback import PowerLawHessianCallback
+    from hessian_callback.measurement.measurement import Measurement
+
+    callback = PowerLawHessianCallback()
+    callback.history.append(Measurement(2, 123456789, "validate", None, None, "failed", 0.25, loss=12345.678))
+    monkeypatch.setenv("COLUMNS", "30")
+    cli.print_report(Trainer(logger=False, enable_checkpointing=False, accelerator="cpu", callbacks=[callback]))
+    text = capsys.readouterr().out
+    assert "123456789" in text
+    assert "12345.6780" in text
+
+
+def test_plain_table_where_rich_is_missing(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from hessian_callback import PowerLawHessianCallback
+    from hessian_callback.measurement.measurement import Measurement
+
+    callback = PowerLawHessianCallback()
+    callback.history.append(Measurement(2, 40, "epoch", None, None, "the loss is NaN", 0.25, loss=float("nan")))
+    monkeypatch.setitem(sys.modules, "rich", None)
+    cli.print_report(Trainer(logger=False, enable_checkpointing=False, enable_progress_bar=False, callbacks=[callback]))
+    lines = capsys.readouterr().out.splitlines()
+    assert "   when  step  loss  slope  fit error  K  HVPs  seconds" in lines
+    assert "epoch 2    40   nan      -          -  -     -      0.2" in lines
+    assert "epoch 2, step 40: not logged, because the loss is NaN" in lines

@@ -1,0 +1,97 @@
+"""Real processes in a real gloo group, each on one thread."""
+
+from __future__ import annotations
+
+import datetime
+import io
+import multiprocessing
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+# Forks of a clean process that has imported torch: quick to start, and without the threads of this one.
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(
+    ["torch", "torch.distributed", "hessian_callback.operators.hessian", "hessian_callback.algorithms.lanczos"]
+)
+
+
+@dataclass
+class Outcome:
+    """What a rank returned, or how it ended."""
+
+    value: Any = None
+    error: str | None = None
+    message: str = ""
+    seconds: float = 0.0
+    exitcode: int | None = None
+
+
+def run_ranks(
+    function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120, expect_errors: bool = False
+) -> list[Outcome]:
+    """Call ``function(rank, *args)`` on every rank of a group; the test fails if a rank hangs.
+
+    Errors of a rank fail the test as well, unless ``expect_errors``.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        pipes, processes = [], []
+        for rank in range(world_size):
+            receiver, sender = _CONTEXT.Pipe(duplex=False)
+            process = _CONTEXT.Process(target=_main, args=(function, rank, world_size, args, folder, sender))
+            process.start()
+            sender.close()
+            pipes.append(receiver)
+            processes.append(process)
+        deadline = time.monotonic() + timeout
+        outcomes = []
+        try:
+            for rank, (pipe, process) in enumerate(zip(pipes, processes, strict=True)):
+                assert pipe.poll(max(0.0, deadline - time.monotonic())), f"rank {rank} still runs after {timeout} s"
+                try:
+                    # As bytes: a tensor would be sent as a handle that ends with its process.
+                    outcomes.append(torch.load(io.BytesIO(pipe.recv_bytes()), weights_only=False))
+                except EOFError:
+                    process.join()
+                    outcomes.append(Outcome(error="Killed", exitcode=process.exitcode))
+            for process in processes:
+                process.join(max(0.0, deadline - time.monotonic()))
+        finally:
+            for process in processes:
+                if process.is_alive():
+                    process.kill()
+                    process.join()
+    if not expect_errors:
+        assert all(outcome.error is None for outcome in outcomes), [(one.error, one.message) for one in outcomes]
+    return outcomes
+
+
+def _main(
+    function: Callable[..., Any], rank: int, world_size: int, args: tuple[Any, ...], folder: str, sender: Any
+) -> None:
+    torch.set_num_threads(1)
+    os.environ.pop("MASTER_ADDR", None)
+    store = dist.FileStore(str(Path(folder) / "store"), world_size)
+    # Twice the time that a test waits: none may depend on the group's timeout.
+    dist.init_process_group(
+        "gloo", store=store, rank=rank, world_size=world_size, timeout=datetime.timedelta(seconds=240)
+    )
+    started = time.monotonic()
+    try:
+        outcome = Outcome(value=function(rank, *args))
+    except Exception as error:
+        outcome = Outcome(error=type(error).__name__, message=str(error))
+    outcome.seconds = time.monotonic() - started
+    buffer = io.BytesIO()
+    torch.save(outcome, buffer)
+    sender.send_bytes(buffer.getvalue())
+    sender.close()
+    if outcome.error is None:
+        dist.destroy_process_group()

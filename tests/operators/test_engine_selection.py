@@ -1,0 +1,212 @@
+"""``hvp="auto"``: the rule, the change-over in the middle of a run, what cannot be traced, and several ranks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from hessian_callback import HessianOperator, top_eigenvalues
+from hessian_callback.operators.engine_selection import (
+    TIMED_PRODUCTS,
+    EngineExperience,
+    Timing,
+    tracing_pays,
+    trial_pays,
+)
+from tests.helpers.cases import CASES, classify, dense_hessian
+from tests.helpers.ranks import run_ranks
+
+# Enough that any trace pays, whatever the machine.
+MANY = 10**7
+
+seconds = st.floats(1e-6, 1e3)
+
+
+@given(seconds, seconds, seconds, st.integers(0, 10**5), st.floats(0.01, 3))
+def test_a_change_over_saves_time_by_the_numbers_it_rests_on(
+    product: float, trace: float, rest: float, left: int, ratio: float
+) -> None:
+    if tracing_pays(Timing(product, trace, rest), left, ratio):
+        assert trace + rest + left * ratio * product < left * product
+    if ratio >= 1:
+        assert not tracing_pays(Timing(product, trace, rest), left, ratio)
+    if trial_pays(Timing(product, trace, rest), left, EngineExperience()):
+        assert trace <= 0.05 * left * product
+    assert not trial_pays(Timing(product, trace, rest), left, EngineExperience(failure="no forward derivative"))
+
+
+def fast_traces() -> EngineExperience:
+    """As if an earlier measurement had found traced products at a tenth of the time."""
+    return EngineExperience(trace_seconds=1e-3, ratio=0.1)
+
+
+def always_pays(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Which engine is quicker on toys depends on the machine; that the products agree must not.
+    monkeypatch.setattr("hessian_callback.operators.hessian.tracing_pays", lambda *_: True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_bounds_hold_across_a_change_over(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    always_pays(monkeypatch)
+    case = CASES[name](dtype)
+    double = CASES[name](torch.float64)
+    double.model.load_state_dict(case.model.state_dict())
+    double.batches = [_in_double(batch) for batch in case.batches]
+    truth = torch.linalg.eigvalsh(dense_hessian(double)).flip(0)
+
+    def solved(**options: Any) -> tuple[Any, HessianOperator]:
+        operator = HessianOperator(case.model, case.loss_fn, case.batches, weights=case.weights, **options)
+        if options["hvp"] == "auto":
+            operator.expect_products(MANY)
+        return top_eigenvalues(operator, k=5, rtol=1e-2), operator
+
+    changed, operator = solved(hvp="auto", experience=fast_traces())
+    plain, _ = solved(hvp="double_backward")
+    assert operator.engine == "linearize"
+    assert "of double backward's time" in operator.engine_reason
+    assert changed.num_hvps > TIMED_PRODUCTS
+    assert changed.num_hvps == plain.num_hvps
+    assert ((changed.eigenvalues - truth[:5]).abs() <= changed.error_bounds).all()
+    # The engines differ by rounding, so the measured asymmetry stays at that of rounding.
+    level = 100 * torch.finfo(dtype).eps * float(truth.abs().max())
+    assert changed.symmetry_defect <= level
+    torch.testing.assert_close(changed.eigenvalues, plain.eigenvalues, rtol=0, atol=level)
+
+
+def _in_double(batch: Any) -> Any:
+    if isinstance(batch, Tensor):
+        return batch.double() if batch.is_floating_point() else batch
+    if isinstance(batch, dict):
+        return {key: _in_double(value) for key, value in batch.items()}
+    return tuple(_in_double(value) for value in batch)
+
+
+def branching(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    loss = classify(model, batch)
+    return loss if float(loss) > -1 else 2 * loss
+
+
+def test_what_cannot_be_traced_is_noted_once_and_double_backward_goes_on() -> None:
+    case = CASES["mlp"]()
+    experience = EngineExperience()
+    operator = HessianOperator(case.model, branching, case.batches, hvp="auto", experience=experience)
+    operator.expect_products(MANY)
+    plain = HessianOperator(case.model, classify, case.batches, hvp="double_backward")
+    for _ in range(TIMED_PRODUCTS + 2):
+        vector = torch.randn(57, dtype=torch.float64)
+        assert torch.equal(operator.matvec(vector), plain.matvec(vector))
+    assert operator.engine == "double_backward"
+    assert operator.engine_reason == experience.failure
+    assert "tracing failed" in operator.engine_reason
+    again = HessianOperator(case.model, branching, case.batches, hvp="auto", experience=experience)
+    again.expect_products(MANY)
+    for _ in range(TIMED_PRODUCTS + 1):
+        again.matvec(vector)
+    assert again.engine_reason == experience.failure
+
+
+def test_few_products_are_not_worth_a_trial() -> None:
+    case = CASES["mlp"]()
+    experience = EngineExperience()
+    operator = HessianOperator(case.model, case.loss_fn, case.batches, experience=experience)
+    operator.expect_products(20)
+    for _ in range(10):
+        operator.matvec(torch.ones(57, dtype=torch.float64))
+    assert operator.engine == "double_backward"
+    assert "too few products" in operator.engine_reason
+    assert experience == EngineExperience()
+
+
+def test_constants_that_do_not_fit_the_budget_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    always_pays(monkeypatch)
+    case = CASES["mlp"]()
+    operator = HessianOperator(case.model, case.loss_fn, case.batches, memory_budget=1)
+    operator.expect_products(MANY)
+    for _ in range(TIMED_PRODUCTS + 1):
+        operator.matvec(torch.ones(57, dtype=torch.float64))
+    assert operator.engine == "double_backward"
+    assert "memory budget" in operator.engine_reason
+
+
+class Opaque:
+    """A batch that PyTorch's trees don't look into."""
+
+    def __init__(self, x: Tensor, y: Tensor) -> None:
+        self.pair = x, y
+
+
+def test_batches_of_unknown_kind_are_traced_one_by_one() -> None:
+    case = CASES["mlp"]()
+    batches = [Opaque(*case.batches[0]), Opaque(case.batches[0][0] + 1, case.batches[0][1])]
+
+    def loss_fn(model: nn.Module, batch: Opaque) -> Tensor:
+        return classify(model, batch.pair)
+
+    vector = torch.randn(57, dtype=torch.float64)
+    traced, plain = (
+        HessianOperator(case.model, loss_fn, batches, weights=[1.0, 2.0], hvp=hvp).matvec(vector)
+        for hvp in ("linearize", "double_backward")
+    )
+    torch.testing.assert_close(traced, plain, rtol=1e-10, atol=1e-12)
+
+
+def choose(rank: int, untraceable: int | None, world_size: int) -> tuple[str, str, Tensor, float]:
+    case = CASES["mlp"]()
+    loss_fn = branching if rank == untraceable else classify
+    batches, weights = case.batches[rank : rank + 1], case.weights[rank : rank + 1]  # none on the third rank
+    import hessian_callback.operators.hessian
+
+    hessian_callback.operators.hessian.tracing_pays = lambda *_: True
+    operator = HessianOperator(
+        case.model,
+        loss_fn,
+        batches,
+        weights=weights,
+        process_group=torch.distributed.group.WORLD,
+        experience=fast_traces(),
+    )
+    operator.expect_products(MANY)
+    vector = torch.linspace(-1, 1, 57, dtype=torch.float64)
+    for _ in range(TIMED_PRODUCTS + 2):
+        product = operator.matvec(vector)
+    return operator.engine, operator.engine_reason, product, operator.mean_loss
+
+
+@pytest.mark.parametrize("untraceable", [None, 1])
+def test_ranks_choose_alike(untraceable: int | None) -> None:
+    case = CASES["mlp"]()
+    alone = HessianOperator(case.model, case.loss_fn, case.batches, weights=case.weights)
+    expected = alone.matvec(torch.linspace(-1, 1, 57, dtype=torch.float64))
+    for rank, outcome in enumerate(run_ranks(choose, 3, untraceable, 3)):
+        engine, reason, product, loss = outcome.value
+        assert engine == ("linearize" if untraceable is None else "double_backward")
+        if untraceable is not None:
+            assert ("another rank" in reason) == (rank != untraceable)
+        torch.testing.assert_close(product, expected, rtol=1e-10, atol=1e-12)
+        assert loss == pytest.approx(alone.mean_loss, rel=1e-12)
+
+
+class ForbidHostReads(torch.utils._python_dispatch.TorchDispatchMode):
+    """Fails where a number is read from a tensor, for which a GPU would have to be waited for."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default), func
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("hvp", ["double_backward", "linearize", "finite_difference"])
+@pytest.mark.parametrize("name", ["cnn", "attention"])
+def test_a_product_reads_nothing_back_from_the_device(name: str, hvp: str) -> None:
+    case = CASES[name]()
+    operator = HessianOperator(case.model, case.loss_fn, case.batches, weights=case.weights, hvp=hvp)
+    vector = torch.randn(operator.num_parameters, dtype=torch.float64)
+    with ForbidHostReads():
+        operator.matvec(vector)
+    with pytest.raises(AssertionError, match="_local_scalar_dense"), ForbidHostReads():
+        float(vector.norm())

@@ -1,0 +1,48 @@
+"""Free memory as the system tells it, and what a graph holds against what is known of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from hessian_callback.operators import memory
+from hessian_callback.operators.memory import count_saved_tensors, free_memory
+
+
+@pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="a Linux file")
+def test_free_memory_is_below_the_total() -> None:
+    total = int(Path("/proc/meminfo").read_text().splitlines()[0].split()[1]) * 1024
+    free = free_memory(torch.device("cpu"))
+    assert free is not None
+    assert 0 < free < total
+
+
+def test_a_system_that_does_not_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory.Path, "exists", lambda self: False)
+    monkeypatch.delattr(memory.os, "sysconf")
+    assert free_memory(torch.device("cpu")) is None
+    assert free_memory(torch.device("meta")) is None
+
+
+def test_shared_storage_counts_once_and_parameters_do_not() -> None:
+    weight = torch.ones(50, 50, requires_grad=True)
+    x = torch.ones(20, 50)
+    with count_saved_tensors([weight]) as saved:
+        hidden = x @ weight  # saves x and the weight
+        (hidden.view(40, 25).exp() * hidden.view(40, 25).exp()).sum()
+    # x, and the two exponentials, which exp and the product both save.
+    assert saved.num_bytes == 4 * (20 * 50 + 2 * 20 * 50)
+
+
+def test_a_basis_goes_to_the_cpu_where_the_device_lacks_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
+    assert memory.device_with_room(cpu, 1e20) == cpu
+    assert memory.device_with_room(gpu, 1e6, budget=10**6) == gpu
+    assert memory.device_with_room(gpu, 1e6 + 1, budget=10**6) == cpu
+    monkeypatch.setattr(memory, "free_memory", lambda device: 4000)
+    assert memory.device_with_room(gpu, 1000) == gpu
+    assert memory.device_with_room(gpu, 1001) == cpu
+    monkeypatch.setattr(memory, "free_memory", lambda device: None)
+    assert memory.device_with_room(gpu, 1e20) == gpu

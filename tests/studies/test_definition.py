@@ -1,0 +1,150 @@
+"""What a study's file means, and what is said of one that means nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from hessian_callback.studies.definition import StudyError, load_study, with_overrides
+
+STUDIES = sorted(Path(__file__).parents[2].glob("example_configs/studies/*.yaml"))
+
+WHOLE: dict[str, Any] = {
+    "title": "A study",
+    "base": {"model": {"width": 1}, "trainer": {"callbacks": [{"init_args": {"k": 1}}]}},
+    "set": {"trainer.callbacks.0.init_args.k": 5},
+    "seeds": [3, 4],
+    "factors": {
+        "width": {"key": "model.width", "values": [10, 20]},
+        "rate": {"levels": {"fast": {"model.rate": 1.0}, "slow": {"model.rate": 0.1, "trainer.epochs": 9}}},
+    },
+    "fitted": [50, 200],
+    "printed": [{"at": {"width": 10, "when": "trained"}, "fit_error": 0.1, "slope": 1.0, "holds": True}],
+}
+
+
+def written(folder: Path, content: Any) -> Path:
+    path = folder / "study.yaml"
+    path.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+    return path
+
+
+def test_every_combination_once_seed_by_seed(tmp_path: Path) -> None:
+    runs = load_study(written(tmp_path, WHOLE)).runs()
+    assert [run.name for run in runs[:4]] == [
+        "width-10_rate-fast_seed-3",
+        "width-10_rate-slow_seed-3",
+        "width-20_rate-fast_seed-3",
+        "width-20_rate-slow_seed-3",
+    ]
+    assert [run.seed for run in runs] == [3] * 4 + [4] * 4
+    assert runs[3].labels == {"width": "20", "rate": "slow"}
+    assert runs[3].config == {
+        "model": {"width": 20, "rate": 0.1},
+        "trainer": {"callbacks": [{"init_args": {"k": 5}}], "epochs": 9},
+        "seed_everything": 3,
+    }
+    assert len({run.digest for run in runs}) == 8
+
+
+def test_settings_of_the_command_line_come_before_the_factors(tmp_path: Path) -> None:
+    study = load_study(written(tmp_path, WHOLE), {"model.width": 7, "trainer.callbacks.0.init_args.k": 6})
+    assert study.base["trainer"] == {"callbacks": [{"init_args": {"k": 6}}]}
+    assert study.runs()[0].config["model"]["width"] == 10
+
+
+def test_a_base_in_a_file_counts_from_the_study(tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text("model: {width: 1}\n")
+    study = load_study(written(tmp_path, {"title": "", "base": "base.yaml", "seeds": [0]}))
+    assert [run.name for run in study.runs()] == ["seed-0"]
+    assert study.runs(seeds=[5])[0].config == {"model": {"width": 1}, "seed_everything": 5}
+
+
+def test_runs_by_their_names(tmp_path: Path) -> None:
+    study = load_study(written(tmp_path, WHOLE))
+    assert [run.name for run in study.runs(["width-1*_seed-4"])] == [
+        "width-10_rate-fast_seed-4",
+        "width-10_rate-slow_seed-4",
+    ]
+    with pytest.raises(StudyError, match="no run of study is called 'width-11'; --list shows"):
+        study.runs(["width-10*", "width-11"])
+
+
+def test_printed_figures_belong_to_their_setting(tmp_path: Path) -> None:
+    study = load_study(written(tmp_path, WHOLE))
+    found = study.printed_for({"width": "10", "rate": "slow", "when": "trained"})
+    assert found is not None
+    assert (found.fit_error, found.slope, found.holds) == (0.1, 1.0, True)
+    assert study.printed_for({"width": "10", "rate": "slow", "when": "random init"}) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seed": [1]}, "unknown seed; a study has base, factors"),
+        ({"seeds": None}, "seeds must be a list of whole numbers, got None"),
+        ({"seeds": [True]}, "seeds must be a list of whole numbers"),
+        ({"base": 3}, "base must be a configuration or the name of a file"),
+        ({"base": "missing.yaml"}, "there is no file .*missing.yaml; paths count from"),
+        ({"fitted": [2]}, "fitted must be a list of numbers of eigenvalues, 3 at the least"),
+        ({"known_to": 2}, "known_to must be a number between 0 and 1, got 2"),
+        ({"set": [1]}, "set must be a mapping, got"),
+        ({"factors": [1]}, "factors must be a mapping, got"),
+        ({"factors": {"a": {"levels": {"x": 3}}}}, "factor 'a' must be"),
+        ({"printed": [{"at": {"width": 11}}]}, "a printed figure is at no setting of the study: width"),
+        ({"printed": [{"at": {"witdh": 10}}]}, "a printed figure is at no setting of the study: witdh"),
+        ({"printed": [{"at": {"width": 10}, "fit_error": "0.1"}]}, "printed figures must be numbers"),
+        ({"rows": "some"}, "rows must be one of last, first and last, all; got 'some'"),
+        ({"factors": {"a": {"values": [1]}}}, "factor 'a' must be"),
+        ({"factors": {"a": {"levels": {"x y": {}, "x-y": {}}}}, "printed": []}, "two runs would have one name"),
+        ({"factors": {"K": {"key": "model.width", "values": [1]}}}, "a factor cannot be called K, as a column"),
+        ({"printed": [{"fit_error": 0.1}]}, "a printed figure has at, fit_error"),
+        ({"printed": [{"at": {}, "error": 0.1}]}, "a printed figure has at, fit_error"),
+        ({"set": {"trainer.callbacks.1.k": 0}}, "asks for entry 1 of a list of 1, counted from 0"),
+        ({"set": {"model.width.deep.deeper": 0}}, "leads into 1, which has no settings"),
+        ({"set": {"trainer.callbacks.k": 0}}, "asks for entry k of a list"),
+    ],
+)
+def test_what_is_not_understood(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(StudyError, match=message):
+        load_study(written(tmp_path, {**WHOLE, **changes}))
+
+
+def test_what_is_missing(tmp_path: Path) -> None:
+    with pytest.raises(StudyError, match="seeds, title is missing"):
+        load_study(written(tmp_path, {"base": {}}))
+    (tmp_path / "bad.yaml").write_text("a: [")
+    with pytest.raises(StudyError, match=r"bad\.yaml can't be read"):
+        load_study(tmp_path / "bad.yaml")
+    (tmp_path / "list.yaml").write_text("- a")
+    with pytest.raises(StudyError, match="holds no settings"):
+        load_study(tmp_path / "list.yaml")
+
+
+def test_overrides_leave_the_original() -> None:
+    original: dict[str, Any] = {"a": {"b": [1, {"c": 2}]}}
+    value = {"d": 3}
+    changed = with_overrides(original, {"a.b.1.c": value, "a.b.0": 5, "e": None})
+    value["d"] = 4
+    assert original == {"a": {"b": [1, {"c": 2}]}}
+    assert changed == {"a": {"b": [5, {"c": {"d": 3}}]}, "e": None}
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_the_studies_of_the_paper_can_be_read(path: Path) -> None:
+    study = load_study(path)
+    runs = study.runs()
+    assert len({run.digest for run in runs}) == len(runs)
+    # Each printed figure is that of a setting that occurs.
+    places = [{**run.labels, "when": run.labels.get("when", "trained")} for run in runs]
+    places += [{**place, "when": "random init"} for place in places]
+    steps = study.base["trainer"]["callbacks"][0]["init_args"].get("at_steps") or []
+    places += [{**run.labels, "when": f"step {step}"} for run in runs for step in steps]
+    assert all(any(printed.matches(place) for place in places) for printed in study.printed)
+
+
+def test_there_are_studies() -> None:
+    assert len(STUDIES) > 10
