@@ -73,7 +73,7 @@ def traces(draws: int) -> str:
         eigenvalues = SPECTRA[name]
         operator = diagonal(eigenvalues)
         truth = float(eigenvalues.sum())
-        top = top_eigenvalues(operator, k=20, max_hvps=400, return_eigenvectors=True)
+        top = top_eigenvalues(operator, k=20, max_matvecs=400, return_eigenvectors=True)
         for products in (12, 30, 60):
             row = [name, str(products)]
             methods: list[Callable[[int], Estimate]] = [
@@ -99,9 +99,9 @@ def protocols() -> str:
         operator = diagonal(eigenvalues)
         for k in (60, 150):
             truth = fit_power_law(eigenvalues[:k]).slope
-            strict = top_eigenvalues(operator, k=k, max_hvps=12 * k)
+            strict = top_eigenvalues(operator, k=k, max_matvecs=12 * k)
             row = [name, str(k), f"{truth:.3f}"]
-            row += [f"{fit_power_law(strict.positive_converged).slope:.3f} ({strict.num_hvps})"]
+            row += [f"{fit_power_law(strict.positive_converged).slope:.3f} ({strict.num_matvecs})"]
             for runs, steps in ((3, k), (3, k // 3), (1, k)):
                 pool = pooled_ritz_values(operator, num_runs=runs, num_steps=steps)
                 top = pool.top(k)

@@ -86,10 +86,10 @@ def spectra(rank: int, name: str, weights: Path, k: int) -> dict[str, Any]:
     spectrum = top_eigenvalues(operator, k)
     return {
         "eigenvalues": (precise.eigenvalues.tolist(), spectrum.eigenvalues.tolist()),
-        "products": spectrum.num_hvps,
-        "calls": sum(calls.values()) / spectrum.num_hvps,
-        "volume": sum(volume.values()) / spectrum.num_hvps,
-        "basis": spectrum.num_hvps * operator.partition.slice_length * 4,
+        "products": spectrum.num_matvecs,
+        "calls": sum(calls.values()) / spectrum.num_matvecs,
+        "volume": sum(volume.values()) / spectrum.num_matvecs,
+        "basis": spectrum.num_matvecs * operator.partition.slice_length * 4,
     }
 
 

@@ -143,14 +143,14 @@ def eigenvalues(case: Case, device: torch.device, k: int, max_hvps: int) -> dict
         peers.expect(operator, k)
         clock.start()
         began = time.perf_counter()
-        spectrum = top_eigenvalues(operator, k, max_hvps=max_hvps, progress=lambda _: clock.reported())
+        spectrum = top_eigenvalues(operator, k, max_matvecs=max_hvps, progress=lambda _: clock.reported())
         clock.checks += clock.lap()
         seconds = time.perf_counter() - began
         engine, reason = operator.engine, operator.engine_reason
     return {
         "k": k,
         "seconds": round(seconds, 3),
-        "products": spectrum.num_hvps,
+        "products": spectrum.num_matvecs,
         "stopped": spectrum.stopped,
         "converged": spectrum.num_converged,
         "engine": engine,

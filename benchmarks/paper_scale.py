@@ -123,15 +123,15 @@ def measure(case: Case, k: int, *, rtol: float, hvp: str, max_hvps: int | None =
             clock.reported()
             if not quiet and time.perf_counter() > shown + 30:
                 shown = time.perf_counter()
-                print(f"{shown - began:.0f} s: {state.num_hvps} products, {state.num_converged} of {k}", flush=True)
+                print(f"{shown - began:.0f} s: {state.num_matvecs} products, {state.num_converged} of {k}", flush=True)
 
         peers.expect(operator, k)
         clock.start()
-        spectrum = top_eigenvalues(operator, k, rtol=rtol, max_hvps=max_hvps, progress=progress)
+        spectrum = top_eigenvalues(operator, k, rtol=rtol, max_matvecs=max_hvps, progress=progress)
         clock.checks += clock.lap()
         engine = operator.engine
     seconds = time.perf_counter() - began
-    basis = spectrum.num_hvps * case.num_parameters * case.batches[0][0].element_size()
+    basis = spectrum.num_matvecs * case.num_parameters * case.batches[0][0].element_size()
     return {
         "images": sum(len(batch[0]) for batch in case.batches),
         "parameters": case.num_parameters,
@@ -139,7 +139,7 @@ def measure(case: Case, k: int, *, rtol: float, hvp: str, max_hvps: int | None =
         "rtol": rtol,
         "threads": torch.get_num_threads(),
         "engine": engine,
-        "products": spectrum.num_hvps,
+        "products": spectrum.num_matvecs,
         "stopped": spectrum.stopped,
         "converged": spectrum.num_converged,
         "all_bounds_met": spectrum.all_converged,

@@ -144,9 +144,9 @@ def own_top(case: Case, k: int, *, hvp: str = "auto", rtol: float = 1e-2, max_hv
 
         operator.matvec_slice = matvec_slice  # type: ignore[method-assign]
         expect(operator, k)
-        spectrum = top_eigenvalues(operator, k, rtol=rtol, max_hvps=max_hvps)
+        spectrum = top_eigenvalues(operator, k, rtol=rtol, max_matvecs=max_hvps)
         note = operator.engine if spectrum.all_converged else f"{operator.engine}, stopped: {spectrum.stopped}"
-    return Found(spectrum.eigenvalues.tolist(), spectrum.num_hvps, note, preparing, seconds[0])
+    return Found(spectrum.eigenvalues.tolist(), spectrum.num_matvecs, note, preparing, seconds[0])
 
 
 def scipy_top(case: Case, k: int, *, ncv: int, tol: float, product: Callable[[Case], Any] = _curvlinops) -> Found:

@@ -60,7 +60,7 @@ def measure(
             with _operator(part, group) as operator:
                 peers.expect(operator, k)
                 spectrum = top_eigenvalues(operator, k)
-            found[label], spent[label] = spectrum.eigenvalues.tolist(), spectrum.num_hvps
+            found[label], spent[label] = spectrum.eigenvalues.tolist(), spectrum.num_matvecs
 
         def theirs() -> None:
             from hessian_eigenthings.algorithms.lanczos import lanczos

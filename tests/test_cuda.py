@@ -213,7 +213,7 @@ def test_a_lanczos_step_waits_once() -> None:
             torch.cuda.set_sync_debug_mode("default")
     waits = sum("synchronizing CUDA operation" in str(warning.message) for warning in caught)
     # One a step; beginnings of chains, and the end, wait some more.
-    assert spectrum.num_hvps <= waits <= 2 * spectrum.num_hvps + 40, (waits, spectrum.num_hvps)
+    assert spectrum.num_matvecs <= waits <= 2 * spectrum.num_matvecs + 40, (waits, spectrum.num_matvecs)
 
 
 # -- full float32, whatever the run has chosen ---------------------------------------------------------------
@@ -410,7 +410,7 @@ def test_the_same_eigenvalues_as_on_the_cpu(name: str, dtype: torch.dtype) -> No
     case = in_single(CASES[name]())
     one, other = (top_eigenvalues(operator_of(cast(case, dtype, device)), 5, seed=7) for device in (DEVICE, "cpu"))
     assert_compatible(one, other)
-    assert abs(one.num_hvps - other.num_hvps) <= 5
+    assert abs(one.num_matvecs - other.num_matvecs) <= 5
 
 
 def assert_compatible(one: Spectrum, other: Spectrum) -> None:

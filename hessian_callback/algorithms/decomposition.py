@@ -41,7 +41,7 @@ class Decomposition:
         self.norm = 0.0  # a lower bound of ||A||
         self.asymmetry = 0.0
         self.eps = float(torch.finfo(operator.dtype).eps)
-        self.num_hvps = 0
+        self.num_matvecs = 0
         self._gram: _Array = np.zeros((0, 0))
         self._diagonal: list[float] = []
         self._couplings: list[tuple[int, int, float]] = []
@@ -71,7 +71,7 @@ class Decomposition:
 
     def absorb(self, branch: Decomposition) -> None:
         """Take over what a branch has spent, and what it has learnt of the operator, without its vectors."""
-        self.num_hvps, self._draws = branch.num_hvps, branch._draws
+        self.num_matvecs, self._draws = branch.num_matvecs, branch._draws
         self.norm, self.asymmetry = max(self.norm, branch.norm), max(self.asymmetry, branch.asymmetry)
 
     # -- keeping -------------------------------------------------------------------------------
@@ -81,7 +81,7 @@ class Decomposition:
         return {
             "norm": self.norm,
             "asymmetry": self.asymmetry,
-            "num_hvps": self.num_hvps,
+            "num_matvecs": self.num_matvecs,
             "draws": self._draws,
             "diagonal": list(self._diagonal),
             "couplings": list(self._couplings),
@@ -92,7 +92,7 @@ class Decomposition:
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from a state, with the basis that it was returned with."""
         self.norm, self.asymmetry = state["norm"], state["asymmetry"]
-        self.num_hvps, self._draws = state["num_hvps"], state["draws"]
+        self.num_matvecs, self._draws = state["num_matvecs"], state["draws"]
         self._diagonal, self._couplings = list(state["diagonal"]), list(state["couplings"])
         self._gram = state["gram"].numpy()
         device = self.operator.device
@@ -199,7 +199,7 @@ class Decomposition:
         index = self.size
         self.basis.append(vector)
         image = self.operator.matvec_slice(vector)
-        self.num_hvps += 1
+        self.num_matvecs += 1
         # A product may hand out its argument or memory of its own; the residual is changed in place.
         image = image.clone(memory_format=torch.contiguous_format)
         known = self._known_couplings(index)

@@ -95,16 +95,16 @@ class LanczosProgress:
     """Where a running eigenvalue computation stands, reported after every product.
 
     Attributes:
-        num_hvps: products spent so far.
-        max_hvps: products it may spend.
+        num_matvecs: products spent so far.
+        max_matvecs: products it may spend.
         num_converged: eigenvalues that were within tolerance at the last check.
         k: eigenvalues asked for.
         ritz_values: the k largest Ritz values at the last check, descending, float64: estimates from below.
             ``None`` before the first check.
     """
 
-    num_hvps: int
-    max_hvps: int
+    num_matvecs: int
+    max_matvecs: int
     num_converged: int
     k: int
     ritz_values: Tensor | None = None
@@ -115,7 +115,7 @@ def top_eigenvalues(
     k: int = 50,
     *,
     rtol: float = 1e-2,
-    max_hvps: int | None = None,
+    max_matvecs: int | None = None,
     seed: int = 0,
     start: Tensor | None = None,
     probe_level: float = 1e-3,
@@ -136,7 +136,7 @@ def top_eigenvalues(
         operator: the matrix; a `HessianOperator`, or a `MatvecOperator` around any function.
         k: eigenvalues wanted. With fewer than ``k`` dimensions all of them are returned.
         rtol: relative tolerance of each eigenvalue.
-        max_hvps: products to spend at the most, the probe for missed eigenvalues included; ``None``: 10 k
+        max_matvecs: products to spend at the most, the probe for missed eigenvalues included; ``None``: 10 k
             (at least 50). The best values found, with their true bounds, are returned when it is reached.
         seed: seed of the start and probe vectors. They are drawn by coordinate, so the number of ranks and
             the device don't change them, and from a private stream, so no global generator moves.
@@ -153,7 +153,7 @@ def top_eigenvalues(
         checkpoint: a folder of this run alone, to save it in. Called again with the same arguments after its process
             was killed, it goes on from the last save, to the result, bit for bit, of a run that was not interrupted
             and whose products are the same bit for bit. That the matrix is the same is checked, by one product that
-            is not counted, and so are its size and dtype, the number of ranks, ``k``, ``rtol``, ``max_hvps``,
+            is not counted, and so are its size and dtype, the number of ranks, ``k``, ``rtol``, ``max_matvecs``,
             ``seed``, ``probe_level`` and ``positive_only``. ``start``, ``criterion`` and ``return_eigenvectors`` are
             not: the stored run has begun with its own start, and those of this call decide when it ends, and on what
             comes back. Each rank saves its own slices. The result deletes what was saved. A save that fails, on a full
@@ -186,25 +186,25 @@ def top_eigenvalues(
         raise ValueError(f"rtol must lie between 0 and 1, got {rtol}")
     if not 0 < probe_level < 1:
         raise ValueError(f"probe_level must lie between 0 and 1, got {probe_level}")
-    if max_hvps is None:
-        max_hvps = max(10 * k, 50)
-    if max_hvps < min(k + 1, size):
+    if max_matvecs is None:
+        max_matvecs = max(10 * k, 50)
+    if max_matvecs < min(k + 1, size):
         raise ValueError(
-            f"max_hvps={max_hvps} cannot give k={k} eigenvalues; allow at least {min(k + 1, size)} products"
+            f"max_matvecs={max_matvecs} cannot give k={k} eigenvalues; allow at least {min(k + 1, size)} products"
         )
     stored: SolverCheckpoint | None = None
     if checkpoint is not None:
         run = {
             "k": k,
             "rtol": rtol,
-            "max_hvps": max_hvps,
+            "max_matvecs": max_matvecs,
             "seed": seed,
             "probe_level": probe_level,
             "positive_only": positive_only,
         }
         stored = SolverCheckpoint(checkpoint, operator, run, checkpoint_every)
     solver = _Solver(
-        operator, k, rtol, max_hvps, seed, probe_level, positive_only, criterion, progress, basis_device, stored
+        operator, k, rtol, max_matvecs, seed, probe_level, positive_only, criterion, progress, basis_device, stored
     )
     with full_float32():
         spectrum = solver.solve(start, return_eigenvectors)
@@ -250,7 +250,7 @@ class _Solver:
         operator: SymmetricOperator,
         k: int,
         rtol: float,
-        max_hvps: int,
+        max_matvecs: int,
         seed: int,
         level: float,
         positive_only: bool,
@@ -264,7 +264,7 @@ class _Solver:
         self._wanted = k
         self._k = min(k, self._dimensions)
         self._rtol = rtol
-        self._max_hvps = max_hvps
+        self._max_matvecs = max_matvecs
         self._level = level
         self._positive_only = positive_only
         self._criterion = criterion
@@ -276,7 +276,7 @@ class _Solver:
         self._decomposition = Decomposition(operator, seed, basis_device)
         self._checkpoint = checkpoint
         # The last products are kept for a probe, so that what is returned unconverged has true bounds too.
-        self._reserve = min(12, max(1, max_hvps // 5))
+        self._reserve = min(12, max(1, max_matvecs // 5))
 
     def solve(self, start: Tensor | None, return_eigenvectors: bool) -> Spectrum:
         decomposition = self._decomposition
@@ -298,18 +298,18 @@ class _Solver:
                     proof, ruled_out = self._prove(projection, first, limit)
                     if ruled_out:
                         return self._result(proof, "converged", return_eigenvectors)
-                    if decomposition.num_hvps >= self._max_hvps:
-                        return self._result(proof, "max_hvps", return_eigenvectors)
+                    if decomposition.num_matvecs >= self._max_matvecs:
+                        return self._result(proof, "max_matvecs", return_eigenvectors)
                 between = 50 if limit is None else 20
                 next_check = decomposition.size + max(1, decomposition.size // between)
                 chain = None
                 if limit is not None:
                     continue  # The probe may have filled the space.
-            if decomposition.num_hvps >= self._max_hvps - self._reserve:
+            if decomposition.num_matvecs >= self._max_matvecs - self._reserve:
                 projection = decomposition.projection()
                 proof, _ = self._prove(projection, self._first_of_tail(projection), None)
                 if decomposition.size < self._dimensions:
-                    return self._result(proof, "max_hvps", return_eigenvectors)
+                    return self._result(proof, "max_matvecs", return_eigenvectors)
             elif decomposition.chains:
                 # Chosen anew at each check only: it takes the eigenvectors of H.
                 if chain not in decomposition.chains:
@@ -350,7 +350,7 @@ class _Solver:
                 border = max(border, shown + 1e-6 * abs(shown) + decomposition.rounding)
             smallest = projection.ritz_values[min(self._needed(projection.ritz_values), projection.size) - 1]
             found = bool(self._agreed(float(probe.largest_seen > smallest)))
-            if ruled_out or not found or decomposition.num_hvps >= self._max_hvps:
+            if ruled_out or not found or decomposition.num_matvecs >= self._max_matvecs:
                 return _Proof(projection, first, border, self._k), ruled_out
             # It saw an eigenvalue that the basis may never show, such as a copy: a direction that must join.
         probe, ruled_out = self._probe(decomposition, limit, max(24, decomposition.size // 4))
@@ -496,7 +496,7 @@ class _Solver:
                         return probe, True
                     if self._agreed(probe.largest_seen) > limit or size - first >= longest:
                         return probe, False
-                if decomposition.num_hvps >= self._max_hvps or size == self._dimensions:
+                if decomposition.num_matvecs >= self._max_matvecs or size == self._dimensions:
                     return probe, False
                 own = [chain for chain in decomposition.chains if chain.column == size - 1]
                 if not own or not decomposition.expand(own[0]):
@@ -545,8 +545,10 @@ class _Solver:
 
     def _report(self, decomposition: Decomposition) -> None:
         if self._progress is not None:
-            num_hvps = decomposition.num_hvps
-            self._progress(LanczosProgress(num_hvps, self._max_hvps, self._num_converged, self._wanted, self._leading))
+            num_matvecs = decomposition.num_matvecs
+            self._progress(
+                LanczosProgress(num_matvecs, self._max_matvecs, self._num_converged, self._wanted, self._leading)
+            )
 
     def _result(self, proof: _Proof, stopped: StopReason, return_eigenvectors: bool) -> Spectrum:
         projection = proof.projection
@@ -573,7 +575,7 @@ class _Solver:
             converged=converged,
             rtol=self._rtol,
             missed_probability=0.0 if proof.border == -np.inf else min(1.0, self._num_probes * self._level),
-            num_hvps=decomposition.num_hvps,
+            num_matvecs=decomposition.num_matvecs,
             stopped=stopped,
             rounding=rounding,
             symmetry_defect=decomposition.asymmetry,

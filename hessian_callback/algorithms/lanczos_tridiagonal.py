@@ -17,11 +17,11 @@ from torch import Tensor
 from hessian_callback.algorithms.decomposition import Decomposition
 from hessian_callback.linalg.linear_operator import SymmetricOperator
 
-__all__ = ["KrylovRun", "krylov_run"]
+__all__ = ["LanczosTridiagonal", "lanczos_tridiagonal"]
 
 
 @dataclass(frozen=True)
-class KrylovRun:
+class LanczosTridiagonal:
     r"""What m Lanczos steps from a start vector :math:`v` say of a matrix A, without a claim of convergence.
 
     Attributes:
@@ -31,23 +31,23 @@ class KrylovRun:
         residuals: :math:`\|A y_j - \theta_j y_j\|` of the Ritz vectors, ``(m,)``: so near lies *some*
             eigenvalue of A, rounding excluded.
         rounding: additive error of every Ritz value, from products and arithmetic.
-        num_hvps: products spent, m.
+        num_matvecs: products spent, m.
     """
 
     ritz_values: Tensor
     weights: Tensor
     residuals: Tensor
     rounding: float
-    num_hvps: int
+    num_matvecs: int
 
 
-def krylov_run(
+def lanczos_tridiagonal(
     operator: SymmetricOperator,
     start: Tensor,
     num_steps: int,
     *,
     progress: Callable[[int], None] | None = None,
-) -> KrylovRun:
+) -> LanczosTridiagonal:
     r"""Run Lanczos from a start vector for a number of steps, or until its Krylov space is exhausted.
 
     Args:
@@ -69,8 +69,8 @@ def krylov_run(
     Example:
         >>> from hessian_callback.linalg.linear_operator import MatvecOperator
         >>> A = torch.diag(torch.tensor([3.0, 1.0], dtype=torch.float64))
-        >>> run = krylov_run(MatvecOperator(A.mv, 2), torch.ones(2, dtype=torch.float64), 5)
-        >>> run.ritz_values.round(decimals=6), run.weights.round(decimals=6), run.num_hvps
+        >>> run = lanczos_tridiagonal(MatvecOperator(A.mv, 2), torch.ones(2, dtype=torch.float64), 5)
+        >>> run.ritz_values.round(decimals=6), run.weights.round(decimals=6), run.num_matvecs
         (tensor([3., 1.], dtype=torch.float64), tensor([0.5000, 0.5000], dtype=torch.float64), 2)
     """
     if num_steps < 1:
@@ -81,7 +81,7 @@ def krylov_run(
     num_steps = min(num_steps, operator.partition.size)
     while True:
         if progress is not None:
-            progress(decomposition.num_hvps)
+            progress(decomposition.num_matvecs)
         if decomposition.size == num_steps or not decomposition.chains:
             break
         decomposition.expand(decomposition.chains[0])
@@ -96,10 +96,10 @@ def krylov_run(
     rows = np.stack([values, vectors[0] ** 2, links[-1] * np.abs(vectors[-1])])[:, ::-1].copy()
     ranks = operator.ranks
     agreed = ranks.broadcast(torch.from_numpy(rows).to(ranks.control_device)).cpu()
-    return KrylovRun(
+    return LanczosTridiagonal(
         ritz_values=agreed[0].clone(),
         weights=agreed[1].clone(),
         residuals=agreed[2].clone(),
         rounding=decomposition.rounding,
-        num_hvps=decomposition.num_hvps,
+        num_matvecs=decomposition.num_matvecs,
     )

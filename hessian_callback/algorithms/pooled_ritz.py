@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from hessian_callback.algorithms.lanczos import LanczosProgress
-from hessian_callback.algorithms.lanczos_tridiagonal import krylov_run
+from hessian_callback.algorithms.lanczos_tridiagonal import lanczos_tridiagonal
 from hessian_callback.algorithms.spectrum import Spectrum
 from hessian_callback.linalg.full_float32 import full_float32
 from hessian_callback.linalg.linear_operator import SymmetricOperator
@@ -43,13 +43,13 @@ class PooledRitzValues:
             same for several of them.
         num_runs: r.
         rounding: additive error of every Ritz value.
-        num_hvps: products spent.
+        num_matvecs: products spent.
 
     Example:
         >>> pool = PooledRitzValues(
         ...     ritz_values=torch.tensor([2.0, 2.0, 1.0, 0.7], dtype=torch.float64),
         ...     residuals=torch.tensor([0.0, 0.0, 0.1, 0.3], dtype=torch.float64),
-        ...     num_runs=2, rounding=1e-12, num_hvps=4,
+        ...     num_runs=2, rounding=1e-12, num_matvecs=4,
         ... )
         >>> pool.top(3).eigenvalues
         tensor([2., 2., 1.], dtype=torch.float64)
@@ -61,7 +61,7 @@ class PooledRitzValues:
     residuals: Tensor
     num_runs: int
     rounding: float
-    num_hvps: int
+    num_matvecs: int
 
     def top(self, k: int, *, rtol: float = 1e-2) -> Spectrum:
         """Return the k largest of the pool as a spectrum that proves nothing by index.
@@ -86,8 +86,8 @@ class PooledRitzValues:
             converged=bounds <= torch.clamp(rtol * values.abs(), min=4 * self.rounding),
             rtol=rtol,
             missed_probability=1.0,
-            num_hvps=self.num_hvps,
-            stopped="max_hvps",
+            num_matvecs=self.num_matvecs,
+            stopped="max_matvecs",
             rounding=self.rounding,
             symmetry_defect=0.0,
             ritz_values=self.ritz_values.clone(),
@@ -134,7 +134,7 @@ def pooled_ritz_values(
         >>> pool = pooled_ritz_values(MatvecOperator(lambda v: diagonal * v, 500), num_steps=40)
         >>> pool.ritz_values[:6].round(decimals=3)
         tensor([1.0000, 1.0000, 1.0000, 0.5000, 0.5000, 0.5000], dtype=torch.float64)
-        >>> pool.num_hvps
+        >>> pool.num_matvecs
         120
     """
     if num_runs < 1:
@@ -145,9 +145,9 @@ def pooled_ritz_values(
     runs = []
     spent = 0
 
-    def report(num_hvps: int) -> None:
+    def report(num_matvecs: int) -> None:
         if progress is not None:
-            progress(LanczosProgress(spent + num_hvps, planned, 0, planned))
+            progress(LanczosProgress(spent + num_matvecs, planned, 0, planned))
 
     for draw in range(num_runs):
         start = rademacher_slice(
@@ -158,13 +158,13 @@ def pooled_ritz_values(
             dtype=operator.dtype,
             device=operator.device,
         )
-        runs.append(krylov_run(operator, start, num_steps, progress=report))
-        spent += runs[-1].num_hvps
+        runs.append(lanczos_tridiagonal(operator, start, num_steps, progress=report))
+        spent += runs[-1].num_matvecs
     values, order = torch.cat([run.ritz_values for run in runs]).sort(descending=True, stable=True)
     return PooledRitzValues(
         ritz_values=values,
         residuals=torch.cat([run.residuals for run in runs])[order],
         num_runs=num_runs,
         rounding=max(run.rounding for run in runs),
-        num_hvps=spent,
+        num_matvecs=spent,
     )

@@ -29,7 +29,7 @@ import scipy.special
 import torch
 from torch import Tensor
 
-from hessian_callback.algorithms.lanczos_tridiagonal import krylov_run
+from hessian_callback.algorithms.lanczos_tridiagonal import lanczos_tridiagonal
 from hessian_callback.algorithms.spectrum import Spectrum
 from hessian_callback.linalg.full_float32 import full_float32
 from hessian_callback.linalg.linear_operator import SymmetricOperator
@@ -47,10 +47,10 @@ class Estimate:
         value: the estimate.
         stderr: its standard error, in the same unit; 0 where the value is exact.
         num_vectors: the independent draws it is the mean of; 0 where the value is exact.
-        num_hvps: products it cost.
+        num_matvecs: products it cost.
 
     Example:
-        >>> low, high = Estimate(value=10.0, stderr=1.0, num_vectors=5, num_hvps=5).interval(0.95)
+        >>> low, high = Estimate(value=10.0, stderr=1.0, num_vectors=5, num_matvecs=5).interval(0.95)
         >>> round(low, 2), round(high, 2)
         (7.22, 12.78)
     """
@@ -58,7 +58,7 @@ class Estimate:
     value: float
     stderr: float
     num_vectors: int
-    num_hvps: int
+    num_matvecs: int
 
     def interval(self, level: float = 0.95) -> tuple[float, float]:
         r"""Interval :math:`\hat x \pm t_{n-1}\, \sigma`, by Student's distribution for n draws.
@@ -84,12 +84,12 @@ class Moments:
     Attributes:
         trace: sum of all eigenvalues.
         frobenius_norm: root of the sum of their squares.
-        num_hvps: products that both cost together.
+        num_matvecs: products that both cost together.
     """
 
     trace: Estimate
     frobenius_norm: Estimate
-    num_hvps: int
+    num_matvecs: int
 
 
 @full_float32()
@@ -119,7 +119,7 @@ def moments(
         >>> spectrum = top_eigenvalues(operator, k=10, return_eigenvectors=True)
         >>> found = moments(operator, num_products=10, spectrum=spectrum)
         >>> low, high = found.trace.interval(0.999)
-        >>> low < float(diagonal.sum()) < high, found.num_hvps
+        >>> low < float(diagonal.sum()) < high, found.num_matvecs
         (True, 10)
     """
     fewest = 2 if spectrum is not None else 4
@@ -152,15 +152,15 @@ def moments(
         squares.append(products[1])
         if spectrum is not None:
             squares[-1] += float(inner_products(basis, image[:, None], operator.ranks).square().sum())
-    num_hvps = num_spent + len(traces)
+    num_matvecs = num_spent + len(traces)
     trace_rest, trace_error = _mean(traces)
     square_rest, square_error = _mean(squares)
     norm = (compressed_square + square_rest) ** 0.5
     norm_error = square_error / (2 * norm) if norm > 0 else 0.0
     return Moments(
-        trace=Estimate(compressed_trace + trace_rest, trace_error, len(traces), num_hvps),
-        frobenius_norm=Estimate(norm, norm_error, len(traces), num_hvps),
-        num_hvps=num_hvps,
+        trace=Estimate(compressed_trace + trace_rest, trace_error, len(traces), num_matvecs),
+        frobenius_norm=Estimate(norm, norm_error, len(traces), num_matvecs),
+        num_matvecs=num_matvecs,
     )
 
 
@@ -210,13 +210,13 @@ class SpectralDensity:
         weights: :math:`w`, ``(n, m)``; each row sums to 1. Where a run ended before m steps, 0.
         size: P.
         rounding: additive error of every node.
-        num_hvps: products spent.
+        num_matvecs: products spent.
 
     Example:
         >>> density = SpectralDensity(
         ...     nodes=torch.tensor([[3.0, -1.0], [3.0, -1.0]], dtype=torch.float64),
         ...     weights=torch.tensor([[0.25, 0.75], [0.35, 0.65]], dtype=torch.float64),
-        ...     size=100, rounding=1e-12, num_hvps=4,
+        ...     size=100, rounding=1e-12, num_matvecs=4,
         ... )
         >>> round(density.negative_share.value, 6), round(density.negative_mass.value, 6)
         (0.7, 0.4375)
@@ -226,7 +226,7 @@ class SpectralDensity:
     weights: Tensor
     size: int
     rounding: float
-    num_hvps: int
+    num_matvecs: int
 
     def mean(self, function: Callable[[Tensor], Tensor]) -> Estimate:
         r"""Estimate :math:`\frac1P \sum_i f(\lambda_i)`.
@@ -239,7 +239,7 @@ class SpectralDensity:
             is small where f is smooth on the scale of the nodes' spacing.
         """
         value, error = _mean((self.weights * function(self.nodes)).sum(1).tolist())
-        return Estimate(value, error, len(self.nodes), self.num_hvps)
+        return Estimate(value, error, len(self.nodes), self.num_matvecs)
 
     @property
     def negative_share(self) -> Estimate:
@@ -263,7 +263,7 @@ class SpectralDensity:
         ratio = float(negative.sum()) / float(absolute.sum())
         # To first order, the ratio of two means errs like the mean of this difference.
         _, error = _mean(((negative - ratio * absolute) / absolute.mean()).tolist())
-        return Estimate(ratio, error, len(self.nodes), self.num_hvps)
+        return Estimate(ratio, error, len(self.nodes), self.num_matvecs)
 
     def smoothed(self, points: Tensor, width: float) -> Tensor:
         r"""Return the density at given points, convolved with a normal density.
@@ -314,25 +314,26 @@ def spectral_density(
         >>> A = torch.diag(torch.tensor([1.0] * 60 + [-1.0] * 40, dtype=torch.float64))
         >>> density = spectral_density(MatvecOperator(A.mv, 100), num_vectors=20)
         >>> low, high = density.negative_share.interval(0.999)
-        >>> low < 0.4 < high, density.num_hvps
+        >>> low < 0.4 < high, density.num_matvecs
         (True, 40)
     """
     if num_vectors < 2:
         raise ValueError(f"num_vectors must be at least 2 for a standard error, got {num_vectors}")
     runs = [
-        krylov_run(operator, _gaussian(operator, seed, draw, Purpose.DENSITY), num_steps) for draw in range(num_vectors)
+        lanczos_tridiagonal(operator, _gaussian(operator, seed, draw, Purpose.DENSITY), num_steps)
+        for draw in range(num_vectors)
     ]
-    longest = max(run.num_hvps for run in runs)
+    longest = max(run.num_matvecs for run in runs)
     nodes, weights = torch.zeros(2, num_vectors, longest, dtype=torch.float64)
     for row, run in enumerate(runs):
-        nodes[row, : run.num_hvps], nodes[row, run.num_hvps :] = run.ritz_values, run.ritz_values[-1]
-        weights[row, : run.num_hvps] = run.weights
+        nodes[row, : run.num_matvecs], nodes[row, run.num_matvecs :] = run.ritz_values, run.ritz_values[-1]
+        weights[row, : run.num_matvecs] = run.weights
     return SpectralDensity(
         nodes=nodes,
         weights=weights,
         size=operator.partition.size,
         rounding=max(run.rounding for run in runs),
-        num_hvps=sum(run.num_hvps for run in runs),
+        num_matvecs=sum(run.num_matvecs for run in runs),
     )
 
 

@@ -208,7 +208,7 @@ class SolverCheckpoint:
         """
         vectors = self._vectors
         error: OSError | None = None
-        with self._ranks.together("saving the solver's checkpoint"):
+        with self._ranks.propagate_errors("saving the solver's checkpoint"):
             try:
                 self._append(basis)
                 self._replace_state(solver)
@@ -223,7 +223,7 @@ class SolverCheckpoint:
             return
         self._given_up = True
         # Where warnings are errors, they must not be those of one rank alone.
-        with self._ranks.together("warning of the solver's checkpoint"):
+        with self._ranks.propagate_errors("warning of the solver's checkpoint"):
             if error is not None or self._ranks.rank == 0:
                 why = _reason_of(error) if error is not None else f"see rank {', '.join(map(str, failed))}"
                 warnings.warn(
@@ -264,7 +264,7 @@ class SolverCheckpoint:
 
         What can't be deleted is warned of.
         """
-        with self._ranks.together("deleting the solver's checkpoint"):
+        with self._ranks.propagate_errors("deleting the solver's checkpoint"):
             try:
                 delete_files(self.folder, self._ranks.rank)
             except OSError as error:  # The result is worth more.
@@ -292,7 +292,7 @@ class SolverCheckpoint:
     def _together(self, stage: str) -> Iterator[None]:
         """Like `Ranks.together`, but a `CheckpointError` of one rank is one on all, so that all can start over."""
         error: CheckpointError | None = None
-        with self._ranks.together(stage):
+        with self._ranks.propagate_errors(stage):
             try:
                 yield
             except CheckpointError as exception:

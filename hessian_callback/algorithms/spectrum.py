@@ -10,7 +10,7 @@ from torch import Tensor
 
 __all__ = ["Spectrum", "StopReason"]
 
-StopReason = Literal["converged", "criterion", "no_more_positive", "exhausted", "max_hvps"]
+StopReason = Literal["converged", "criterion", "no_more_positive", "exhausted", "max_matvecs"]
 
 
 @dataclass(frozen=True)
@@ -30,12 +30,12 @@ class Spectrum:
         error_bounds: ``(k,)``, float64, in the eigenvalues' unit; rounding included.
         converged: ``(k,)``, bool: whether the bound met the tolerance.
         missed_probability: the chance that the probe overlooked an eigenvalue that the bounds exclude.
-        num_hvps: matrix-vector products spent, probes included.
+        num_matvecs: matrix-vector products spent, probes included.
         rtol: the relative tolerance that was asked for.
         stopped: why the computation ended: ``"converged"`` (all k within tolerance), ``"criterion"`` (the criterion
             that was passed accepted the bounds before),
             ``"no_more_positive"`` (the bounds exclude further eigenvalues above the rounding level),
-            ``"exhausted"`` (the operator has fewer than k dimensions) or ``"max_hvps"``.
+            ``"exhausted"`` (the operator has fewer than k dimensions) or ``"max_matvecs"``.
         rounding: the part of each bound that rounding or inexact products account for. An eigenvalue
             whose tolerance is below it cannot converge in this precision, however many products are spent.
         symmetry_defect: largest :math:`|u^T H v - v^T H u|` seen over pairs of basis vectors, an
@@ -49,7 +49,7 @@ class Spectrum:
         ...     eigenvalues=torch.tensor([2.0, 1.0, -0.5], dtype=torch.float64),
         ...     error_bounds=torch.tensor([1e-9, 1e-3, 0.7], dtype=torch.float64),
         ...     converged=torch.tensor([True, True, False]),
-        ...     rtol=1e-2, missed_probability=1e-4, num_hvps=12, stopped="max_hvps", rounding=1e-15,
+        ...     rtol=1e-2, missed_probability=1e-4, num_matvecs=12, stopped="max_matvecs", rounding=1e-15,
         ...     symmetry_defect=0.0, ritz_values=torch.tensor([2.0, 1.0, -0.5], dtype=torch.float64),
         ... )
         >>> spectrum.all_converged, spectrum.num_converged, spectrum.num_negative
@@ -63,7 +63,7 @@ class Spectrum:
     converged: Tensor
     rtol: float
     missed_probability: float
-    num_hvps: int
+    num_matvecs: int
     stopped: StopReason
     rounding: float
     symmetry_defect: float

@@ -42,12 +42,12 @@ class SubspaceRotation:
         gap: the denominator, in the eigenvalues' unit, with the error bound of the eigenvalue taken off.
         residual_norm: the numerator, likewise.
         perturbation_norm: :math:`\|(\tilde H - H) U\|_2`, a lower bound of the norm of the Hessian's change.
-        num_hvps: products spent, k.
+        num_matvecs: products spent, k.
 
     Example:
         >>> rotation = SubspaceRotation(
         ...     angles=torch.tensor([0.0, torch.pi / 3], dtype=torch.float64),
-        ...     sine_bound=0.9, gap=1.0, residual_norm=0.9, perturbation_norm=1.2, num_hvps=2,
+        ...     sine_bound=0.9, gap=1.0, residual_norm=0.9, perturbation_norm=1.2, num_matvecs=2,
         ... )
         >>> round(rotation.largest_angle, 4), round(rotation.overlap, 4)
         (1.0472, 0.625)
@@ -58,7 +58,7 @@ class SubspaceRotation:
     gap: float
     residual_norm: float
     perturbation_norm: float
-    num_hvps: int
+    num_matvecs: int
 
     @property
     def largest_angle(self) -> float:
@@ -148,7 +148,7 @@ def subspace_rotation(
         ...     return MatvecOperator((turn @ torch.diag(torch.tensor([3.0, 1.0]).double()) @ turn.T).mv, 2)
         >>> before, now = (top_eigenvalues(at(a), k=2, return_eigenvectors=True) for a in (0.0, 0.1))
         >>> rotation = subspace_rotation(at(0.1), before, now, dimension=1)
-        >>> round(rotation.largest_angle, 6), rotation.largest_angle <= rotation.sine_bound, rotation.num_hvps
+        >>> round(rotation.largest_angle, 6), rotation.largest_angle <= rotation.sine_bound, rotation.num_matvecs
         (0.1, True, 1)
     """
     partition, ranks = operator.partition, operator.ranks
@@ -182,7 +182,7 @@ def subspace_rotation(
         gap=gap,
         residual_norm=residual_norm,
         perturbation_norm=perturbation_norm,
-        num_hvps=dimension,
+        num_matvecs=dimension,
     )
 
 

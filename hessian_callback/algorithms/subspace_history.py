@@ -99,7 +99,7 @@ class SubspaceHistory:
         """
         if not self._kept or self._kept[0].vectors.shape != vectors.shape:
             return []
-        with ranks.together("comparing eigenspaces"):
+        with ranks.propagate_errors("comparing eigenspaces"):
             # One by one, as a device may have no room for all; what each rank has is summed once.
             mine = torch.stack([inner_products(kept.vectors.to(vectors), vectors, Ranks()) for kept in self._kept])
         products = ranks.all_reduce(mine.to(ranks.control_device)).cpu()

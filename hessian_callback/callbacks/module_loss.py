@@ -29,7 +29,7 @@ def resolve_loss(pl_module: LightningModule, loss_fn: Callable[..., Any] | None 
     """Find the loss of a module: ``loss_fn``, else ``pl_module.hessian_loss``, else ``training_step``.
 
     ``training_step`` logs, updates metrics and may count, so what is returned must be called inside
-    `guard.undisturbed`.
+    `guard.preserve_training_state`.
 
     Args:
         pl_module: the module, attached to a trainer or not.
@@ -96,7 +96,7 @@ def mean_loss(loss: LossFunction, module: Any, batches: Sequence[Any], weights: 
         0.25
     """
     sums = torch.zeros(2, dtype=torch.float64)
-    with ranks.together("evaluating the loss"), torch.no_grad():
+    with ranks.propagate_errors("evaluating the loss"), torch.no_grad():
         for batch, weight in zip(batches, weights, strict=True):
             sums += weight * torch.tensor([float(loss(module, batch)), 1.0], dtype=torch.float64)
     total, weight = ranks.all_reduce(sums.to(ranks.control_device)).tolist()

@@ -36,7 +36,7 @@ from hessian_callback.callbacks.module_loss import as_in_a_step, resolve_loss
 from hessian_callback.callbacks.progress import announce, measuring
 from hessian_callback.callbacks.run_losses import losses_of
 from hessian_callback.callbacks.samples import (
-    HeldOut,
+    SampleSet,
     batch_on_device,
     collect,
     find_loader,
@@ -46,7 +46,12 @@ from hessian_callback.callbacks.samples import (
     warn_of_imbalance,
 )
 from hessian_callback.callbacks.schedule import Cadence, TimeShare
-from hessian_callback.callbacks.state_guard import Snapshot, random_state_kept, sigterm_deferred, undisturbed
+from hessian_callback.callbacks.state_guard import (
+    Snapshot,
+    defer_sigterm,
+    preserve_random_state,
+    preserve_training_state,
+)
 from hessian_callback.linalg.distributed import PeerError, RankLostError, Ranks
 from hessian_callback.measurement.comparisons import Comparisons, Finding
 from hessian_callback.measurement.history import FILE_NAME, STATE_VERSION, HistoryWriter, history_from_state
@@ -55,7 +60,7 @@ from hessian_callback.measurement.solvers import Protocol
 from hessian_callback.measurement.split_half import assign_halves, cut_large, sampling_stderr
 from hessian_callback.metrics import PowerLawFitError, PowerLawSlope, SpectrumMetric
 from hessian_callback.operators.derivatives import DoubleBackwardError
-from hessian_callback.operators.engine_selection import EngineExperience
+from hessian_callback.operators.engine_selection import TracingStatistics
 from hessian_callback.operators.fully_shard import is_sharded
 from hessian_callback.operators.gradients import gradient_norm, parameter_norm
 from hessian_callback.operators.hessian import HessianOperator, select_parameters
@@ -78,7 +83,7 @@ _COLUMNS = ("slope", "fit_error")
 _WITHOUT_SLOPE = "the Hessian could not be measured, and training goes on without its slope"
 
 
-class _ToldToEnd(Exception):
+class SigtermReceived(Exception):
     """SIGTERM came: what is left of the time belongs to the run, to save what it has."""
 
 
@@ -336,7 +341,7 @@ class PowerLawHessianCallback(Callback):
         self._history_file = HistoryWriter(prefix)
         self._time = TimeShare(max_overhead)
         self._overhead = 0.0
-        self._held_out: HeldOut | None = None
+        self._held_out: SampleSet | None = None
         self._previous_top: Spectrum | None = None
         self._spaces = SubspaceHistory()
         self._metrics: dict[str, Metric] = {}
@@ -348,7 +353,7 @@ class PowerLawHessianCallback(Callback):
         self._steps_seen = 0
         self._epoch_began: tuple[float, float] | None = None
         self._cost_said = False
-        self._experience: dict[Any, EngineExperience] = {}
+        self._experience: dict[Any, TracingStatistics] = {}
         self._engine_said: str | None = None
         self._cost_warned = False
         self._reasons_warned: set[str] = set()
@@ -507,7 +512,7 @@ class PowerLawHessianCallback(Callback):
 
     def _measure(self, trainer: Trainer, pl_module: LightningModule, when: When) -> None:
         """Measure, note, log and draw; on all ranks together, whatever fails."""
-        with sigterm_deferred() if trainer.world_size > 1 else nullcontext():
+        with defer_sigterm() if trainer.world_size > 1 else nullcontext():
             self._measure_and_log(trainer, pl_module, when)
 
     def _measure_and_log(self, trainer: Trainer, pl_module: LightningModule, when: When) -> None:
@@ -518,11 +523,11 @@ class PowerLawHessianCallback(Callback):
         losses = self._losses(trainer, ranks, when)
         error: Exception | None = None
         try:
-            with undisturbed(trainer, pl_module) as snapshot:
+            with preserve_training_state(trainer, pl_module) as snapshot:
                 found = self._examine(trainer, pl_module, snapshot, ranks, place)
         except RankLostError:
             raise  # Nobody is left to go on with.
-        except _ToldToEnd:
+        except SigtermReceived:
             announce(trainer, f"{self.prefix}: gave up the measurement, because the process was told to end")
             return
         except Exception as exception:
@@ -574,7 +579,7 @@ class PowerLawHessianCallback(Callback):
     ) -> dict[str, Any]:
         """Go from the run's state to a spectrum, a fit and the comparisons, inside the guard."""
         held_out = self._collected(trainer, snapshot, ranks)
-        with ranks.together("preparing the loss and the held-out samples"):
+        with ranks.propagate_errors("preparing the loss and the held-out samples"):
             loss = as_in_a_step(trainer, pl_module, resolve_loss(pl_module, self.loss_fn))
             stage = RunningStage.TRAINING if self.dataloader == "train" else RunningStage.VALIDATING
             counted = [number for number, weight in enumerate(held_out.weights) if weight > 0]
@@ -606,7 +611,7 @@ class PowerLawHessianCallback(Callback):
                 process_group=ranks.group,
                 hvp=self.hvp,
                 memory_budget=self.memory_budget,
-                experience=self._experience.setdefault(parameters, EngineExperience()),
+                experience=self._experience.setdefault(parameters, TracingStatistics()),
             )
 
         found = _Found()
@@ -619,7 +624,7 @@ class PowerLawHessianCallback(Callback):
             engine = operator.engine
             self._say_halvings(trainer, operator)
             self._say_engine(trainer, operator)
-            with ranks.together("fitting the power law"):
+            with ranks.propagate_errors("fitting the power law"):
                 fit, reason = self.protocol.fit(spectrum)
 
             def norms() -> Finding:
@@ -704,7 +709,7 @@ class PowerLawHessianCallback(Callback):
             return self._solve_from(folder, trainer, operator, ranks, description, eigenvectors)
 
         def warn(what: str, error: CheckpointError) -> None:
-            with ranks.together("warning of the solver's checkpoint"):
+            with ranks.propagate_errors("warning of the solver's checkpoint"):
                 rank_zero_warn(f"{self.prefix}: the measurement {what}: {error.reason}")
 
         if folder is None:
@@ -721,7 +726,7 @@ class PowerLawHessianCallback(Callback):
             except CheckpointError as error:  # Of the folder then, as nothing is left in it.
                 warn("is not saved", error)
                 return solve(None)
-        except (RankLostError, _ToldToEnd):
+        except (RankLostError, SigtermReceived):
             raise
         except Exception:
             if self.on_error == "warn":  # Training goes on, and does not come here again.
@@ -744,8 +749,8 @@ class PowerLawHessianCallback(Callback):
 
             def progress(now: LanczosProgress) -> None:
                 nonlocal begun
-                if not begun and now.num_hvps > 1 and self.verbose:
-                    announce(trainer, f"{self.prefix}: goes on with product {now.num_hvps}, by {folder}")
+                if not begun and now.num_matvecs > 1 and self.verbose:
+                    announce(trainer, f"{self.prefix}: goes on with product {now.num_matvecs}, by {folder}")
                 begun = True
                 report(now)
                 self._give_way(trainer, ranks)
@@ -768,7 +773,7 @@ class PowerLawHessianCallback(Callback):
     def _give_way(self, trainer: Trainer, ranks: Ranks) -> None:
         # Several ranks are not told at the same product, so they go on to the end together.
         if trainer.received_sigterm and ranks.world_size == 1:
-            raise _ToldToEnd
+            raise SigtermReceived
 
     # -- prediction ------------------------------------------------------------------------------
 
@@ -888,7 +893,7 @@ class PowerLawHessianCallback(Callback):
             with make_operator(half) as operator:
                 title = f"Hessian (half {half + 1})"
                 spectrum = self._solve(trainer, operator, ranks, description=title, part=f"-half={half + 1}")
-            num_hvps += spectrum.num_hvps
+            num_hvps += spectrum.num_matvecs
             fit, reason = self.protocol.fit(spectrum)
             if fit is None or fit.num_eigenvalues != num_fitted:
                 raise ValueError(f"half {half + 1} has no slope of {num_fitted} eigenvalues: {reason}")
@@ -901,9 +906,9 @@ class PowerLawHessianCallback(Callback):
         began = time.monotonic()
         ranks = _ranks_of(trainer)
         error: Exception | None = None
-        with sigterm_deferred() if ranks.world_size > 1 else nullcontext():
+        with defer_sigterm() if ranks.world_size > 1 else nullcontext():
             try:
-                with undisturbed(trainer, pl_module) as snapshot:
+                with preserve_training_state(trainer, pl_module) as snapshot:
                     self._collected(trainer, snapshot, ranks)
             except RankLostError:
                 raise
@@ -920,9 +925,9 @@ class PowerLawHessianCallback(Callback):
             self._reasons_warned.discard(reason)  # Then it is worth saying again, for it costs the slope.
         self._time.spent += time.monotonic() - began
 
-    def _collected(self, trainer: Trainer, snapshot: Snapshot, ranks: Ranks) -> HeldOut:
+    def _collected(self, trainer: Trainer, snapshot: Snapshot, ranks: Ranks) -> SampleSet:
         if self._held_out is None:
-            with ranks.together("finding the loader of the held-out samples"):
+            with ranks.propagate_errors("finding the loader of the held-out samples"):
                 loader = find_loader(trainer, self.dataloader)
                 for part in moving_parts(loader):
                     snapshot.remember(part, copy_tensors=False)
@@ -936,7 +941,7 @@ class PowerLawHessianCallback(Callback):
                 sequential=not self._on_training_data,
             )
             # Where warnings are errors, they must not be those of one rank alone.
-            with ranks.together("judging the held-out samples"):
+            with ranks.propagate_errors("judging the held-out samples"):
                 if ranks.rank == 0:
                     self._judge(self._held_out)
         return self._held_out
@@ -945,7 +950,7 @@ class PowerLawHessianCallback(Callback):
     def _on_training_data(self) -> bool:
         return isinstance(self.dataloader, str) and self.dataloader == "train"
 
-    def _judge(self, held_out: HeldOut) -> None:
+    def _judge(self, held_out: SampleSet) -> None:
         if held_out.num_samples < self.num_samples:
             rank_zero_info(
                 f"num_samples={self.num_samples}, but there are only {held_out.num_samples} samples; all are used"
@@ -1005,7 +1010,7 @@ class PowerLawHessianCallback(Callback):
         error: Exception | None = None
         try:
             task()
-        except (RankLostError, _ToldToEnd):
+        except (RankLostError, SigtermReceived):
             raise
         except Exception as exception:
             error = exception
@@ -1117,7 +1122,7 @@ class PowerLawHessianCallback(Callback):
                 return
             from hessian_callback.plots.figures import figure_image, pictures
 
-            with random_state_kept():
+            with preserve_random_state():
                 images = {name: figure_image(figure) for name, figure in pictures(self.history, self._spaces).items()}
             step = self._logged_step(trainer, measurement)
             for board in boards:
@@ -1136,7 +1141,7 @@ class PowerLawHessianCallback(Callback):
 
     # -- cost ------------------------------------------------------------------------------------
 
-    def _say_cost(self, trainer: Trainer, operator: HessianOperator, held_out: HeldOut) -> None:
+    def _say_cost(self, trainer: Trainer, operator: HessianOperator, held_out: SampleSet) -> None:
         """Announce what the first measurement will take, its seconds by the time of a product."""
         if self._cost_said or not self.verbose:
             return

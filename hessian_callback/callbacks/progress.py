@@ -98,7 +98,7 @@ def _found(progress: LanczosProgress) -> str:
 
 def _end(progress: LanczosProgress, expected: int | None) -> int:
     """How many products it takes, as far as is known."""
-    return expected if expected is not None and progress.num_hvps <= expected else progress.max_hvps
+    return expected if expected is not None and progress.num_matvecs <= expected else progress.max_matvecs
 
 
 class _TqdmLine(_Display):
@@ -116,7 +116,7 @@ class _TqdmLine(_Display):
     def show(self, progress: LanczosProgress) -> _Display:
         self._line.total = _end(progress, self._expected)
         self._line.set_postfix_str(_found(progress), refresh=False)
-        self._line.update(progress.num_hvps - self._line.n)
+        self._line.update(progress.num_matvecs - self._line.n)
         return self
 
     def close(self) -> None:
@@ -142,8 +142,8 @@ class _RichLine(_Display):
 
     def show(self, progress: LanczosProgress) -> _Display:
         end = _end(progress, self._expected)
-        text = f"{self._description}: {_found(progress)}, {progress.num_hvps}/{end} products"
-        self._bars.update(self._task, completed=progress.num_hvps, total=end, description=text)
+        text = f"{self._description}: {_found(progress)}, {progress.num_matvecs}/{end} products"
+        self._bars.update(self._task, completed=progress.num_matvecs, total=end, description=text)
         return self
 
     def close(self) -> None:

@@ -32,7 +32,7 @@ def losses_of(trainer: Trainer, names: Sequence[str | None], ranks: Ranks) -> li
     Returns:
         A number for each name; ``None`` where no rank has it, or the mean is not finite.
     """
-    with ranks.together("reading the losses that the run has logged"):
+    with ranks.propagate_errors("reading the losses that the run has logged"):
         # Lightning computes metrics at each access, so only once, and only if one is wanted.
         metrics: Mapping[str, torch.Tensor] = trainer.callback_metrics if any(names) else {}
         own = [float(metrics[name]) if name is not None and name in metrics else None for name in names]

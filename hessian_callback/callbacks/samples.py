@@ -40,10 +40,10 @@ from hessian_callback.linalg.distributed import Ranks
 from hessian_callback.operators.batches import leading_dimension
 
 __all__ = [
-    "HeldOut",
+    "SampleSet",
+    "assign_to_ranks",
     "batch_on_device",
     "collect",
-    "deal",
     "find_loader",
     "has_loader",
     "missing_loader",
@@ -62,7 +62,7 @@ _OWN_BATCHES = (
 
 
 @dataclass(frozen=True)
-class HeldOut:
+class SampleSet:
     """One rank's share of the held-out samples, on the CPU.
 
     Attributes:
@@ -163,7 +163,7 @@ def collect(
     batch_weight: BatchWeight | None = None,
     ranks: Ranks | None = None,
     sequential: bool = True,
-) -> HeldOut:
+) -> SampleSet:
     """Choose the held-out samples, deal them to the ranks, and load this rank's share.
 
     From a map-style data set, a random subset drawn with the seed; its batches are those of the loader's
@@ -171,7 +171,7 @@ def collect(
     samples: each rank takes those of its own stream. All loading happens in this process, one sample
     after the other, each with the global random generators seeded for that sample.
 
-    Call it on all ranks, inside `guard.undisturbed`: it seeds the global random generators.
+    Call it on all ranks, inside `guard.preserve_training_state`: it seeds the global random generators.
 
     Args:
         loader: a ``DataLoader``, an iterable of batches, or a list, tuple, dictionary or
@@ -202,7 +202,7 @@ def collect(
     """
     ranks = ranks or Ranks()
     weigh = batch_weight or _num_samples
-    with ranks.together("choosing the held-out samples"):
+    with ranks.propagate_errors("choosing the held-out samples"):
         groups = _groups(loader, num_samples, seed, batch_size, ranks, sequential)
         if groups is None and batch_size is not None:
             raise MisconfigurationException(_OWN_BATCHES)
@@ -224,26 +224,26 @@ def collect(
     loaded: dict[int, tuple[Any, float]] = {}
 
     def load(numbers: Iterable[int]) -> None:
-        with ranks.together("loading the held-out samples"):
+        with ranks.propagate_errors("loading the held-out samples"):
             for number in numbers:
                 if number not in loaded:
                     batch = _on_cpu(groups[number].load())
                     loaded[number] = batch, _checked_weight(weigh, batch)
 
-    hands = deal([float(group.size) for group in groups], ranks.world_size)
+    hands = assign_to_ranks([float(group.size) for group in groups], ranks.world_size)
     load(hands[ranks.rank])
     weights = torch.zeros(len(groups), dtype=torch.float64, device=ranks.control_device)
     for number in hands[ranks.rank]:
         weights[number] = loaded[number][1]
     all_weights = ranks.all_reduce(weights).tolist()
     # Sizes were only a guess of the work; where the weights are tokens, say, they deal better.
-    hands = deal(all_weights, ranks.world_size)
+    hands = assign_to_ranks(all_weights, ranks.world_size)
     load(hands[ranks.rank])
 
     mine = hands[ranks.rank]
     chosen = [group.indices for group in groups]
     return _checked(
-        HeldOut(
+        SampleSet(
             batches=[loaded[number][0] for number in mine],
             weights=[loaded[number][1] for number in mine],
             keys=[groups[number].key for number in mine],
@@ -256,7 +256,7 @@ def collect(
     )
 
 
-def deal(weights: Sequence[float], num_hands: int) -> list[list[int]]:
+def assign_to_ranks(weights: Sequence[float], num_hands: int) -> list[list[int]]:
     """Deal weighted batches to hands so that the heaviest hand is light: largest first, to the lightest.
 
     Args:
@@ -267,7 +267,7 @@ def deal(weights: Sequence[float], num_hands: int) -> list[list[int]]:
         For each hand the numbers of its batches, ascending. A hand may be empty.
 
     Example:
-        >>> deal([3.0, 3.0, 2.0, 2.0, 2.0], 2)
+        >>> assign_to_ranks([3.0, 3.0, 2.0, 2.0, 2.0], 2)
         [[0, 2, 4], [1, 3]]
     """
     hands: list[list[int]] = [[] for _ in range(num_hands)]
@@ -448,13 +448,13 @@ def moving_parts(loader: Any) -> list[Any]:
 
 def _collect_stream(
     loader: Any, num_samples: int, seed: int, weigh: BatchWeight, ranks: Ranks, sequential: bool
-) -> HeldOut:
+) -> SampleSet:
     leaves, structure = _leaves(loader)
     stream = leaves[0]
     batches: list[Any] = []
     weights: list[float] = []
     count = 0
-    with ranks.together("reading the held-out samples from the stream"):
+    with ranks.propagate_errors("reading the held-out samples from the stream"):
         _seed_global_generators(seed, 4, ranks.rank)
         for raw in _fresh_stream(stream):
             if count >= math.ceil(num_samples / ranks.world_size):
@@ -465,7 +465,7 @@ def _collect_stream(
             count += _sample_count(batch, getattr(stream, "batch_size", None))
     counts = _agreed(ranks, torch.tensor([float(count), float(len(batches)), sum(weights)], dtype=torch.float64))
     return _checked(
-        HeldOut(
+        SampleSet(
             batches=batches,
             weights=weights,
             keys=[ranks.rank + ranks.world_size * number for number in range(len(batches))],
@@ -508,7 +508,7 @@ def _agreed(ranks: Ranks, values: Tensor) -> Tensor:
     return ranks.all_reduce(table).cpu()
 
 
-def _checked(held_out: HeldOut, loader: Any) -> HeldOut:
+def _checked(held_out: SampleSet, loader: Any) -> SampleSet:
     """Raise on all ranks alike if there is nothing to measure on; the shares are equal on all."""
     if not held_out.num_samples:
         raise MisconfigurationException(_empty(loader))
@@ -570,7 +570,7 @@ def _seed_global_generators(seed: int, purpose: int, key: Any) -> None:
     torch.default_generator.manual_seed(int(drawn[3]))
 
 
-def warn_of_imbalance(held_out: HeldOut) -> None:
+def warn_of_imbalance(held_out: SampleSet) -> None:
     """Warn, once, when ranks would wait for each other for more than a fifth of the time."""
     if held_out.imbalance > _IMBALANCE_WORTH_A_WARNING:
         shares = ", ".join(f"{share:g}" for share in held_out.shares)

@@ -31,7 +31,7 @@ from torchmetrics import Metric
 
 from hessian_callback.operators.fully_shard import reshard
 
-__all__ = ["Snapshot", "random_state_kept", "sigterm_deferred", "stage_set_to", "undisturbed"]
+__all__ = ["Snapshot", "defer_sigterm", "preserve_random_state", "preserve_training_state", "stage_set_to"]
 
 # A tensor up to this size is copied, so that a change in place can be undone, as long as all copies
 # together stay within the total; another one is watched, and a change in place is an error.
@@ -45,7 +45,7 @@ _CONTAINERS = (dict, OrderedDict, defaultdict, list, set, deque)
 
 
 @contextmanager
-def undisturbed(trainer: Trainer, pl_module: LightningModule) -> Iterator[Snapshot]:
+def preserve_training_state(trainer: Trainer, pl_module: LightningModule) -> Iterator[Snapshot]:
     """Evaluate losses of a module that is being trained, and leave no trace of it.
 
     Inside, the module is in eval mode, ``log`` and ``log_dict`` do nothing, the trainer's loggers are
@@ -68,7 +68,7 @@ def undisturbed(trainer: Trainer, pl_module: LightningModule) -> Iterator[Snapsh
     # A forward pass leaves the outermost module unsharded, with parameters that stand in for the real ones.
     reshard(pl_module)
     # Tensors made inside must be ordinary ones, and those kept are written to again.
-    with torch.inference_mode(False), torch.enable_grad(), random_state_kept():
+    with torch.inference_mode(False), torch.enable_grad(), preserve_random_state():
         snapshot = Snapshot()
         snapshot.remember(pl_module)
         should_stop, stage, loggers = trainer.should_stop, trainer.state.stage, trainer.loggers
@@ -83,12 +83,12 @@ def undisturbed(trainer: Trainer, pl_module: LightningModule) -> Iterator[Snapsh
 
 
 @contextmanager
-def random_state_kept() -> Iterator[None]:
+def preserve_random_state() -> Iterator[None]:
     """Restore Python's, numpy's and torch's global random states afterwards, on all devices in use.
 
     Example:
         >>> before = random.getstate()
-        >>> with random_state_kept():
+        >>> with preserve_random_state():
         ...     _ = random.random(), torch.rand(1)
         >>> random.getstate() == before
         True
@@ -114,7 +114,7 @@ def _cuda_in_use() -> bool:
 
 
 @contextmanager
-def sigterm_deferred() -> Iterator[None]:
+def defer_sigterm() -> Iterator[None]:
     """Hand SIGTERM on to its handler only afterwards.
 
     Under several ranks Lightning's handler broadcasts, wherever it interrupts a rank; between collectives

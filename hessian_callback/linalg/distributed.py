@@ -207,7 +207,7 @@ class Ranks:
     # -- agreeing ------------------------------------------------------------------------------
 
     @contextmanager
-    def together(self, stage: str) -> Iterator[None]:
+    def propagate_errors(self, stage: str) -> Iterator[None]:
         """Run a block on all ranks and leave it together.
 
         When the block raises on any rank, it raises on all of them: the failing rank with its own
@@ -221,7 +221,7 @@ class Ranks:
             PeerError: when another rank failed and this one did not.
 
         Example:
-            >>> with Ranks().together("collecting the batches"):
+            >>> with Ranks().propagate_errors("collecting the batches"):
             ...     raise ValueError("empty")
             Traceback (most recent call last):
             ...

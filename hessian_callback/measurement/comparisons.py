@@ -175,7 +175,7 @@ class Comparisons:
         if "frobenius" in self.extras:
             norm = found.frobenius_norm
             values |= {"frobenius_norm": norm.value, "frobenius_norm_stderr": norm.stderr}
-        return Finding(values, found.num_hvps)
+        return Finding(values, found.num_matvecs)
 
     def _density(self, operator: SymmetricOperator, seed: int) -> Finding:
         steps = self.density_hvps // _DENSITY_VECTORS
@@ -183,7 +183,7 @@ class Comparisons:
         # Not the share of negative eigenvalues: with most of them next to zero, that is a matter of single nodes.
         mass = density.negative_mass
         values = {"negative_mass": mass.value, "negative_mass_stderr": mass.stderr}
-        return Finding(values, density.num_hvps, density)
+        return Finding(values, density.num_matvecs, density)
 
     def _rotation(self, operator: SymmetricOperator, previous: Spectrum, current: Spectrum) -> Finding:
         dimension = self.subspace_dimension
@@ -200,7 +200,7 @@ class Comparisons:
         }
         if rotation.gap > 0:
             values["subspace_sine_bound"] = rotation.sine_bound
-        return Finding(values, rotation.num_hvps)
+        return Finding(values, rotation.num_matvecs)
 
 
 def numerical_interval_of(spectrum: Spectrum, num_eigenvalues: int) -> tuple[float, float]:

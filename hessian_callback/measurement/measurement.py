@@ -14,6 +14,10 @@ from hessian_callback.power_law.fit import PowerLawFit, fit_power_law
 
 __all__ = ["Measurement", "Mode", "When"]
 
+# States keep the names of their first version, so that old checkpoints and history files stay readable.
+_STATE_NAMES = {"num_matvecs": "num_hvps"}
+_STATE_STOP_REASONS = {"max_matvecs": "max_hvps"}
+
 When = Literal["fit_start", "epoch", "step", "fit_end", "validate"]
 Mode = Literal["strict", "paper"]
 
@@ -147,7 +151,7 @@ class Measurement:
     @property
     def num_hvps(self) -> int | None:
         """Hessian-vector products spent."""
-        return None if self.spectrum is None else self.spectrum.num_hvps
+        return None if self.spectrum is None else self.spectrum.num_matvecs
 
     def scalars(self) -> dict[str, float]:
         """Return what is logged, by its name behind the prefix; what is not known is not in it.
@@ -227,13 +231,10 @@ class Measurement:
             "spectrum": None,
         }
         if self.density is not None:
-            state["density"] = {part.name: _plain(getattr(self.density, part.name)) for part in fields(self.density)}
+            state["density"] = _state_of(self.density)
         if self.spectrum is not None:
-            state["spectrum"] = {
-                part.name: _plain(getattr(self.spectrum, part.name))
-                for part in fields(self.spectrum)
-                if part.name != "eigenvectors"
-            }
+            state["spectrum"] = _state_of(self.spectrum)
+            del state["spectrum"]["eigenvectors"]
         return state
 
     @classmethod
@@ -250,14 +251,14 @@ class Measurement:
         saved = values.pop("spectrum")
         density = values.pop("density", None)
         groups = {group: cls.from_state(part) for group, part in values.pop("groups", {}).items()}
-        spectrum = None if saved is None else Spectrum(**saved)
+        spectrum = None if saved is None else Spectrum(**_values_of(saved))
         fit = None
         if spectrum is not None and num_fitted is not None:
             fit = fit_power_law(spectrum.eigenvalues[:num_fitted])
         return cls(
             spectrum=spectrum,
             fit=fit,
-            density=None if density is None else SpectralDensity(**density),
+            density=None if density is None else SpectralDensity(**_values_of(density)),
             groups=groups,
             **values,
         )
@@ -271,6 +272,22 @@ class Measurement:
     def __hash__(self) -> int:
         """Hash by where in the run the measurement was made."""
         return hash((self.epoch, self.step, self.when))
+
+
+def _state_of(value: Spectrum | SpectralDensity) -> dict[str, Any]:
+    state = {_STATE_NAMES.get(part.name, part.name): _plain(getattr(value, part.name)) for part in fields(value)}
+    if "stopped" in state:
+        state["stopped"] = _STATE_STOP_REASONS.get(state["stopped"], state["stopped"])
+    return state
+
+
+def _values_of(state: Mapping[str, Any]) -> dict[str, Any]:
+    names = {saved: name for name, saved in _STATE_NAMES.items()}
+    values = {names.get(name, name): value for name, value in state.items()}
+    if "stopped" in values:
+        reasons = {saved: reason for reason, saved in _STATE_STOP_REASONS.items()}
+        values["stopped"] = reasons.get(values["stopped"], values["stopped"])
+    return values
 
 
 def _plain(value: Any) -> Any:

@@ -164,7 +164,7 @@ class Protocol:
             operator,
             self.num_eigenvalues,
             rtol=self.rtol,
-            max_hvps=self.hvp_limit,
+            max_matvecs=self.hvp_limit,
             seed=self.seed,
             positive_only=True,
             criterion=self._fixes_the_slope if self.stop_on == "slope" else None,
@@ -210,7 +210,7 @@ class Protocol:
     def _why_not(self, spectrum: Spectrum) -> str:
         if self.mode == "paper":
             return "positive in the pool: choose a smaller num_eigenvalues, or more paper_steps"
-        if spectrum.stopped == "max_hvps":
+        if spectrum.stopped == "max_matvecs":
             return (
                 f"positive and converged: max_hvps={self.hvp_limit} products were spent; allow more, or a larger rtol"
             )

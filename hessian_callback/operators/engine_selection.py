@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["EngineExperience", "Timing", "tracing_pays", "trial_pays"]
+__all__ = ["Timing", "TracingStatistics", "tracing_pays", "trial_pays"]
 
 # Products after which double backward has been timed: the first warms up.
 TIMED_PRODUCTS = 4
@@ -19,7 +19,7 @@ _FIRST_TRACE_SECONDS = 2.0
 
 
 @dataclass
-class EngineExperience:
+class TracingStatistics:
     """What a run has learnt about tracing its model; each measurement adds to it, and the next begins with it.
 
     Attributes:
@@ -28,9 +28,9 @@ class EngineExperience:
         failure: why the model cannot be traced, or its traced product not be used; ``None``: no such reason.
 
     Example:
-        >>> EngineExperience().expected_trace_seconds(100)  # nothing known: 2 s and 6 ms a node
+        >>> TracingStatistics().expected_trace_seconds(100)  # nothing known: 2 s and 6 ms a node
         2.6
-        >>> EngineExperience(trace_seconds=0.3, ratio=0.8).expected_trace_seconds(100)
+        >>> TracingStatistics(trace_seconds=0.3, ratio=0.8).expected_trace_seconds(100)
         0.3
     """
 
@@ -60,18 +60,18 @@ class Timing:
     rest: float = 0.0
 
 
-def trial_pays(timing: Timing, products_left: int, experience: EngineExperience) -> bool:
+def trial_pays(timing: Timing, products_left: int, experience: TracingStatistics) -> bool:
     """Whether to trace one batch to see what it gains.
 
     Without experience of this model a trial may cost a twentieth of the products that are left. With experience
     it is made where the change-over that it begins is expected to pay.
 
     Example:
-        >>> trial_pays(Timing(product=0.1, trace=1.0), 150, EngineExperience())
+        >>> trial_pays(Timing(product=0.1, trace=1.0), 150, TracingStatistics())
         False
-        >>> trial_pays(Timing(product=0.2, trace=1.0), 150, EngineExperience())
+        >>> trial_pays(Timing(product=0.2, trace=1.0), 150, TracingStatistics())
         True
-        >>> trial_pays(Timing(product=0.1, trace=1.0), 150, EngineExperience(trace_seconds=1.0, ratio=0.6))
+        >>> trial_pays(Timing(product=0.1, trace=1.0), 150, TracingStatistics(trace_seconds=1.0, ratio=0.6))
         True
     """
     if experience.failure is not None or products_left <= 0:

@@ -93,7 +93,7 @@ class ShardedFiniteDifference(FiniteDifference):
     """
 
     def __init__(self, loss: BatchLoss, batches: Sequence[Any], weights: Sequence[float], ranks: Ranks) -> None:
-        with ranks.together("preparing differences of sharded gradients"):
+        with ranks.propagate_errors("preparing differences of sharded gradients"):
             if not batches:
                 raise ValueError(
                     "this rank has no batch, and hvp='finite_difference' on sharded parameters needs one on every "

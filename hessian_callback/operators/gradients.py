@@ -69,7 +69,7 @@ def gradient_norm(
     partition = ranks.partition(size)
     like = parameters[0]
     total: Tensor | None = torch.zeros(size, dtype=like.dtype, device=like.device)
-    with ranks.together("computing the gradient"), torch.enable_grad(), loss.differentiable():
+    with ranks.propagate_errors("computing the gradient"), torch.enable_grad(), loss.differentiable():
         assert total is not None
         for batch, weight in zip(batches, weights, strict=True):
             _, gradients = loss.gradient(batch, create_graph=False)

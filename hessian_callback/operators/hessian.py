@@ -19,8 +19,8 @@ from hessian_callback.operators.batches import leading_dimension
 from hessian_callback.operators.derivatives import check_parameters_visible
 from hessian_callback.operators.engine_selection import (
     TIMED_PRODUCTS,
-    EngineExperience,
     Timing,
+    TracingStatistics,
     tracing_pays,
     trial_pays,
 )
@@ -131,7 +131,7 @@ class HessianOperator:
         process_group: dist.ProcessGroup | None = None,
         hvp: str = "auto",
         memory_budget: int | None = None,
-        experience: EngineExperience | None = None,
+        experience: TracingStatistics | None = None,
     ) -> None:
         if process_group is None and Ranks.default().world_size > 1:
             raise ValueError(
@@ -143,7 +143,7 @@ class HessianOperator:
             raise ValueError(f"hvp must be one of {', '.join(map(repr, _ENGINES))}, got {hvp!r}")
         self.ranks = Ranks(process_group)
         self.engine_reason = "asked for by name" if hvp != "auto" else "no change-over was considered"
-        self._experience = experience if experience is not None else EngineExperience()
+        self._experience = experience if experience is not None else TracingStatistics()
         self._products_left = 0
         self._seconds: list[float] = []
         self._considered = hvp != "auto"
@@ -184,7 +184,7 @@ class HessianOperator:
         self._ceiling: int | None = None  # what the budget has come down to, because memory ran out
         self._loss = BatchLoss(model, loss_fn, list(chosen.values()))
         self._padding = _padding_rows(model, chosen)
-        with self.ranks.together("weighing the batches"):
+        with self.ranks.propagate_errors("weighing the batches"):
             own_weights = _weigh(batches, weights, batch_weight, alone=self.ranks.world_size == 1)
         total = float(self.ranks.all_reduce(self._control_tensor([sum(own_weights)])))
         if total == 0:
@@ -331,7 +331,7 @@ class HessianOperator:
         """Get an engine ready, on all ranks, for the batches as they are or for as small parts as it takes."""
         while True:
             try:
-                with self.ranks.together("preparing the Hessian-vector products"):
+                with self.ranks.propagate_errors("preparing the Hessian-vector products"):
                     self._engine = self._new_engine()
                 return
             except Exception as exception:
@@ -357,7 +357,7 @@ class HessianOperator:
         kept_at_most = min(self._budget, len(self._parts.batches) * self.bytes_per_graph)
         if kept_at_most > 0:
             self._ceiling = kept_at_most // 2
-        with self.ranks.together("cutting batches, because memory is short"):
+        with self.ranks.propagate_errors("cutting batches, because memory is short"):
             try:
                 self._parts = self._parts.halved()
             except ValueError as reason:

@@ -112,7 +112,7 @@ def density_figure(history: Sequence[Measurement], *, num_earlier: int = 3) -> F
         >>> from hessian_callback.algorithms.sharpness import SpectralDensity
         >>> density = SpectralDensity(nodes=torch.tensor([[3.0, 0.0]] * 2).double(),
         ...                           weights=torch.tensor([[0.25, 0.75]] * 2).double(),
-        ...                           size=4, rounding=0.0, num_hvps=4)
+        ...                           size=4, rounding=0.0, num_matvecs=4)
         >>> measured = Measurement(epoch=0, step=0, when="epoch", spectrum=None, fit=None, reason="no fit",
         ...                        seconds=0.1, density=density)
         >>> axes = density_figure([measured]).axes[0]

@@ -192,7 +192,7 @@ def _rows_of_run(study: Study, planned: PlannedRun, run: Run, prefix: str, devic
                     train_loss=table.training[index],
                     num_samples=measurement.num_samples,
                     num_parameters=member.num_parameters,
-                    num_hvps=None if spectrum is None else spectrum.num_hvps,
+                    num_hvps=None if spectrum is None else spectrum.num_matvecs,
                     seconds=member.seconds,
                     num_negative=None if spectrum is None else spectrum.num_negative,
                     missed_probability=None if spectrum is None else spectrum.missed_probability,

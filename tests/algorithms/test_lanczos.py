@@ -74,13 +74,13 @@ def assert_bounds_hold(spectrum: Spectrum, truth: Tensor) -> None:
 def test_prescribed_spectra(name: str, dtype: torch.dtype) -> None:
     matrix = rotated(SPECTRA[name]())
     truth = truth_of(matrix, dtype)
-    spectrum = top_eigenvalues(operator_of(matrix, dtype), 10, max_hvps=min(len(matrix), 250))
+    spectrum = top_eigenvalues(operator_of(matrix, dtype), 10, max_matvecs=min(len(matrix), 250))
     assert_bounds_hold(spectrum, truth)
     assert spectrum.all_converged
     assert spectrum.stopped == "converged"
     tolerance = torch.clamp(spectrum.rtol * truth[:10].abs(), min=4 * spectrum.rounding)
     assert ((spectrum.eigenvalues - truth[:10]).abs() <= tolerance).all()
-    assert spectrum.num_hvps < len(matrix)
+    assert spectrum.num_matvecs < len(matrix)
 
 
 @settings(max_examples=40, deadline=None)
@@ -92,10 +92,10 @@ def test_bounds_hold_on_any_spectrum(data: st.DataObject) -> None:
     eigenvalues = torch.tensor(values, dtype=torch.float64).repeat_interleave(torch.tensor(copies))
     k = data.draw(st.integers(1, len(eigenvalues)), label="k")
     matrix = rotated(eigenvalues, seed=data.draw(st.integers(0, 5), label="seed"))
-    budget = data.draw(st.none() | st.integers(k + 1, 40), label="max_hvps")
+    budget = data.draw(st.none() | st.integers(k + 1, 40), label="max_matvecs")
     seed = data.draw(st.integers(0, 3), label="start")
-    spectrum = top_eigenvalues(operator_of(matrix, dtype), k, seed=seed, max_hvps=budget)
-    assert spectrum.num_hvps <= (budget or max(10 * k, 50))
+    spectrum = top_eigenvalues(operator_of(matrix, dtype), k, seed=seed, max_matvecs=budget)
+    assert spectrum.num_matvecs <= (budget or max(10 * k, 50))
     assert_bounds_hold(spectrum, truth_of(matrix, dtype))
 
 
@@ -112,10 +112,10 @@ def test_bounds_hold_where_squares_underflow(exponent: float, dtype: torch.dtype
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_bounds_hold_where_the_products_run_out(budget: int, dtype: torch.dtype) -> None:
     matrix = rotated(ranks(300) ** -0.5)
-    spectrum = top_eigenvalues(operator_of(matrix, dtype), 10, max_hvps=budget)
-    assert spectrum.stopped == "max_hvps"
+    spectrum = top_eigenvalues(operator_of(matrix, dtype), 10, max_matvecs=budget)
+    assert spectrum.stopped == "max_matvecs"
     assert not spectrum.all_converged
-    assert spectrum.num_hvps == budget
+    assert spectrum.num_matvecs == budget
     assert_bounds_hold(spectrum, truth_of(matrix, dtype))
 
 
@@ -124,21 +124,21 @@ def test_more_eigenvalues_wanted_than_there_are() -> None:
     spectrum = top_eigenvalues(operator_of(matrix), 20)
     assert spectrum.stopped == "exhausted"
     assert spectrum.missed_probability == 0
-    assert spectrum.num_hvps == 7
+    assert spectrum.num_matvecs == 7
     torch.testing.assert_close(spectrum.eigenvalues, ranks(7).flip(0), rtol=1e-12, atol=0)
 
 
 def test_a_single_dimension() -> None:
     spectrum = top_eigenvalues(MatvecOperator(lambda v: 3 * v, 1), 1)
     assert spectrum.eigenvalues.tolist() == [3.0]
-    assert spectrum.num_hvps == 1
+    assert spectrum.num_matvecs == 1
 
 
 def test_positive_only_stops_when_no_positive_eigenvalue_is_left() -> None:
     matrix = rotated(torch.cat([ranks(8) ** -1.0, torch.zeros(100)]))
     spectrum = top_eigenvalues(operator_of(matrix), 50, positive_only=True)
     assert spectrum.stopped == "no_more_positive"
-    assert spectrum.num_hvps < 15
+    assert spectrum.num_matvecs < 15
     torch.testing.assert_close(spectrum.positive_converged, ranks(8) ** -1.0, rtol=1e-10, atol=0)
 
 
@@ -183,8 +183,8 @@ def test_duplicated_units_and_a_start_of_equal_signs() -> None:
 
 def test_no_ghosts_at_two_hundred_steps() -> None:
     matrix = rotated(torch.cat([torch.tensor([1.0, 0.6, 0.3]).double(), 1e-2 * ranks(400) ** -0.1]))
-    spectrum = top_eigenvalues(operator_of(matrix, torch.float32), 100, max_hvps=200)
-    assert spectrum.num_hvps == 200
+    spectrum = top_eigenvalues(operator_of(matrix, torch.float32), 100, max_matvecs=200)
+    assert spectrum.num_matvecs == 200
     assert spectrum.eigenvalues[3] < 0.011
     assert_bounds_hold(spectrum, truth_of(matrix, torch.float32))
 
@@ -286,7 +286,7 @@ def test_an_operator_that_is_not_symmetric_widens_the_bounds() -> None:
 
 def test_an_eigenvalue_below_the_noise_is_said_to_be_unresolved() -> None:
     eigenvalues = torch.cat([torch.tensor([1e6, 1.0]), 1e-3 * ranks(60)]).double().sort(descending=True).values
-    spectrum = top_eigenvalues(operator_of(rotated(eigenvalues), torch.float32), 10, max_hvps=60)
+    spectrum = top_eigenvalues(operator_of(rotated(eigenvalues), torch.float32), 10, max_matvecs=60)
     assert spectrum.resolved.tolist() == [True] + [False] * 9
     assert spectrum.positive_converged.tolist() == spectrum.eigenvalues[:1].tolist()
 
@@ -380,7 +380,7 @@ def test_a_criterion_sees_bounds_that_hold_and_ends_the_run() -> None:
     assert asked
     assert spectrum.stopped == "criterion"
     assert_bounds_hold(spectrum, truth)
-    assert spectrum.num_hvps < top_eigenvalues(operator_of(matrix), 20).num_hvps
+    assert spectrum.num_matvecs < top_eigenvalues(operator_of(matrix), 20).num_matvecs
 
 
 def test_eigenvectors() -> None:
@@ -408,8 +408,8 @@ def test_the_seed_decides() -> None:
 def test_progress_is_reported_after_every_product() -> None:
     seen: list[LanczosProgress] = []
     spectrum = top_eigenvalues(operator_of(rotated(ranks(100) ** -1.0)), 5, progress=seen.append)
-    assert [progress.num_hvps for progress in seen] == list(range(1, spectrum.num_hvps + 1))
-    assert seen[0].max_hvps == 50
+    assert [progress.num_matvecs for progress in seen] == list(range(1, spectrum.num_matvecs + 1))
+    assert seen[0].max_matvecs == 50
     assert max(progress.num_converged for progress in seen) == 5
     assert seen[0].ritz_values is None
     assert seen[-1].ritz_values is not None
@@ -422,7 +422,7 @@ def test_progress_is_reported_after_every_product() -> None:
         ({"k": 0}, "k must be at least 1"),
         ({"rtol": 0.0}, "between 0 and 1"),
         ({"probe_level": 1.0}, "between 0 and 1"),
-        ({"k": 10, "max_hvps": 10}, "allow at least 11 products"),
+        ({"k": 10, "max_matvecs": 10}, "allow at least 11 products"),
         ({"start": torch.zeros(30)}, "start vector is zero"),
         ({"start": torch.zeros(3)}, r"expected a vector of shape \(30,\)"),
     ],

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hessian_callback import HessianOperator
-from hessian_callback.algorithms.lanczos_tridiagonal import krylov_run
+from hessian_callback.algorithms.lanczos_tridiagonal import lanczos_tridiagonal
 from hessian_callback.linalg.linear_operator import MatvecOperator
 from tests.helpers.cases import CASES, rotated
 
@@ -22,7 +22,7 @@ def start(size: int) -> Tensor:
 def test_quadrature_is_exact_for_polynomials_below_twice_the_steps() -> None:
     matrix = rotated(EIGENVALUES)
     vector = start(100)
-    run = krylov_run(MatvecOperator(matrix.mv, 100), vector, 6)
+    run = lanczos_tridiagonal(MatvecOperator(matrix.mv, 100), vector, 6)
     unit = vector / vector.norm()
     power = unit
     for degree in range(12):
@@ -34,17 +34,17 @@ def test_quadrature_is_exact_for_polynomials_below_twice_the_steps() -> None:
 
 def test_every_ritz_value_is_as_near_to_an_eigenvalue_as_its_residual_says() -> None:
     matrix = rotated(EIGENVALUES)
-    run = krylov_run(MatvecOperator(matrix.mv, 100), start(100), 40)
+    run = lanczos_tridiagonal(MatvecOperator(matrix.mv, 100), start(100), 40)
     distances = (run.ritz_values[:, None] - EIGENVALUES).abs().min(1).values
     assert (distances <= run.residuals + run.rounding).all()
     assert run.residuals[0] < 1e-8 < run.residuals.max()
-    assert run.num_hvps == 40
+    assert run.num_matvecs == 40
 
 
 def test_all_steps_give_all_eigenvalues() -> None:
     matrix = rotated(EIGENVALUES)
-    run = krylov_run(MatvecOperator(matrix.mv, 100), start(100), 1000)
-    assert run.num_hvps == 100
+    run = lanczos_tridiagonal(MatvecOperator(matrix.mv, 100), start(100), 1000)
+    assert run.num_matvecs == 100
     torch.testing.assert_close(run.ritz_values, EIGENVALUES.sort(descending=True).values, atol=1e-12, rtol=0)
     assert not run.residuals.any()
 
@@ -53,7 +53,7 @@ def test_a_run_ends_where_its_krylov_space_does() -> None:
     """Copies of an eigenvalue are one for a single vector."""
     matrix = rotated(torch.tensor([2.0, 2.0, 2.0, 1.0, 1.0, 0.0, 0.0], dtype=torch.float64))
     calls = []
-    run = krylov_run(MatvecOperator(matrix.mv, 7), start(7), 6, progress=calls.append)
+    run = lanczos_tridiagonal(MatvecOperator(matrix.mv, 7), start(7), 6, progress=calls.append)
     torch.testing.assert_close(run.ritz_values, torch.tensor([2.0, 1.0, 0.0], dtype=torch.float64))
     assert calls == [1, 2, 3]
 
@@ -61,7 +61,7 @@ def test_a_run_ends_where_its_krylov_space_does() -> None:
 def test_hessian_and_float32() -> None:
     case = CASES["mlp"](torch.float32)
     operator = HessianOperator(case.model, case.loss_fn, case.batches, weights=case.weights)
-    run = krylov_run(operator, torch.ones(operator.num_parameters), 20)
+    run = lanczos_tridiagonal(operator, torch.ones(operator.num_parameters), 20)
     assert run.ritz_values.dtype == torch.float64
     assert float(run.weights.sum()) == pytest.approx(1.0)
     assert np.all(np.diff(run.ritz_values.numpy()) <= 0)
@@ -70,8 +70,8 @@ def test_hessian_and_float32() -> None:
 def test_errors() -> None:
     operator = MatvecOperator(lambda v: v, 3)
     with pytest.raises(ValueError, match="num_steps"):
-        krylov_run(operator, torch.ones(3, dtype=torch.float64), 0)
+        lanczos_tridiagonal(operator, torch.ones(3, dtype=torch.float64), 0)
     with pytest.raises(ValueError, match="zero"):
-        krylov_run(operator, torch.zeros(3, dtype=torch.float64), 2)
+        lanczos_tridiagonal(operator, torch.zeros(3, dtype=torch.float64), 2)
     with pytest.raises(ArithmeticError, match="NaN"):
-        krylov_run(MatvecOperator(lambda v: v * float("nan"), 3), torch.ones(3, dtype=torch.float64), 2)
+        lanczos_tridiagonal(MatvecOperator(lambda v: v * float("nan"), 3), torch.ones(3, dtype=torch.float64), 2)

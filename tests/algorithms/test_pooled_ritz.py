@@ -69,7 +69,7 @@ def test_a_tail_that_has_not_converged_bends_the_slope() -> None:
 def test_a_bulk_looks_steeper_than_it_is() -> None:
     operator = operator_of(OUTLIERS)
     truth = fit_power_law(OUTLIERS[:K]).slope
-    strict = top_eigenvalues(operator, k=K, max_hvps=20 * K)
+    strict = top_eigenvalues(operator, k=K, max_matvecs=20 * K)
     assert fit_power_law(strict.positive_converged).slope == pytest.approx(truth, rel=0.05)
     pool = pooled_ritz_values(operator, num_steps=K)
     assert fit_power_law(pool.top(K).eigenvalues).slope > 2 * truth
@@ -81,7 +81,7 @@ def test_what_the_pool_claims() -> None:
     assert (distances <= pool.residuals + pool.rounding).all()
     assert (pool.ritz_values.diff() <= 0).all()
     top = pool.top(K)
-    assert (top.missed_probability, top.stopped, top.num_hvps) == (1.0, "max_hvps", pool.num_hvps)
+    assert (top.missed_probability, top.stopped, top.num_matvecs) == (1.0, "max_matvecs", pool.num_matvecs)
     assert 0 < top.num_converged < K
     assert pool.num_distinct(K) <= int((pool.ritz_values[:K] > 0).sum())
 
@@ -92,7 +92,7 @@ def test_a_wide_interval_joins_all_that_it_reaches() -> None:
         residuals=torch.tensor([2.5, 0.1, 0.1, 0.1], dtype=torch.float64),
         num_runs=1,
         rounding=0.0,
-        num_hvps=4,
+        num_matvecs=4,
     )
     assert [pool.num_distinct(k) for k in range(5)] == [0, 1, 1, 2, 3]
 
@@ -100,10 +100,10 @@ def test_a_wide_interval_joins_all_that_it_reaches() -> None:
 def test_progress_and_cost() -> None:
     seen: list[LanczosProgress] = []
     pool = pooled_ritz_values(operator_of(POWER_LAW), num_runs=2, num_steps=5, progress=seen.append)
-    assert [now.num_hvps for now in seen] == list(range(1, 11))
-    assert pool.num_hvps == seen[-1].max_hvps == 10
+    assert [now.num_matvecs for now in seen] == list(range(1, 11))
+    assert pool.num_matvecs == seen[-1].max_matvecs == 10
     small = pooled_ritz_values(operator_of(POWER_LAW[:4]), num_runs=2)
-    assert small.num_hvps == 8
+    assert small.num_matvecs == 8
 
 
 def _on_ranks(rank: int) -> Any:
@@ -123,7 +123,7 @@ def test_the_number_of_ranks_does_not_matter() -> None:
     (alone,) = (outcome.value for outcome in run_ranks(_on_ranks, 1))
     for outcome in run_ranks(_on_ranks, 2):
         torch.testing.assert_close(outcome.value.ritz_values, alone.ritz_values, atol=1e-9, rtol=0)
-        assert outcome.value.num_hvps == alone.num_hvps
+        assert outcome.value.num_matvecs == alone.num_matvecs
 
 
 def test_errors() -> None:

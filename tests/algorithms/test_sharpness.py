@@ -95,7 +95,9 @@ def test_cost_is_what_is_said(deflate: bool, dtype: torch.dtype) -> None:
     spectrum = deflating(operator) if deflate else None
     operator.num_products = 0
     found = moments(operator, num_products=25, spectrum=spectrum)
-    assert operator.num_products == found.num_hvps == found.trace.num_hvps == found.frobenius_norm.num_hvps == 25
+    assert (
+        operator.num_products == found.num_matvecs == found.trace.num_matvecs == found.frobenius_norm.num_matvecs == 25
+    )
     assert found.trace.num_vectors == (25 if deflate else 9)
     low, high = found.trace.interval(0.9999)
     assert low < float(SPECTRA["power law"]().sum()) < high
@@ -107,13 +109,13 @@ def test_what_the_basis_holds_is_exact() -> None:
         [torch.tensor([5.0, 4.0, 3.0, -3.0, -2.0, 1.0], dtype=torch.float64), torch.zeros(60).double()]
     )
     found = moments(Counted(low_rank), num_products=24)
-    assert found.num_hvps == 24  # the directions that only rounding spans are not multiplied, and make room
+    assert found.num_matvecs == 24  # the directions that only rounding spans are not multiplied, and make room
     assert found.trace.value == pytest.approx(8.0, abs=1e-10)
     assert found.frobenius_norm.value == pytest.approx(8.0, abs=1e-10)
     assert found.trace.stderr < 1e-10
     tiny = Counted(torch.tensor([3.0, 2.0, 1.0], dtype=torch.float64))
     whole = moments(tiny, spectrum=top_eigenvalues(tiny, k=3, return_eigenvectors=True))
-    assert (whole.num_hvps, whole.trace.stderr, whole.trace.num_vectors) == (0, 0.0, 0)
+    assert (whole.num_matvecs, whole.trace.stderr, whole.trace.num_vectors) == (0, 0.0, 0)
     assert whole.trace.value == pytest.approx(6.0)
     assert whole.trace.interval() == (whole.trace.value, whole.trace.value)
 
@@ -121,7 +123,7 @@ def test_what_the_basis_holds_is_exact() -> None:
 def test_half_converged_vectors_do_no_harm() -> None:
     eigenvalues = SPECTRA["indefinite"]()
     operator = Counted(eigenvalues)
-    spectrum = top_eigenvalues(operator, k=12, max_hvps=16, return_eigenvectors=True)
+    spectrum = top_eigenvalues(operator, k=12, max_matvecs=16, return_eigenvectors=True)
     assert not spectrum.all_converged
     draws = [moments(operator, num_products=10, spectrum=spectrum, seed=seed) for seed in range(100)]
     for truth, values in (
@@ -191,7 +193,7 @@ def test_runs_that_end_early_are_filled_up_with_nothing() -> None:
     # The eigenspace of 1 has two dimensions, so three steps exhaust it, whatever was asked for.
     density = spectral_density(Counted(torch.tensor([3.0, 1.0, 1.0, 0.0], dtype=torch.float64)), num_steps=40)
     assert density.nodes.shape == (4, 3)
-    assert density.num_hvps == 12
+    assert density.num_matvecs == 12
     torch.testing.assert_close(density.weights.sum(1), torch.ones(4, dtype=torch.float64))
 
 
@@ -223,7 +225,7 @@ def test_the_number_of_ranks_does_not_matter(world_size: int) -> None:
             assert found.trace.value == pytest.approx(expected.trace.value, rel=1e-9)
             assert found.frobenius_norm.value == pytest.approx(expected.frobenius_norm.value, rel=1e-9)
             assert found.frobenius_norm.stderr == pytest.approx(expected.frobenius_norm.stderr, rel=1e-6)
-            assert found.num_hvps == expected.num_hvps
+            assert found.num_matvecs == expected.num_matvecs
         torch.testing.assert_close(density.nodes, alone[2].nodes, atol=1e-9, rtol=0)
         torch.testing.assert_close(density.weights, alone[2].weights, atol=1e-8, rtol=0)
 

@@ -79,7 +79,7 @@ def saved(monkeypatch: pytest.MonkeyPatch) -> dict[int, Any]:
     save = SolverCheckpoint.save
 
     def noting(self: SolverCheckpoint, basis: Any, solver: Any) -> None:
-        products = solver["decomposition"]["num_hvps"]
+        products = solver["decomposition"]["num_matvecs"]
         state = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, solver)
         assert_same_state(states.setdefault(products, state), state)
         save(self, basis, solver)
@@ -107,9 +107,11 @@ def test_a_run_that_is_killed_again_and_again(
 ) -> None:
     """At ever other places: between checks, after probes that were in vain, within those that found something."""
     matrix = rotated(SPECTRA[name]())
-    solve = partial(top_eigenvalues, operator_of(matrix, dtype), k, max_hvps=min(len(matrix), 250), checkpoint_every=0)
+    solve = partial(
+        top_eigenvalues, operator_of(matrix, dtype), k, max_matvecs=min(len(matrix), 250), checkpoint_every=0
+    )
     products: list[int] = []
-    whole = solve(progress=lambda now: products.append(now.num_hvps))
+    whole = solve(progress=lambda now: products.append(now.num_matvecs))
     assert_same(solve(checkpoint=tmp_path / "whole"), whole)
     spectrum = None
     for after in count(3, 3):
@@ -117,7 +119,7 @@ def test_a_run_that_is_killed_again_and_again(
         die = dying(after)
 
         def progress(now: LanczosProgress, seen: list[int] = seen, die: Any = die) -> None:
-            seen.append(now.num_hvps)
+            seen.append(now.num_matvecs)
             die(now)
 
         with suppress(Killed):
@@ -150,7 +152,7 @@ def test_several_chains(state: tuple[int, int | None], saved: dict[int, Any], tm
 def test_options_are_arguments_of_the_same_call(options: dict[str, Any], tmp_path: Path) -> None:
     operator = operator_of(POWER_LAW)
     whole = top_eigenvalues(operator, 10, **options)
-    killed_after(whole.num_hvps * 2 // 3, operator, tmp_path / "run", **options)
+    killed_after(whole.num_matvecs * 2 // 3, operator, tmp_path / "run", **options)
     assert_same(top_eigenvalues(operator, 10, checkpoint=str(tmp_path / "run"), **options), whole)
 
 
@@ -163,7 +165,7 @@ def test_the_hessian_of_a_network(hvp: str, dtype: torch.dtype, tmp_path: Path) 
         return HessianOperator(case.model, case.loss_fn, case.batches, weights=case.weights, hvp=hvp)
 
     whole = top_eigenvalues(operator(), 8)
-    killed_after(whole.num_hvps // 2, operator(), tmp_path / "run", 8)
+    killed_after(whole.num_matvecs // 2, operator(), tmp_path / "run", 8)
     assert_same(top_eigenvalues(operator(), 8, checkpoint=tmp_path / "run"), whole)
 
 
@@ -189,7 +191,7 @@ def test_nothing_is_saved_in_the_first_seconds_nor_left_at_the_end(
     whole = top_eigenvalues(operator, 10, checkpoint=tmp_path / "run", progress=look)
     saved = [one["rank0.basis"] // (400 * 8) for one in sizes]
     assert saved[:9] == [0, 0, 0, 0, 0, 5, 5, 5, 5]
-    assert 4 <= len(set(saved)) <= whole.num_hvps // 4
+    assert 4 <= len(set(saved)) <= whole.num_matvecs // 4
 
 
 def test_the_basis_is_appended_to_and_small_states_take_turns(tmp_path: Path) -> None:
@@ -201,7 +203,7 @@ def test_the_basis_is_appended_to_and_small_states_take_turns(tmp_path: Path) ->
     def look(now: LanczosProgress) -> None:
         data = (folder / "rank0.basis").read_bytes()
         assert data.startswith(written[-1])
-        assert len(data) <= 4 * 400 * now.num_hvps
+        assert len(data) <= 4 * 400 * now.num_matvecs
         written.append(data)
         inodes.add((folder / "rank0.basis").stat().st_ino)
         assert {path.name for path in folder.iterdir()} <= {"rank0.basis", "rank0.state0", "rank0.state1"}
@@ -280,7 +282,7 @@ def test_after_a_save_that_fails_the_run_goes_on_and_the_save_before_stays(
     with monkeypatch.context() as patch:
         patch.setattr(solver_checkpoint.os, "fsync", partial(full_disk, count(written, -1)))
         with pytest.warns(UserWarning, match="goes on without further saves"):
-            assert_same(solve(progress=lambda now: first.append(now.num_hvps)), whole)
+            assert_same(solve(progress=lambda now: first.append(now.num_matvecs)), whole)
     assert first[0] == 22
     assert not folder.exists()
 
@@ -294,7 +296,7 @@ def test_runs_that_share_a_folder_are_told_so(tmp_path: Path) -> None:
     operator, folder = operator_of(POWER_LAW), tmp_path / "run"
 
     def look(now: LanczosProgress) -> None:
-        if now.num_hvps == 20:  # The other run is through.
+        if now.num_matvecs == 20:  # The other run is through.
             solver_checkpoint.delete_files(folder, 0)
 
     with pytest.warns(UserWarning, match=r"rank0\.basis\): do two runs share this folder\? Give each its own"):
@@ -381,22 +383,22 @@ def test_the_same_hessian_by_another_engine_is_none_other(tmp_path: Path) -> Non
     [
         ({"k": 9}, r"k=10, and this one has k=9"),
         ({"rtol": 1e-3}, r"rtol=0.01, and"),
-        ({"max_hvps": 70}, r"max_hvps=100, and"),
+        ({"max_matvecs": 70}, r"max_matvecs=100, and"),
         ({"seed": 1}, r"seed=0, and"),
         ({"positive_only": True}, r"positive_only=False, and"),
         ({"operator": operator_of(POWER_LAW, torch.float32)}, r"dtype=float64, and this one has dtype=float32"),
         ({"operator": operator_of(POWER_LAW[:399, :399])}, r"parameters=400, and this one has parameters=399"),
         ({"version": "0.0.9"}, r"version=.*, and this one has version=0.0.9"),
     ],
-    ids=["k", "rtol", "max_hvps", "seed", "positive_only", "dtype", "parameters", "version"],
+    ids=["k", "rtol", "max_matvecs", "seed", "positive_only", "dtype", "parameters", "version"],
 )
 def test_another_run_is_refused(
     options: dict[str, Any], named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    killed_after(15, operator_of(POWER_LAW), tmp_path / "run", max_hvps=100)
+    killed_after(15, operator_of(POWER_LAW), tmp_path / "run", max_matvecs=100)
     if version := options.pop("version", None):
         monkeypatch.setattr(solver_checkpoint, "__version__", version)
-    defaults: dict[str, Any] = {"operator": operator_of(POWER_LAW), "k": 10, "max_hvps": 100}
+    defaults: dict[str, Any] = {"operator": operator_of(POWER_LAW), "k": 10, "max_matvecs": 100}
     with pytest.raises(CheckpointError, match=rf"{named}.*run it as it was begun, or delete the folder to start over"):
         top_eigenvalues(checkpoint=tmp_path / "run", **{**defaults, **options})
 
@@ -443,7 +445,7 @@ def spectrum_on(rank: int, folder: Path | None, killed: int | None = None) -> tu
     seen: list[tuple[int, int]] = []
 
     def progress(now: LanczosProgress) -> None:
-        seen.append((now.num_hvps, 0 if folder is None else last_save(folder, rank)))
+        seen.append((now.num_matvecs, 0 if folder is None else last_save(folder, rank)))
 
     options: dict[str, Any] = {"return_eigenvectors": True, "progress": progress}
     return top_eigenvalues(DiagonalOperator(300), 8, checkpoint=folder, checkpoint_every=0, **options), seen[0]
@@ -586,7 +588,7 @@ def test_a_measurement_of_other_weights_warns_and_starts_over(tmp_path: Path, of
 def test_parts_have_folders_of_their_own(tmp_path: Path, often: None) -> None:
     options: dict[str, Any] = {"groups": {"last": r"^net\.4"}, "prefix": "curvature/hessian"}
     whole = fitted(tmp_path / "other", **options)
-    for product in (12, whole.history[-1].num_hvps):
+    for product in (12, whole.history[-1].num_matvecs):
         with pytest.raises(Killed):
             fitted(tmp_path / "solver", (4, product), die, **options)
         names = [path.name for path in (tmp_path / "solver").iterdir()]

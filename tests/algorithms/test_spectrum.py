@@ -18,7 +18,7 @@ def spectrum(eigenvalues: list[float], bounds: list[float], rtol: float = 1e-2) 
         converged=torch.ones(len(values), dtype=torch.bool),
         rtol=rtol,
         missed_probability=1e-3,
-        num_hvps=10,
+        num_matvecs=10,
         stopped="converged",
         rounding=1e-6,
         symmetry_defect=0.0,
@@ -46,4 +46,4 @@ def test_zero_and_negative_eigenvalues_are_counted_and_not_fitted(last: float) -
 
 def test_it_cannot_be_changed() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
-        spectrum([1.0], [0.1]).num_hvps = 3  # type: ignore[misc]
+        spectrum([1.0], [0.1]).num_matvecs = 3  # type: ignore[misc]

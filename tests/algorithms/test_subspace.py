@@ -80,7 +80,7 @@ def test_the_bound_holds_and_is_the_residual_s(dimension: int, size: float) -> N
     change = random_matrix(80, 80, 5)
     change = size * (change + change.T) / torch.linalg.matrix_norm(change + change.T, 2)
     before, now = (
-        top_eigenvalues(dense_operator(m), k=10, rtol=1e-9, max_hvps=200, return_eigenvectors=True)
+        top_eigenvalues(dense_operator(m), k=10, rtol=1e-9, max_matvecs=200, return_eigenvectors=True)
         for m in (matrix, matrix + change)
     )
     rotation = subspace_rotation(dense_operator(matrix + change), before, now, dimension=dimension)
@@ -90,7 +90,7 @@ def test_the_bound_holds_and_is_the_residual_s(dimension: int, size: float) -> N
     np.testing.assert_allclose(rotation.angles.numpy(), expected, rtol=1e-4, atol=1e-7)
     assert rotation.overlap == pytest.approx(float((old.T @ new).square().sum()) / dimension)
     assert rotation.largest_angle == pytest.approx(float(expected[-1]), rel=1e-4)
-    assert rotation.num_hvps == dimension
+    assert rotation.num_matvecs == dimension
 
     images = (matrix + change) @ old
     compressed = old.T @ images
@@ -154,7 +154,7 @@ def _on_ranks(rank: int) -> Any:
             weights=case.weights[rank::size],
             process_group=dist.group.WORLD,
         )
-        spectra.append(top_eigenvalues(operator, k=6, rtol=1e-8, return_eigenvectors=True, max_hvps=100))
+        spectra.append(top_eigenvalues(operator, k=6, rtol=1e-8, return_eigenvectors=True, max_matvecs=100))
     return subspace_rotation(operator, *spectra, dimension=3)
 
 

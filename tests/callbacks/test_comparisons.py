@@ -1,4 +1,4 @@
-"""Protocols, blocks and comparisons in real runs: what is logged, kept, announced, refused, and left undisturbed."""
+"""Protocols, blocks and extras in real runs: logged, kept, announced, refused, and without a trace in training."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_numbers_are_those_of_the_functions(measured: Any) -> None:
     values = last.comparisons
     operator = operator_of(module)
     spectrum = top_eigenvalues(
-        operator, NUM_EIGENVALUES, rtol=0.05, max_hvps=60, positive_only=True, return_eigenvectors=True
+        operator, NUM_EIGENVALUES, rtol=0.05, max_matvecs=60, positive_only=True, return_eigenvectors=True
     )
     torch.testing.assert_close(last.spectrum.eigenvalues, spectrum.eigenvalues, rtol=1e-3, atol=1e-4)
     expected = trace(operator, num_products=12, spectrum=spectrum)
@@ -107,7 +107,7 @@ def test_a_group_is_the_hessian_of_its_parameters(measured: Any) -> None:
     assert list(groups) == list(GROUPS)
     for group, expression in GROUPS.items():
         operator = operator_of(module, expression)
-        expected = top_eigenvalues(operator, NUM_EIGENVALUES, rtol=0.05, max_hvps=60, positive_only=True)
+        expected = top_eigenvalues(operator, NUM_EIGENVALUES, rtol=0.05, max_matvecs=60, positive_only=True)
         torch.testing.assert_close(groups[group].spectrum.eigenvalues, expected.eigenvalues, rtol=1e-3, atol=1e-4)
         assert groups[group].num_parameters == operator.num_parameters
         assert groups[group].slope == pytest.approx(fit_power_law(expected.positive_converged).slope, rel=1e-2)

@@ -246,7 +246,7 @@ def test_the_papers_slopes_through_early_stopping(
             error_bounds=torch.zeros_like(values),
             converged=torch.ones(k, dtype=torch.bool),
             missed_probability=0.0,
-            num_hvps=0,
+            num_matvecs=0,
             stopped="converged",
             rounding=0.0,
             symmetry_defect=0.0,

@@ -26,14 +26,14 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from hessian_callback.callbacks.samples import collect, deal
-from hessian_callback.callbacks.state_guard import random_state_kept
+from hessian_callback.callbacks.samples import assign_to_ranks, collect
+from hessian_callback.callbacks.state_guard import preserve_random_state
 
 NUMBERS = torch.arange(20.0).reshape(20, 1)
 
 
 def collected(loader: Any, **options: Any) -> Any:
-    with random_state_kept():
+    with preserve_random_state():
         return collect(loader, **{"num_samples": 10, **options})
 
 
@@ -246,7 +246,7 @@ def test_weights_of_the_users() -> None:
 @given(st.lists(st.floats(0, 100), max_size=40), st.integers(1, 9))
 @settings(max_examples=60, deadline=None)
 def test_every_batch_is_dealt_once_and_evenly(weights: list[float], num_hands: int) -> None:
-    hands = deal(weights, num_hands)
+    hands = assign_to_ranks(weights, num_hands)
     assert sorted(number for hand in hands for number in hand) == list(range(len(weights)))
     loads = [sum(weights[number] for number in hand) for hand in hands]
     if weights:

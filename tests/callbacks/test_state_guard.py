@@ -20,7 +20,7 @@ from lightning.pytorch import LightningModule
 from torch import nn
 
 import hessian_callback.callbacks.state_guard as guard
-from hessian_callback.callbacks.state_guard import sigterm_deferred, undisturbed
+from hessian_callback.callbacks.state_guard import defer_sigterm, preserve_training_state
 from tests.helpers.toy_runs import trainer
 
 
@@ -151,7 +151,7 @@ def attached(tmp_path: Any) -> Hoarder:
 @pytest.mark.parametrize("which", range(len(DISTURBANCES)))
 def test_each_kind_of_state_is_restored(which: int, attached: Hoarder) -> None:
     before = picture(attached)
-    with undisturbed(attached.trainer, attached):
+    with preserve_training_state(attached.trainer, attached):
         attached.disturb(which)
     torch.set_grad_enabled(True)
     assert picture(attached) == before
@@ -174,7 +174,7 @@ def test_restoration_is_a_property(visit: list[int], error: Any, earlier: list[i
     torch.set_grad_enabled(True)
     before = picture(module)
     expected = nullcontext() if error is None else pytest.raises(error)
-    with expected, undisturbed(SHARED, module):
+    with expected, preserve_training_state(SHARED, module):
         for which in visit:
             module.disturb(which)
         if error is not None:
@@ -187,7 +187,7 @@ SHARED = trainer(None)
 
 
 def test_inside(attached: Hoarder) -> None:
-    with torch.inference_mode(), undisturbed(attached.trainer, attached):
+    with torch.inference_mode(), preserve_training_state(attached.trainer, attached):
         assert torch.is_grad_enabled()
         assert not torch.is_inference_mode_enabled()
         assert not any(module.training for module in attached.modules())
@@ -203,7 +203,7 @@ def test_a_large_tensor_is_watched(attached: Hoarder, monkeypatch: Any) -> None:
     monkeypatch.setattr(guard, "_COPIED_BYTES", 8)
     with (
         pytest.raises(RuntimeError, match=r"changed the tensor Hoarder\..* in place.*Pass loss_fn="),
-        undisturbed(attached.trainer, attached),
+        preserve_training_state(attached.trainer, attached),
         torch.no_grad(),
     ):
         attached.net[0].weight.add_(1)
@@ -211,7 +211,7 @@ def test_a_large_tensor_is_watched(attached: Hoarder, monkeypatch: Any) -> None:
 
 def test_compute_groups_are_found_out_about_again(attached: Hoarder) -> None:
     groups = copy.deepcopy(attached.kind._groups)
-    with undisturbed(attached.trainer, attached):
+    with preserve_training_state(attached.trainer, attached):
         update_metrics(attached)
     assert attached.kind._groups == groups
     preds, target = torch.rand(20), torch.randint(0, 2, (20,))
@@ -225,7 +225,7 @@ def test_compute_groups_are_found_out_about_again(attached: Hoarder) -> None:
 
 def test_graphs_of_the_users_stay_usable(attached: Hoarder) -> None:
     loss = attached.net[0](torch.ones(1, 3)).square().sum()
-    with undisturbed(attached.trainer, attached):
+    with preserve_training_state(attached.trainer, attached):
         attached.net[0](torch.ones(1, 3)).sum()
     loss.backward()
     assert attached.net[0].weight.grad is not None
@@ -233,7 +233,7 @@ def test_graphs_of_the_users_stay_usable(attached: Hoarder) -> None:
 
 def test_machinery_of_others_is_let_alone(attached: Hoarder) -> None:
     attached.queue = queue.Queue()
-    with undisturbed(attached.trainer, attached):
+    with preserve_training_state(attached.trainer, attached):
         attached.queue.put(1)  # As another thread would.
     assert attached.queue.qsize() == 1
 
@@ -241,7 +241,7 @@ def test_machinery_of_others_is_let_alone(attached: Hoarder) -> None:
 def test_very_long_lists_lose_what_was_appended(attached: Hoarder, monkeypatch: Any) -> None:
     monkeypatch.setattr(guard, "_COPIED_ITEMS", 10)
     attached.outputs.extend(range(50))
-    with undisturbed(attached.trainer, attached):
+    with preserve_training_state(attached.trainer, attached):
         attached.outputs.append(0)
     assert attached.outputs == list(range(50))
 
@@ -250,11 +250,11 @@ def test_sigterm_is_handed_on_afterwards() -> None:
     events: list[str] = []
     before = signal.signal(signal.SIGTERM, lambda *_: events.append("handled"))
     try:
-        with sigterm_deferred():
+        with defer_sigterm():
             signal.raise_signal(signal.SIGTERM)
             events.append("went on")
         assert events == ["went on", "handled"]
-        with suppress(ValueError), sigterm_deferred():
+        with suppress(ValueError), defer_sigterm():
             signal.raise_signal(signal.SIGTERM)
             raise ValueError
         assert events == ["went on", "handled", "handled"]

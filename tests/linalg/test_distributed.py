@@ -34,14 +34,16 @@ def test_slices_cover_the_vector_once(size: int, world_size: int) -> None:
 
 
 def test_a_single_process_fails_with_its_own_error() -> None:
-    with pytest.raises(ZeroDivisionError), Ranks().together("dividing"):
+    with pytest.raises(ZeroDivisionError), Ranks().propagate_errors("dividing"):
         _ = 1 / 0
 
 
 # -- the same Hessian for any W --------------------------------------------------------------------
 
 
-def deal(case_name: str, dtype: torch.dtype, rank: int, world_size: int, holders: int) -> tuple[Any, list[Any], list]:
+def assign_to_ranks(
+    case_name: str, dtype: torch.dtype, rank: int, world_size: int, holders: int
+) -> tuple[Any, list[Any], list]:
     """The samples of a case one by one, so that shares can be ragged; only the first ``holders`` ranks get any."""
     case = CASES[case_name](dtype)
     singles, weights = [], []
@@ -55,7 +57,7 @@ def deal(case_name: str, dtype: torch.dtype, rank: int, world_size: int, holders
 
 
 def spectrum_on(rank: int, case_name: str, dtype: torch.dtype, holders: int, hvp: str) -> tuple[Tensor, Tensor, Tensor]:
-    case, batches, weights = deal(case_name, dtype, rank, dist.get_world_size(), holders)
+    case, batches, weights = assign_to_ranks(case_name, dtype, rank, dist.get_world_size(), holders)
     operator = HessianOperator(
         case.model, case.loss_fn, batches, weights=weights, process_group=dist.group.WORLD, hvp=hvp
     )
@@ -110,7 +112,7 @@ def count_collectives(rank: int) -> tuple[Counter[str], Counter[str], int, int, 
 
         setattr(home, name, call)
 
-    case, batches, weights = deal("mlp", torch.float32, rank, 2, 2)
+    case, batches, weights = assign_to_ranks("mlp", torch.float32, rank, 2, 2)
     operator = HessianOperator(case.model, case.loss_fn, batches, weights=weights, process_group=dist.group.WORLD)
     for name in ("all_reduce", "reduce_scatter", "all_gather", "broadcast"):
         counted(name)
@@ -120,20 +122,20 @@ def count_collectives(rank: int) -> tuple[Counter[str], Counter[str], int, int, 
     calls.clear()
     volume.clear()
     spectrum = top_eigenvalues(operator, 8)
-    return calls, volume + Counter(), spectrum.num_hvps, one_product, one_product_volume  # type: ignore[return-value]
+    return calls, volume + Counter(), spectrum.num_matvecs, one_product, one_product_volume  # type: ignore[return-value]
 
 
 def test_one_reduce_scatter_and_one_all_gather_a_product() -> None:
     for outcome in run_ranks(count_collectives, 2):
-        calls, volume, num_hvps, one_product, one_product_volume = outcome.value
+        calls, volume, num_matvecs, one_product, one_product_volume = outcome.value
         assert one_product == {"reduce_scatter": 1, "all_gather": 1}
         slice_length = -(-57 // 2)
         assert one_product_volume["all_gather"] == 4 * 2 * slice_length
         assert one_product_volume["reduce_scatter"] == 4 * 2 * (slice_length + 2)  # a flag slot per rank
-        assert calls["reduce_scatter"] == calls["all_gather"] == num_hvps
+        assert calls["reduce_scatter"] == calls["all_gather"] == num_matvecs
         # Three short ones a step; a chain's beginning needs five more, the last check one.
-        assert calls["all_reduce"] <= 3 * num_hvps + 2 * 5 + 1
-        assert volume["all_reduce"] <= 8 * calls["all_reduce"] * (num_hvps + 1)
+        assert calls["all_reduce"] <= 3 * num_matvecs + 2 * 5 + 1
+        assert volume["all_reduce"] <= 8 * calls["all_reduce"] * (num_matvecs + 1)
 
 
 class DiagonalOperator:
@@ -155,7 +157,7 @@ def resident_growth(rank: int, size: int) -> int:
             return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
     operator = DiagonalOperator(size)
-    top_eigenvalues(operator, 1, max_hvps=5)
+    top_eigenvalues(operator, 1, max_matvecs=5)
     before = resident()
     largest = before
 
@@ -163,7 +165,7 @@ def resident_growth(rank: int, size: int) -> int:
         nonlocal largest
         largest = max(largest, resident())
 
-    top_eigenvalues(operator, 50, max_hvps=100, progress=watch)
+    top_eigenvalues(operator, 50, max_matvecs=100, progress=watch)
     return largest - before
 
 
@@ -181,7 +183,7 @@ def test_the_krylov_basis_is_cut_over_the_ranks() -> None:
 
 
 def failing_product(rank: int, failing: int, fault: str) -> None:
-    case, batches, weights = deal("mlp", torch.float64, rank, dist.get_world_size(), dist.get_world_size())
+    case, batches, weights = assign_to_ranks("mlp", torch.float64, rank, dist.get_world_size(), dist.get_world_size())
     calls = 0
 
     def loss_fn(model: Any, batch: Any) -> Tensor:
@@ -228,7 +230,7 @@ def test_the_survivors_of_a_killed_rank_end_soon_and_say_why() -> None:
 
 
 def failing_preparation(rank: int, fault: str) -> None:
-    case, batches, weights = deal("mlp", torch.float64, rank, 2, 2)
+    case, batches, weights = assign_to_ranks("mlp", torch.float64, rank, 2, 2)
     if fault == "weights" and rank == 0:
         weights = weights[1:]
 
@@ -252,7 +254,7 @@ def test_a_rank_that_fails_before_the_first_product_fails_all(fault: str, error:
 
 
 def no_group(rank: int) -> str:
-    case, batches, weights = deal("mlp", torch.float64, rank, 2, 2)
+    case, batches, weights = assign_to_ranks("mlp", torch.float64, rank, 2, 2)
     with pytest.raises(ValueError, match="2 ranks") as caught:
         HessianOperator(case.model, case.loss_fn, batches, weights=weights)
     return str(caught.value)
@@ -266,7 +268,7 @@ def test_the_group_must_be_named_where_there_are_several_ranks() -> None:
 
 def group_of_one(rank: int) -> Tensor:
     groups = [dist.new_group([member]) for member in range(2)]
-    case, batches, weights = deal("mlp", torch.float64, rank, 2, 2)
+    case, batches, weights = assign_to_ranks("mlp", torch.float64, rank, 2, 2)
     operator = HessianOperator(case.model, case.loss_fn, batches, weights=weights, process_group=groups[rank])
     return top_eigenvalues(operator, 3).eigenvalues
 

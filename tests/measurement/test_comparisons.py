@@ -93,7 +93,7 @@ def test_no_bound_from_eigenvalues_that_are_not_known() -> None:
 
 def test_rounding_widens_the_interval_downwards() -> None:
     """An eigenvalue may lie below its Ritz value by as much as products are wrong."""
-    spectrum = top_eigenvalues(OPERATOR, k=20, rtol=1e-6, max_hvps=300)
+    spectrum = top_eigenvalues(OPERATOR, k=20, rtol=1e-6, max_matvecs=300)
     narrow = numerical_interval_of(spectrum, 20)
     wide = numerical_interval_of(replace(spectrum, rounding=1e-3), 20)
     assert wide[0] < narrow[0] <= narrow[1] < wide[1]

@@ -29,8 +29,8 @@ def measurement(step: int = 3, **options: Any) -> Measurement:
         converged=torch.tensor([True, True, True, False]),
         rtol=0.01,
         missed_probability=1e-4,
-        num_hvps=40,
-        stopped="max_hvps",
+        num_matvecs=40,
+        stopped="max_matvecs",
         rounding=1e-12,
         symmetry_defect=0.0,
         ritz_values=values,
@@ -43,7 +43,7 @@ RICH = measurement(
     loss=math.nan,
     comparisons={"trace": math.inf, "slope_half_1": 0.1},
     not_compared={"norms": "a reason\nof “two” lines"},
-    density=SpectralDensity(torch.rand(2, 3).double(), torch.rand(2, 3), size=9, rounding=1e-9, num_hvps=6),
+    density=SpectralDensity(torch.rand(2, 3).double(), torch.rand(2, 3), size=9, rounding=1e-9, num_matvecs=6),
     groups={"head": measurement(), "mapping": measurement(reason="float: nan")},
 )
 

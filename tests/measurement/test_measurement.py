@@ -24,7 +24,7 @@ def measurement(num_fitted: int = 20, reason: str | None = None, **changes: Any)
         error_bounds=1e-3 * values,
         converged=converged,
         missed_probability=1e-4,
-        num_hvps=70,
+        num_matvecs=70,
         stopped="converged",
         rounding=1e-9,
         symmetry_defect=1e-8,
@@ -61,7 +61,7 @@ CASES = {
             weights=torch.tensor([[0.25, 0.75]] * 2, dtype=torch.float64),
             size=50,
             rounding=1e-9,
-            num_hvps=4,
+            num_matvecs=4,
         ),
         groups={"head": measurement(num_parameters=7), "body": measurement(1, "only 1 of 20")},
     ),
@@ -166,5 +166,5 @@ def test_equality_is_of_values() -> None:
     one = CASES["logged"]
     assert one == measurement()
     assert one != dataclasses.replace(one, step=31)
-    assert one != dataclasses.replace(one, spectrum=dataclasses.replace(one.spectrum, num_hvps=71))
+    assert one != dataclasses.replace(one, spectrum=dataclasses.replace(one.spectrum, num_matvecs=71))
     assert one != "a measurement"

@@ -24,7 +24,7 @@ def operator_of(eigenvalues: Tensor) -> MatvecOperator:
 def test_strict_is_the_solver_and_paper_is_the_pool() -> None:
     operator = operator_of(EIGENVALUES)
     strict, paper = Protocol(20, seed=3), Protocol(20, "paper", seed=3)
-    expected = top_eigenvalues(operator, k=20, max_hvps=200, seed=3, positive_only=True)
+    expected = top_eigenvalues(operator, k=20, max_matvecs=200, seed=3, positive_only=True)
     assert torch.equal(strict.solve(operator).eigenvalues, expected.eigenvalues)
     pool = pooled_ritz_values(operator, num_runs=3, num_steps=20, seed=3)
     spectrum = paper.solve(operator)
@@ -47,9 +47,9 @@ def test_cost(protocol: Protocol, limit: int, expected: int) -> None:
     assert (protocol.hvp_limit, protocol.expected_hvps(500)) == (limit, expected)
     seen: list[LanczosProgress] = []
     spectrum = protocol.solve(operator_of(EIGENVALUES), progress=seen.append)
-    assert spectrum.num_hvps == seen[-1].num_hvps <= limit
+    assert spectrum.num_matvecs == seen[-1].num_matvecs <= limit
     if protocol.mode == "paper":
-        assert spectrum.num_hvps == expected
+        assert spectrum.num_matvecs == expected
 
 
 def test_only_paper_mode_fits_what_has_not_converged() -> None:
@@ -80,13 +80,13 @@ def test_a_run_that_stops_on_the_slope_knows_it_as_well_as_it_says(slope_rtol: f
     assert not spectrum.all_converged
     assert ((spectrum.eigenvalues - eigenvalues[:40]).abs() <= spectrum.error_bounds).all()
     assert abs(fit.slope - truth) <= 2 * slope_rtol * truth
-    assert spectrum.num_hvps < Protocol(40, max_hvps=500).solve(operator).num_hvps
+    assert spectrum.num_matvecs < Protocol(40, max_hvps=500).solve(operator).num_matvecs
 
 
 def test_a_slope_that_is_not_fixed_yet_is_not_fitted() -> None:
     protocol = Protocol(40, max_hvps=60, stop_on="slope")
     spectrum = protocol.solve(operator_of(EIGENVALUES))
-    assert spectrum.stopped == "max_hvps"
+    assert spectrum.stopped == "max_matvecs"
     fit, reason = protocol.fit(spectrum)
     assert fit is None or fit.num_eigenvalues < 40
     assert reason is not None

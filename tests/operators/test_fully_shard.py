@@ -13,7 +13,7 @@ from torch.distributed.fsdp import fully_shard
 
 from hessian_callback import HessianOperator, top_eigenvalues
 from tests.helpers.ranks import run_ranks
-from tests.linalg.test_distributed import deal
+from tests.linalg.test_distributed import assign_to_ranks
 
 pytestmark = pytest.mark.skipif(
     not hasattr(torch.cpu.Stream, "record_event"), reason="fully_shard of this PyTorch does not run on a CPU"
@@ -24,9 +24,9 @@ def sharded_and_whole(
     rank: int, hvp: str, dtype: torch.dtype, holders: int, layers: tuple[int, ...] = (0, 2)
 ) -> tuple[float, Tensor, Tensor]:
     world = dist.get_world_size()
-    whole, batches, weights = deal("mlp", dtype, 0, 1, 1)
+    whole, batches, weights = assign_to_ranks("mlp", dtype, 0, 1, 1)
     reference = HessianOperator(whole.model, whole.loss_fn, batches, weights=weights, process_group=_own_group(rank))
-    case, batches, weights = deal("mlp", dtype, rank, world, holders)
+    case, batches, weights = assign_to_ranks("mlp", dtype, rank, world, holders)
     model = case.model
     mesh = init_device_mesh("cpu", (world,))
     for module in (*[model[layer] for layer in layers], model):

@@ -44,7 +44,7 @@ def measure(
         converged=bounds <= 1e-2 * eigenvalues.abs(),
         rtol=1e-2,
         missed_probability=1e-6,
-        num_hvps=180,
+        num_matvecs=180,
         stopped="converged",
         rounding=1e-9,
         symmetry_defect=0.0,
@@ -62,7 +62,7 @@ def with_density(density: SpectralDensity | None, measurement: Measurement | Non
 def nodes(*rows: list[tuple[float, float]], size: int = 100) -> SpectralDensity:
     both = torch.tensor(rows, dtype=torch.float64)
     return SpectralDensity(
-        nodes=both[..., 0], weights=both[..., 1], size=size, rounding=0.0, num_hvps=both[..., 0].numel()
+        nodes=both[..., 0], weights=both[..., 1], size=size, rounding=0.0, num_matvecs=both[..., 0].numel()
     )
 
 
