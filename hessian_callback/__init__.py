@@ -16,32 +16,66 @@ if TYPE_CHECKING:
     from hessian_callback.algorithms.spectrum import Spectrum
     from hessian_callback.callbacks.early_stopping import PowerLawEarlyStopping
     from hessian_callback.callbacks.power_law import PowerLawHessianCallback
+    from hessian_callback.measurement.extras.density import Density
+    from hessian_callback.measurement.extras.norms import Norms
+    from hessian_callback.measurement.extras.numerical_interval import NumericalInterval
+    from hessian_callback.measurement.extras.outlier_ratio import OutlierRatio
+    from hessian_callback.measurement.extras.split_half import SplitHalf
+    from hessian_callback.measurement.extras.subspace import Subspace
+    from hessian_callback.measurement.extras.trace import FrobeniusNorm, Trace
+    from hessian_callback.measurement.measure import measure
+    from hessian_callback.measurement.measurement import Measurement
+    from hessian_callback.measurement.solvers import Lanczos, PublishedProtocol
     from hessian_callback.metrics import PowerLawFitError, PowerLawSlope
     from hessian_callback.operators.hessian import HessianOperator
     from hessian_callback.power_law.fit import PowerLawFit, fit_power_law
 
 __all__ = [
+    "Density",
+    "FrobeniusNorm",
     "HessianOperator",
+    "Lanczos",
+    "Measurement",
+    "Norms",
+    "NumericalInterval",
+    "OutlierRatio",
     "PowerLawEarlyStopping",
     "PowerLawFit",
     "PowerLawFitError",
     "PowerLawHessianCallback",
     "PowerLawSlope",
+    "PublishedProtocol",
     "Spectrum",
+    "SplitHalf",
+    "Subspace",
+    "Trace",
     "__version__",
     "fit_power_law",
+    "measure",
     "top_eigenvalues",
 ]
 
 _MODULES = {
+    "Density": "measurement.extras.density",
+    "FrobeniusNorm": "measurement.extras.trace",
     "HessianOperator": "operators.hessian",
+    "Lanczos": "measurement.solvers",
+    "Measurement": "measurement.measurement",
+    "Norms": "measurement.extras.norms",
+    "NumericalInterval": "measurement.extras.numerical_interval",
+    "OutlierRatio": "measurement.extras.outlier_ratio",
     "PowerLawEarlyStopping": "callbacks.early_stopping",
     "PowerLawFit": "power_law.fit",
     "PowerLawFitError": "metrics",
     "PowerLawHessianCallback": "callbacks.power_law",
     "PowerLawSlope": "metrics",
+    "PublishedProtocol": "measurement.solvers",
     "Spectrum": "algorithms.spectrum",
+    "SplitHalf": "measurement.extras.split_half",
+    "Subspace": "measurement.extras.subspace",
+    "Trace": "measurement.extras.trace",
     "fit_power_law": "power_law.fit",
+    "measure": "measurement.measure",
     "top_eigenvalues": "algorithms.lanczos",
 }
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader, TensorDataset
 
-from hessian_callback import HessianOperator, Spectrum, top_eigenvalues
+from hessian_callback import Density, HessianOperator, OutlierRatio, Spectrum, Subspace, top_eigenvalues
 from hessian_callback.callbacks.module_loss import resolve_loss
 from hessian_callback.linalg.distributed import Partition, Ranks
 from hessian_callback.linalg.krylov_basis import row_products
@@ -712,7 +712,10 @@ def test_a_resumed_run_goes_on_where_it_was(tmp_path: Any, deterministic: None) 
     assert same(other.state_dict(), model.state_dict())
 
 
-EXTRAS = ["trace", "frobenius", "density", "subspace", "norms", "numerical_interval", "halves"]
+EXTRAS = [
+    *("trace", "frobenius", Density(num_hvps=80), Subspace(dimension=2), "norms", "numerical_interval", "split_half"),
+    OutlierRatio(num_classes=2),
+]
 
 
 def test_all_comparisons_agree_with_the_cpus(tmp_path: Any) -> None:
@@ -720,10 +723,7 @@ def test_all_comparisons_agree_with_the_cpus(tmp_path: Any) -> None:
         callback = measure(
             extras=EXTRAS,
             groups={"head": r"^net\.4", "first": r"^net\.0"},
-            subspace_dimension=2,
-            num_classes=2,
             rtol=1e-3,
-            density_hvps=80,
             num_samples=48,
             allow_fewer=True,
             figures=True,

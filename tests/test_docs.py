@@ -12,6 +12,7 @@ import pytest
 from sybil import Document, Example
 from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser, SkipParser
 
+from hessian_callback import Density, FrobeniusNorm, OutlierRatio, Subspace, Trace
 from hessian_callback.cli.main import main
 from tests.helpers.toy_runs import Net, loader, measure, seeded, trainer
 
@@ -87,11 +88,10 @@ def test_keys_of_a_plain_run_are_those_of_the_table(tmp_path: Path) -> None:
 def test_keys_of_a_full_run_are_in_the_table(tmp_path: Path) -> None:
     documented = documented_keys((ROOT / "docs" / "logged.md").read_text("utf-8"))
     spectra = measure(
-        extras=["trace", "frobenius", "density", "subspace", "norms", "numerical_interval", "halves"],
-        num_classes=2,
-        subspace_dimension=1,
-        trace_hvps=4,
-        density_hvps=8,
+        extras=[
+            *(Trace(num_hvps=4), FrobeniusNorm(num_hvps=4), Density(num_hvps=8), Subspace(dimension=1)),
+            *("norms", "numerical_interval", "split_half", OutlierRatio(num_classes=2)),
+        ],
         max_hvps=200,
         max_overhead=0.99,
     )

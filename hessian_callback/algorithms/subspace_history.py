@@ -133,6 +133,12 @@ class SubspaceHistory:
         while len(self._kept) > most:
             self._drop(self._least_missed())
 
+    def copy(self) -> SubspaceHistory:
+        """Return a history with the same spaces, to which others can be added."""
+        other = type(self)(self.capacity, self.max_bytes)
+        other._kept, other._overlaps = list(self._kept), self._overlaps
+        return other
+
     def clear(self) -> None:
         """Forget everything."""
         self._kept = []

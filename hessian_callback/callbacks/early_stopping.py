@@ -13,7 +13,8 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from hessian_callback.callbacks.power_law import PowerLawHessianCallback
 from hessian_callback.callbacks.progress import announce
 from hessian_callback.callbacks.stopping_rule import Crossing, Noise, Plateau, Reading, crossing, plateau
-from hessian_callback.measurement.comparisons import numerical_interval_of
+from hessian_callback.measurement.extras.numerical_interval import numerical_interval_of
+from hessian_callback.measurement.extras.registry import EXTRAS
 from hessian_callback.measurement.measurement import Measurement
 from hessian_callback.power_law.fit import critical_distance
 
@@ -29,15 +30,6 @@ _ALWAYS = (
     "num_hvps",
     "seconds",
 )
-_OF_EXTRAS = {
-    "trace": ("trace", "trace_stderr"),
-    "frobenius": ("frobenius_norm", "frobenius_norm_stderr"),
-    "density": ("negative_mass", "negative_mass_stderr"),
-    "subspace": ("subspace_angle", "subspace_overlap", "subspace_change", "subspace_sine_bound"),
-    "norms": ("parameter_norm", "gradient_norm"),
-    "numerical_interval": ("slope_numerical_low", "slope_numerical_high"),
-    "halves": ("slope_half_1", "slope_half_2", "slope_sampling_stderr"),
-}
 # Lightning's EarlyStoppingReason by number; it is there from 2.6 on.
 _PATIENCE_EXHAUSTED, _REACHED, _DIVERGED = 3, 1, 2
 
@@ -192,16 +184,16 @@ class PowerLawEarlyStopping(EarlyStopping):
         self._check_key(source)
         if self.stop_when != "plateau" or self.required_change != "noise":
             return
-        if source.protocol.mode == "paper":
+        if not source.measurer.solver.proves_bounds:
             raise MisconfigurationException(
-                "mode='paper' has no error bounds, so the noise of its slopes is not known; give PowerLawEarlyStopping "
-                "min_delta as a number, or measure with mode='strict'"
+                "PublishedProtocol computes no error bounds, so the noise of its slopes is not known; give "
+                "PowerLawEarlyStopping min_delta as a number, or measure with solver=Lanczos()"
             )
-        if "halves" not in source.comparisons.extras or self._group is not None:
-            which = "of a group" if self._group is not None else "without extras=['halves']"
+        if "split_half" not in {extra.name for extra in source.measurer.extras} or self._group is not None:
+            which = "of a group" if self._group is not None else "without extras=['split_half']"
             rank_zero_warn(
                 f"the noise of {self.monitor!r} {which} is only what the eigenvalues' error bounds leave open. What "
-                "the choice of the held-out samples adds is usually more; PowerLawHessianCallback(extras=['halves']) "
+                "the choice of the held-out samples adds is usually more; extras=['split_half'] of the callback "
                 "measures it for the Hessian as a whole, for as much work again, and min_delta=0.05 would set a fixed "
                 "change instead"
             )
@@ -210,14 +202,13 @@ class PowerLawEarlyStopping(EarlyStopping):
         name, group = self._name, self._group
         known = {*_ALWAYS}
         if group is None:
-            known.update(*(_OF_EXTRAS.get(extra, ()) for extra in source.comparisons.extras))
-            known |= {"outlier_ratio"} if source.comparisons.num_classes is not None else set()
-        if name in known and (group is None or group in source.groups):
+            known.update(*(extra.keys for extra in source.measurer.extras))
+        if name in known and (group is None or group in source.measurer.groups):
             return
-        wanting = [f"extras=[{extra!r}]" for extra, names in _OF_EXTRAS.items() if name in names and group is None]
+        wanting = [f"extras=[{extra!r}]" for extra, kind in EXTRAS.items() if name in kind.keys and group is None]
         remedy = f"it does with {wanting[0]}" if wanting else f"it logs {', '.join(sorted(known))}"
         if group is not None:
-            groups = ", ".join(sorted(source.groups)) or "none"
+            groups = ", ".join(sorted(source.measurer.groups)) or "none"
             remedy = f"its groups are: {groups}; of each it logs {', '.join(_ALWAYS)}"
         raise MisconfigurationException(
             f"PowerLawEarlyStopping monitors {self.monitor!r}, which PowerLawHessianCallback(prefix={source.prefix!r}) "
@@ -336,8 +327,8 @@ class PowerLawEarlyStopping(EarlyStopping):
             entry.when in ("epoch", "step")
             and part is not None
             and self._name in part.scalars()
-            and part.num_fitted == source.num_eigenvalues
-            and part.mode == source.protocol.mode
+            and part.num_fitted == source.measurer.num_eigenvalues
+            and part.mode == source.measurer.solver.mode
         )
 
     def _part(self, entry: Measurement) -> Measurement | None:

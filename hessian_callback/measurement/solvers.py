@@ -1,10 +1,12 @@
-"""How a measurement gets from an operator to fitted eigenvalues: strictly, or as the paper did."""
+"""How a measurement gets from an operator to fitted eigenvalues: `Lanczos`, or the `PublishedProtocol`."""
 
 from __future__ import annotations
 
-import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -13,208 +15,351 @@ from hessian_callback.algorithms.lanczos import LanczosProgress, top_eigenvalues
 from hessian_callback.algorithms.pooled_ritz import pooled_ritz_values
 from hessian_callback.algorithms.spectrum import Spectrum
 from hessian_callback.linalg.linear_operator import SymmetricOperator
+from hessian_callback.measurement.measurement import Mode
+from hessian_callback.measurement.options import check_bool, check_choice, check_int, check_number, check_path, optional
 from hessian_callback.operators.memory import device_with_room
 from hessian_callback.power_law.fit import PowerLawFit, fit_power_law
 from hessian_callback.power_law.numerical_interval import slope_numerical_interval
 
-__all__ = ["EXPECTED_HVPS_PER_EIGENVALUE", "Protocol"]
+__all__ = ["EXPECTED_HVPS_PER_EIGENVALUE", "Lanczos", "PublishedProtocol", "Solver"]
 
 # Products per eigenvalue that small networks took; only for estimates of the cost.
 EXPECTED_HVPS_PER_EIGENVALUE = 4
 
+# The ten largest eigenvalues of transformers needed up to 320 products.
+_SMALLEST_DEFAULT_MAX_HVPS = 300
 
-@dataclass(frozen=True)
-class Protocol:
-    """A checked choice of how eigenvalues are computed and which of them are fitted.
+_ENGINES = ("auto", "double_backward", "linearize", "finite_difference")
+
+_Progress = Callable[[LanczosProgress], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Solver(ABC):
+    """Compute the K largest eigenvalues of a Hessian and fit a power law to them.
 
     Attributes:
-        num_eigenvalues: K, at least 3.
-        mode: ``"strict"``: one run, until every eigenvalue has a bound that meets ``rtol``; what has none is
-            not fitted. ``"paper"``: the K largest of the pooled Ritz values of several runs, converged or not.
-        rtol: relative tolerance of each eigenvalue; in paper mode it decides only what is called converged.
-        max_hvps: products to spend at the most in strict mode; ``None``: 10 K.
-        paper_runs: runs of the paper's protocol.
-        paper_steps: steps of each run; ``None``: K, as in the paper.
-        stop_on: ``"eigenvalues"``: iterate until each eigenvalue meets ``rtol``. ``"slope"``: in strict mode stop as
-            soon as the proven bounds of the eigenvalues fix the slope to ``slope_rtol``; the tail may then be
-            known less well than the slope.
-        slope_rtol: half the width of the slope's numerical interval, relative to its middle, that is good enough.
-        allow_fewer: whether fewer than K eigenvalues may be fitted without a reason against it.
-        seed: seed of the start vectors.
+        mode: the solver's name in a `Measurement`.
+        proves_bounds: whether the eigenvalues of its spectra are known by index, each with a bound.
 
-    Raises:
-        ValueError: if a value is out of range.
-
-    Example:
-        >>> import torch
-        >>> from hessian_callback.linalg.linear_operator import MatvecOperator
-        >>> diagonal = torch.arange(1, 201, dtype=torch.float64) ** -1.0
-        >>> operator = MatvecOperator(lambda v: diagonal * v, 200)
-        >>> for mode in ("strict", "paper"):
-        ...     protocol = Protocol(num_eigenvalues=10, mode=mode)
-        ...     fit, reason = protocol.fit(protocol.solve(operator))
-        ...     print(mode, round(fit.slope, 1), reason)
-        strict 0.8 None
-        paper 0.7 None
+    Args:
+        allow_fewer: accept a fit of fewer than K eigenvalues.
+        hvp: how Hessian-vector products are formed, see `HessianOperator`.
+        memory_budget: bytes that gradient graphs may take on each rank, those that are kept and the one that is being
+            built. Batches are cut to meet it. ``None`` takes a part of the free memory.
     """
 
-    num_eigenvalues: int
-    mode: str = "strict"
-    rtol: float = 1e-2
-    max_hvps: int | None = None
-    paper_runs: int = 3
-    paper_steps: int | None = None
-    stop_on: str = "eigenvalues"
-    slope_rtol: float = 2e-2
+    mode: ClassVar[Mode]
+    proves_bounds: ClassVar[bool]
+
     allow_fewer: bool = False
-    seed: int = 0
+    hvp: str = "auto"
+    memory_budget: int | None = None
 
     def __post_init__(self) -> None:
-        """Check the choice."""
-        wanted = self.num_eigenvalues
-        if wanted < 3:
-            raise ValueError(f"num_eigenvalues must be at least 3 to fit a power law, got {wanted}")
-        if self.mode not in ("strict", "paper"):
-            raise ValueError(f"mode must be 'strict' or 'paper', got {self.mode!r}")
-        if not 0 < self.rtol < 1:
-            raise ValueError(f"rtol must lie between 0 and 1, got {self.rtol}")
-        if self.max_hvps is not None and self.max_hvps <= wanted:
-            raise ValueError(
-                f"max_hvps={self.max_hvps} cannot give num_eigenvalues={wanted} eigenvalues; allow about "
-                f"{EXPECTED_HVPS_PER_EIGENVALUE * wanted}, or leave it out"
-            )
-        if self.stop_on not in ("eigenvalues", "slope"):
-            raise ValueError(f"stop_on must be 'eigenvalues' or 'slope', got {self.stop_on!r}")
-        if not 0 < self.slope_rtol < 1:
-            raise ValueError(f"slope_rtol must lie between 0 and 1, got {self.slope_rtol}")
-        if self.stop_on == "slope" and self.mode == "paper":
-            raise ValueError("stop_on='slope' needs proven bounds, which mode='paper' does not have; use mode='strict'")
-        if self.paper_runs < 1:
-            raise ValueError(f"paper_runs must be at least 1, got {self.paper_runs}")
-        if self.paper_steps is not None and self.paper_steps * self.paper_runs < wanted:
-            raise ValueError(
-                f"paper_runs={self.paper_runs} runs of paper_steps={self.paper_steps} steps have fewer than "
-                f"num_eigenvalues={wanted} Ritz values; the paper takes num_eigenvalues steps in each"
-            )
+        """Check types and ranges."""
+        check_bool("allow_fewer", self.allow_fewer)
+        check_choice("hvp", self.hvp, _ENGINES)
+        optional(check_int, "memory_budget", self.memory_budget, at_least=0)
 
-    def check_resumable(self) -> None:
-        """Check that a spectrum by this protocol can be gone on with from a checkpoint.
+    @property
+    def checkpoint_folder(self) -> Path | None:
+        """The folder in which long computations save their state; ``None`` if they don't."""
+        return None
+
+    @abstractmethod
+    def check(self, num_eigenvalues: int) -> None:
+        """Check that the options can give K eigenvalues.
 
         Raises:
-            ValueError: in paper mode.
+            ValueError: if they can't.
         """
-        if self.mode == "paper":
-            raise ValueError("the short runs of mode='paper' have no checkpoint of the solver; use mode='strict'")
 
-    @property
-    def steps(self) -> int:
-        """Steps of each run of the paper's protocol."""
-        return self.num_eigenvalues if self.paper_steps is None else self.paper_steps
+    @abstractmethod
+    def hvp_limit(self, num_eigenvalues: int) -> int:
+        """Return the largest number of Hessian-vector products that K eigenvalues may take."""
 
-    @property
-    def hvp_limit(self) -> int:
-        """Products that a spectrum takes at the most."""
-        if self.mode == "paper":
-            return self.paper_runs * self.steps
-        return 10 * self.num_eigenvalues if self.max_hvps is None else self.max_hvps
+    @abstractmethod
+    def expected_hvps(self, num_eigenvalues: int, num_parameters: int) -> int:
+        """Estimate the products that K eigenvalues of a matrix with P rows take."""
 
-    def expected_hvps(self, num_parameters: int) -> int:
-        """Estimate the products that a spectrum of a matrix with ``num_parameters`` rows takes."""
-        if self.mode == "paper":
-            return self.paper_runs * min(self.steps, num_parameters)
-        return min(EXPECTED_HVPS_PER_EIGENVALUE * self.num_eigenvalues, self.hvp_limit, num_parameters)
-
+    @abstractmethod
     def solve(
         self,
         operator: SymmetricOperator,
+        num_eigenvalues: int,
         *,
+        seed: int = 0,
         return_eigenvectors: bool = False,
-        progress: Callable[[LanczosProgress], None] | None = None,
-        memory_budget: int | None = None,
-        checkpoint: str | os.PathLike[str] | None = None,
+        progress: _Progress | None = None,
+        checkpoint: Path | None = None,
     ) -> Spectrum:
-        """Compute the K largest eigenvalues, or in paper mode Ritz values, of an operator.
+        """Compute the K largest eigenvalues of an operator.
 
         Args:
             operator: the matrix.
-            return_eigenvectors: also form eigenvectors; the paper's protocol has none.
+            num_eigenvalues: K.
+            seed: seed of the start vector.
+            return_eigenvectors: form eigenvectors as well, if the solver has any.
             progress: called after every product.
-            memory_budget: bytes that Lanczos vectors may take on the operator's device, and go to the CPU beyond;
-                default: a quarter of what is free there.
-            checkpoint: a folder to go on from after the process was killed, see `top_eigenvalues`.
+            checkpoint: a folder in which the state is saved and from which it is restored.
 
         Raises:
-            ValueError: when the checkpoint can't be gone on with, or for one in paper mode.
-            ArithmeticError: when a product holds NaN or infinity.
+            ArithmeticError: if a product holds NaN or infinity.
+            CheckpointError: if the checkpoint cannot be used.
         """
-        if checkpoint is not None:
-            self.check_resumable()
-        # A matrix other than a network's has no engine to choose.
-        expect = getattr(operator, "expect_products", None)
-        if expect is not None:
-            expect(self.expected_hvps(operator.partition.size))
-        if self.mode == "paper":
-            pool = pooled_ritz_values(
-                operator, num_runs=self.paper_runs, num_steps=self.steps, seed=self.seed, progress=progress
-            )
-            return pool.top(self.num_eigenvalues, rtol=self.rtol)
-        length = operator.partition.slice_length
-        vectors = self.expected_hvps(operator.partition.size) * length * torch.finfo(operator.dtype).bits // 8
-        return top_eigenvalues(
-            operator,
-            self.num_eigenvalues,
-            rtol=self.rtol,
-            max_matvecs=self.hvp_limit,
-            seed=self.seed,
-            positive_only=True,
-            criterion=self._fixes_the_slope if self.stop_on == "slope" else None,
-            return_eigenvectors=return_eigenvectors,
-            progress=progress,
-            basis_device=device_with_room(operator.device, vectors, memory_budget),
-            checkpoint=checkpoint,
-        )
 
-    def _fixes_the_slope(self, lower: Tensor, upper: Tensor) -> bool:
-        """Whether all slopes that the eigenvalues' bounds leave open are close enough together."""
-        if not bool((lower > 0).all()):
-            return False
-        low, high = slope_numerical_interval(lower, (upper - lower).clamp(min=0), sides="above")
-        return high - low <= self.slope_rtol * (high + low)
+    @abstractmethod
+    def trusted_eigenvalues(self, spectrum: Spectrum) -> Tensor:
+        """Return the leading eigenvalues that this solver trusts, positive and descending."""
 
-    def fit(self, spectrum: Spectrum) -> tuple[PowerLawFit | None, str | None]:
-        """Fit the eigenvalues of a spectrum that this protocol trusts.
+    @abstractmethod
+    def _why_untrusted(self, spectrum: Spectrum, num_eigenvalues: int) -> str:
+        """Return what the trusted eigenvalues are that the others are not, and the remedy."""
+
+    def fit(self, spectrum: Spectrum, num_eigenvalues: int) -> tuple[PowerLawFit | None, str | None]:
+        """Fit a power law to the eigenvalues that this solver trusts.
 
         Args:
-            spectrum: what `solve` returned.
+            spectrum: the result of `solve`.
+            num_eigenvalues: K.
 
         Returns:
-            The fit, ``None`` if there is none; and why its slope must not be compared with others, if so.
+            The fit, or ``None`` if there is none, and the reason why its slope must not be compared with others, or
+            ``None``.
         """
-        wanted = self.num_eigenvalues
-        values = spectrum.positive_converged
-        if spectrum.stopped == "criterion":  # The bounds fix the slope, if not each eigenvalue.
-            values = spectrum.eigenvalues
-        if self.mode == "paper":
-            values = spectrum.eigenvalues[spectrum.eigenvalues > 0]
+        values = self.trusted_eigenvalues(spectrum)[:num_eigenvalues]
         shortage = None
-        if len(values) < wanted:
-            shortage = f"only {len(values)} of {wanted} eigenvalues are {self._why_not(spectrum)}"
+        if len(values) < num_eigenvalues:
+            why = self._why_untrusted(spectrum, num_eigenvalues)
+            shortage = f"only {len(values)} of {num_eigenvalues} eigenvalues are {why}"
         try:
             fit = fit_power_law(values)
         except ValueError as error:
             return None, shortage or f"ValueError: {' '.join(str(error).split())}"
         if shortage is None or self.allow_fewer:
             return fit, None
-        return fit, f"{shortage}, or pass allow_fewer=True"
+        return fit, f"{shortage}, or pass solver={type(self).__name__}(allow_fewer=True)"
 
-    def _why_not(self, spectrum: Spectrum) -> str:
-        if self.mode == "paper":
-            return "positive in the pool: choose a smaller num_eigenvalues, or more paper_steps"
-        if spectrum.stopped == "max_matvecs":
-            return (
-                f"positive and converged: max_hvps={self.hvp_limit} products were spent; allow more, or a larger rtol"
+
+@dataclass(frozen=True, kw_only=True)
+class Lanczos(Solver):
+    """Iterate one Lanczos run until every eigenvalue has an error bound that meets the tolerance.
+
+    Args:
+        rtol: relative tolerance of each eigenvalue.
+        stop_on: ``"eigenvalues"``: iterate until each eigenvalue meets ``rtol``. ``"slope"``: stop as soon as the
+            error bounds fix the slope to ``slope_rtol``, which takes fewer products if the spectrum is dense at its
+            end. Keep one choice within a run.
+        slope_rtol: for ``stop_on="slope"``: half the width of the slope's numerical interval, relative to its middle.
+        max_hvps: the largest number of Hessian-vector products of a measurement. The default is ``10 K``, at least 300.
+        checkpoint: a folder of this run alone, in which a long measurement saves the solver's state every five minutes,
+            the Krylov basis included (a vector for each product). A run that is killed and comes to the same step
+            again with the same weights and samples goes on from there; with other weights it warns and starts over.
+            The files are deleted at the end of the measurement. If they cannot be written, the measurement warns and
+            goes on without them.
+        allow_fewer: log a slope even if fewer than K eigenvalues are positive and converged.
+        hvp: how products are formed, see `HessianOperator`.
+        memory_budget: see `Solver`.
+
+    Raises:
+        ValueError: if an option is out of range.
+
+    Example:
+        >>> from hessian_callback.linalg.linear_operator import MatvecOperator
+        >>> diagonal = torch.arange(1, 201, dtype=torch.float64) ** -1.0
+        >>> operator = MatvecOperator(lambda v: diagonal * v, 200)
+        >>> solver = Lanczos(rtol=0.01)
+        >>> fit, reason = solver.fit(solver.solve(operator, 10), 10)
+        >>> round(fit.slope, 1), reason
+        (0.8, None)
+    """
+
+    mode: ClassVar[Mode] = "strict"
+    proves_bounds: ClassVar[bool] = True
+
+    rtol: float = 1e-2
+    stop_on: str = "eigenvalues"
+    slope_rtol: float = 2e-2
+    max_hvps: int | None = None
+    checkpoint: str | Path | None = None
+
+    def __post_init__(self) -> None:
+        """Check types and ranges."""
+        super().__post_init__()
+        check_number("rtol", self.rtol, above=0, below=1)
+        check_choice("stop_on", self.stop_on, ("eigenvalues", "slope"))
+        check_number("slope_rtol", self.slope_rtol, above=0, below=1)
+        optional(check_int, "max_hvps", self.max_hvps, at_least=1)
+        optional(check_path, "checkpoint", self.checkpoint)
+
+    @property
+    def checkpoint_folder(self) -> Path | None:
+        """The folder in which long computations save their state; ``None`` if they don't."""
+        return None if self.checkpoint is None else Path(self.checkpoint)
+
+    def check(self, num_eigenvalues: int) -> None:
+        """Check that ``max_hvps`` allows K eigenvalues.
+
+        Raises:
+            ValueError: if it doesn't.
+        """
+        if self.max_hvps is not None and self.max_hvps <= num_eigenvalues:
+            raise ValueError(
+                f"max_hvps={self.max_hvps} cannot give num_eigenvalues={num_eigenvalues} eigenvalues; allow about "
+                f"{EXPECTED_HVPS_PER_EIGENVALUE * num_eigenvalues}, or leave it out"
             )
+
+    def hvp_limit(self, num_eigenvalues: int) -> int:
+        """Return the largest number of Hessian-vector products that K eigenvalues may take."""
+        if self.max_hvps is not None:
+            return self.max_hvps
+        return max(10 * num_eigenvalues, _SMALLEST_DEFAULT_MAX_HVPS)
+
+    def expected_hvps(self, num_eigenvalues: int, num_parameters: int) -> int:
+        """Estimate the products that K eigenvalues of a matrix with P rows take."""
+        usual = EXPECTED_HVPS_PER_EIGENVALUE * num_eigenvalues
+        return min(usual, self.hvp_limit(num_eigenvalues), num_parameters)
+
+    def solve(
+        self,
+        operator: SymmetricOperator,
+        num_eigenvalues: int,
+        *,
+        seed: int = 0,
+        return_eigenvectors: bool = False,
+        progress: _Progress | None = None,
+        checkpoint: Path | None = None,
+    ) -> Spectrum:
+        """Compute the K largest eigenvalues with `top_eigenvalues`; see `Solver.solve`."""
+        expected = self.expected_hvps(num_eigenvalues, operator.partition.size)
+        _announce_products(operator, expected)
+        basis_bytes = expected * operator.partition.slice_length * torch.finfo(operator.dtype).bits // 8
+        return top_eigenvalues(
+            operator,
+            num_eigenvalues,
+            rtol=self.rtol,
+            max_matvecs=self.hvp_limit(num_eigenvalues),
+            seed=seed,
+            positive_only=True,
+            criterion=self._fixes_the_slope if self.stop_on == "slope" else None,
+            return_eigenvectors=return_eigenvectors,
+            progress=progress,
+            basis_device=device_with_room(operator.device, basis_bytes, self.memory_budget),
+            checkpoint=checkpoint,
+        )
+
+    def trusted_eigenvalues(self, spectrum: Spectrum) -> Tensor:
+        """Return the leading converged eigenvalues, or all if their bounds fix the slope."""
+        return spectrum.eigenvalues if spectrum.stopped == "criterion" else spectrum.positive_converged
+
+    def _fixes_the_slope(self, lower: Tensor, upper: Tensor) -> bool:
+        """Return whether all slopes that the eigenvalues' bounds allow are close enough together."""
+        if not bool((lower > 0).all()):
+            return False
+        low, high = slope_numerical_interval(lower, (upper - lower).clamp(min=0), sides="above")
+        return high - low <= self.slope_rtol * (high + low)
+
+    def _why_untrusted(self, spectrum: Spectrum, num_eigenvalues: int) -> str:
+        if spectrum.stopped == "max_matvecs":
+            limit = self.hvp_limit(num_eigenvalues)
+            return f"positive and converged: max_hvps={limit} products were spent; allow more, or a larger rtol"
         return (
             f"positive and converged: no other is known to lie above the rounding level of {spectrum.rounding:.2g}; "
             "choose a smaller num_eigenvalues, or more precise products (precision='64-true', an exact hvp)"
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PublishedProtocol(Solver):
+    r"""Pool the Ritz values of several short Lanczos runs and fit the K largest, converged or not.
+
+    The protocol of Tang et al. (ICML 2025), to compare with; `pooled_ritz` describes its defects. The measurement's
+    ``critical_distance`` is then the paper's, :math:`1.36 / \sqrt K`.
+
+    Args:
+        runs: number of Lanczos runs.
+        steps: steps, and so products, of each run; the default is K, as in the paper.
+        allow_fewer: log a slope even if fewer than K pooled values are positive.
+        hvp: how products are formed, see `HessianOperator`.
+        memory_budget: see `Solver`.
+
+    Raises:
+        ValueError: if an option is out of range.
+
+    Example:
+        >>> from hessian_callback.linalg.linear_operator import MatvecOperator
+        >>> diagonal = torch.arange(1, 201, dtype=torch.float64) ** -1.0
+        >>> operator = MatvecOperator(lambda v: diagonal * v, 200)
+        >>> solver = PublishedProtocol()
+        >>> fit, reason = solver.fit(solver.solve(operator, 10), 10)
+        >>> round(fit.slope, 1), reason
+        (0.7, None)
+    """
+
+    mode: ClassVar[Mode] = "paper"
+    proves_bounds: ClassVar[bool] = False
+
+    runs: int = 3
+    steps: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check types and ranges."""
+        super().__post_init__()
+        check_int("runs", self.runs, at_least=1)
+        optional(check_int, "steps", self.steps, at_least=1)
+
+    def check(self, num_eigenvalues: int) -> None:
+        """Check that the runs give K Ritz values.
+
+        Raises:
+            ValueError: if they don't.
+        """
+        if self.runs * self._steps(num_eigenvalues) < num_eigenvalues:
+            raise ValueError(
+                f"runs={self.runs} of steps={self.steps} have fewer than num_eigenvalues={num_eigenvalues} Ritz "
+                "values; the paper takes num_eigenvalues steps in each"
+            )
+
+    def hvp_limit(self, num_eigenvalues: int) -> int:
+        """Return the number of Hessian-vector products that K eigenvalues take."""
+        return self.runs * self._steps(num_eigenvalues)
+
+    def expected_hvps(self, num_eigenvalues: int, num_parameters: int) -> int:
+        """Return the products that K eigenvalues of a matrix with P rows take."""
+        return self.runs * min(self._steps(num_eigenvalues), num_parameters)
+
+    def solve(
+        self,
+        operator: SymmetricOperator,
+        num_eigenvalues: int,
+        *,
+        seed: int = 0,
+        return_eigenvectors: bool = False,
+        progress: _Progress | None = None,
+        checkpoint: Path | None = None,
+    ) -> Spectrum:
+        """Pool Ritz values with `pooled_ritz_values`; see `Solver.solve`. There are no eigenvectors or checkpoints."""
+        if checkpoint is not None:
+            raise ValueError("the runs of PublishedProtocol have no checkpoint; use solver=Lanczos(checkpoint=...)")
+        _announce_products(operator, self.expected_hvps(num_eigenvalues, operator.partition.size))
+        steps = self._steps(num_eigenvalues)
+        pool = pooled_ritz_values(operator, num_runs=self.runs, num_steps=steps, seed=seed, progress=progress)
+        return pool.top(num_eigenvalues)
+
+    def trusted_eigenvalues(self, spectrum: Spectrum) -> Tensor:
+        """Return the positive values of the pool."""
+        return spectrum.eigenvalues[spectrum.eigenvalues > 0]
+
+    def _steps(self, num_eigenvalues: int) -> int:
+        return num_eigenvalues if self.steps is None else self.steps
+
+    def _why_untrusted(self, spectrum: Spectrum, num_eigenvalues: int) -> str:
+        return "positive in the pool: choose a smaller num_eigenvalues, or more steps"
+
+
+def _announce_products(operator: SymmetricOperator, count: int) -> None:
+    # A matrix other than a network's has no engine to choose.
+    expect_products = getattr(operator, "expect_products", None)
+    if expect_products is not None:
+        expect_products(count)

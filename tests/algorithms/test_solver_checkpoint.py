@@ -25,7 +25,6 @@ from hessian_callback.algorithms import solver_checkpoint
 from hessian_callback.algorithms.lanczos import LanczosProgress, top_eigenvalues
 from hessian_callback.algorithms.solver_checkpoint import CheckpointError, SolverCheckpoint
 from hessian_callback.measurement import solvers as protocol
-from hessian_callback.measurement.solvers import Protocol
 from tests.algorithms.test_lanczos import SPECTRA, operator_of
 from tests.helpers.cases import CASES, rotated
 from tests.helpers.launched import finish, launch
@@ -588,7 +587,7 @@ def test_a_measurement_of_other_weights_warns_and_starts_over(tmp_path: Path, of
 def test_parts_have_folders_of_their_own(tmp_path: Path, often: None) -> None:
     options: dict[str, Any] = {"groups": {"last": r"^net\.4"}, "prefix": "curvature/hessian"}
     whole = fitted(tmp_path / "other", **options)
-    for product in (12, whole.history[-1].num_matvecs):
+    for product in (12, whole.history[-1].num_hvps):
         with pytest.raises(Killed):
             fitted(tmp_path / "solver", (4, product), die, **options)
         names = [path.name for path in (tmp_path / "solver").iterdir()]
@@ -623,12 +622,3 @@ def test_a_measurement_that_cannot_be_saved_is_made(
     (tmp_path / "file").write_text("")
     with pytest.warns(UserWarning, match=r"the measurement is not saved: the folder .* can't be used"):
         assert without_times(fitted(tmp_path / "file" / "solver", root=tmp_path / "other")) == whole
-
-
-def test_the_paper_s_runs_have_no_checkpoint(tmp_path: Path) -> None:
-    from hessian_callback import PowerLawHessianCallback
-
-    with pytest.raises(ValueError, match=r"mode='paper' have no checkpoint of the solver; use mode='strict'"):
-        PowerLawHessianCallback(mode="paper", solver_checkpoint=tmp_path)
-    with pytest.raises(ValueError, match="no checkpoint of the solver"):
-        Protocol(3, "paper").solve(operator_of(POWER_LAW), checkpoint=tmp_path)

@@ -10,7 +10,18 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 
-from hessian_callback import HessianOperator, fit_power_law, top_eigenvalues
+from hessian_callback import (
+    Density,
+    FrobeniusNorm,
+    HessianOperator,
+    Lanczos,
+    OutlierRatio,
+    PublishedProtocol,
+    Subspace,
+    Trace,
+    fit_power_law,
+    top_eigenvalues,
+)
 from hessian_callback.algorithms.pooled_ritz import pooled_ritz_values
 from hessian_callback.algorithms.sharpness import trace
 from hessian_callback.callbacks.power_law import PowerLawHessianCallback
@@ -19,7 +30,10 @@ from tests.helpers.toy_runs import NUM_EIGENVALUES, Net, loader, measure, seeded
 
 pytestmark = pytest.mark.filterwarnings("ignore:a measurement of the Hessian took", "ignore:.*held-out samples are few")
 
-ALL = ["trace", "frobenius", "density", "subspace", "norms", "numerical_interval", "halves"]
+ALL = [
+    *(Trace(num_hvps=12), FrobeniusNorm(num_hvps=12), Density(num_hvps=20), Subspace(dimension=2), "norms"),
+    *("numerical_interval", "split_half", OutlierRatio(num_classes=3)),
+]
 GROUPS = {"first": r"net\.0", "head": r"net\.4"}
 
 
@@ -45,9 +59,7 @@ def operator_of(module: Net, parameters: str | None = None) -> HessianOperator:
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    callback = measure(
-        num_samples=48, extras=ALL, groups=GROUPS, num_classes=3, trace_hvps=12, density_hvps=20, subspace_dimension=2
-    )
+    callback = measure(num_samples=48, extras=ALL, groups=GROUPS)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         run, module = fit(callback, tmp_path_factory.mktemp("run"))
@@ -118,7 +130,7 @@ def test_the_first_subspace_has_nothing_to_be_compared_with(measured: Any) -> No
     assert not any(name.startswith("subspace") for name in first.comparisons)
     assert 0 < last.comparisons["subspace_angle"] <= torch.pi / 2
     assert "subspace" not in first.not_compared
-    assert measured[0]._previous_top is None  # let go of with the run
+    assert not measured[0]._states  # let go of with the run
 
 
 def test_costs_are_counted(measured: Any) -> None:
@@ -151,7 +163,7 @@ def test_training_is_not_disturbed(measured: Any, tmp_path: Any) -> None:
 
 
 def test_paper_mode_pools_and_judges_by_its_own_constant(tmp_path: Any) -> None:
-    callback = measure(mode="paper", num_samples=48, paper_runs=2, paper_steps=6, extras=["trace"])
+    callback = measure(solver=PublishedProtocol(runs=2, steps=6), num_samples=48, extras=["trace"])
     run, module = fit(callback, tmp_path)
     last = callback.history[-1]
     pool = pooled_ritz_values(operator_of(module), num_runs=2, num_steps=6)
@@ -169,7 +181,10 @@ def test_another_protocol_within_a_run_is_warned_of(tmp_path: Any) -> None:
     callback = measure()
     fit(callback, tmp_path)
     state = callback.state_dict()
-    for changed, text in (({"num_eigenvalues": 5}, "of 5 eigenvalues"), ({"mode": "paper"}, "mode='paper'")):
+    for changed, text in (
+        ({"num_eigenvalues": 5}, "of 5 eigenvalues"),
+        ({"solver": PublishedProtocol()}, "mode='paper'"),
+    ):
         resumed = measure(**changed)
         resumed.load_state_dict(state)
         with pytest.warns(UserWarning, match=f"(?s){text}.*must not be compared"):
@@ -197,31 +212,31 @@ def uncut() -> dict[str, Any]:
 
 
 def test_a_single_batch_is_cut_into_halves(tmp_path: Any) -> None:
-    callback = measure(num_samples=48, dataloader=loader(seed=1, batch_size=48), extras=["halves"])
+    callback = measure(num_samples=48, dataloader=loader(seed=1, batch_size=48), extras=["split_half"])
     fit(callback, tmp_path)
     assert not callback.history[0].not_compared
     assert callback.history[0].comparisons["slope_sampling_stderr"] > 0
 
 
 def test_a_comparison_that_fails_leaves_the_slope(tmp_path: Any) -> None:
-    callback = measure(**uncut(), extras=["halves", "norms"])
-    with pytest.warns(UserWarning, match=r"(?s)without a comparison \(halves\).*smaller batch size"):
+    callback = measure(**uncut(), extras=["split_half", "norms"])
+    with pytest.warns(UserWarning, match=r"(?s)the measurement has no split_half.*smaller batch size"):
         fit(callback, tmp_path)
     for measurement in callback.history:
         assert measurement.logged
-        assert list(measurement.not_compared) == ["halves"]
+        assert list(measurement.not_compared) == ["split_half"]
         assert "gradient_norm" in measurement.comparisons
     assert Measurement.from_state(callback.history[0].to_state()) == callback.history[0]
 
 
 def test_a_comparison_that_fails_ends_the_run_on_demand(tmp_path: Any) -> None:
-    callback = measure(**uncut(), on_error="raise", extras=["halves"])
+    callback = measure(**uncut(), on_error="raise", extras=["split_half"])
     with pytest.raises(ValueError, match="smaller batch size"):
         fit(callback, tmp_path)
 
 
 def test_few_samples_are_warned_of_with_what_it_does(tmp_path: Any) -> None:
-    with pytest.warns(UserWarning, match=r"num_samples of at least 40.*extras=\['halves'\]"):
+    with pytest.warns(UserWarning, match=r"num_samples of at least 40.*extras=\['split_half'\]"):
         fit(measure(num_samples=39), tmp_path)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -230,11 +245,11 @@ def test_few_samples_are_warned_of_with_what_it_does(tmp_path: Any) -> None:
 
 
 def test_the_cost_is_said_beforehand(tmp_path: Any, capsys: Any) -> None:
-    callback = measure(verbose=True, extras=["trace", "halves"], groups={"head": r"net\.4"})
+    callback = measure(verbose=True, extras=["trace", "split_half"], groups={"head": r"net\.4"})
     fit(callback, tmp_path)
     output = capsys.readouterr()
     # 16 for the spectrum, 30 for the trace, and 16 each for the halves and for the group.
-    assert "about 16 Hessian-vector products (at most 60), about 62 more for trace, halves, group head" in (
+    assert "about 16 Hessian-vector products (at most 60), about 62 more for trace, split_half, group head" in (
         output.out + output.err
     )
 
@@ -242,15 +257,9 @@ def test_the_cost_is_said_beforehand(tmp_path: Any, capsys: Any) -> None:
 # -- refused -----------------------------------------------------------------------------------------
 
 BAD_OPTIONS: dict[str, dict[str, Any]] = {
-    "'strict' or 'paper'": {"mode": "lenient"},
-    "fewer than num_eigenvalues=50": {"mode": "paper", "paper_steps": 10},
-    "unknown; choose among trace": {"extras": ["hessian"]},
-    "subspace_dimension=50 must be below": {"extras": ["subspace"], "subspace_dimension": 50},
-    "num_classes=50 must be below": {"num_classes": 50},
-    "need eigenvalues that are known by index": {"mode": "paper", "extras": ["numerical_interval"]},
+    r"Subspace\(dimension=50\) must be below": {"extras": [Subspace(dimension=50)]},
     "without slashes": {"groups": {"a/b": "net"}},
     "groups\\['a'\\].*not a valid regular expression": {"groups": {"a": "net("}},
-    "trace_hvps must be": {"trace_hvps": 1},
 }
 
 
@@ -272,7 +281,12 @@ def test_options_can_be_given_in_a_configuration_file() -> None:
     jsonargparse = pytest.importorskip("jsonargparse")
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(PowerLawHessianCallback, "callback")
-    choice = {"groups": {"head": "^head", "body": r"net\.\d"}, "extras": ["trace", "halves"], "mode": "strict"}
+    choice = {
+        "groups": {"head": "^head", "body": r"net\.\d"},
+        "extras": ["trace", {"class_path": "hessian_callback.Density", "init_args": {"num_hvps": 8}}],
+    }
+    choice["solver"] = {"class_path": "hessian_callback.Lanczos", "init_args": {"rtol": 0.1}}
     callback = parser.instantiate_classes(parser.parse_object({"callback": choice})).callback
-    assert callback.groups == choice["groups"]
-    assert callback.comparisons.extras == ("trace", "halves")
+    assert callback.measurer.groups == choice["groups"]
+    assert callback.measurer.extras == (Trace(), Density(num_hvps=8))
+    assert callback.measurer.solver == Lanczos(rtol=0.1)

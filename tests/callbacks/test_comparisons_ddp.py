@@ -62,9 +62,9 @@ def test_sharded_modules_are_compared_as_well(name: str, two_ranks: Path) -> Non
     else:
         # Half of the batches are too few for both ranks, and each rank says what it knows of that.
         reasons = [result["history"][-1].not_compared for result in (one, other)]
-        assert [list(known) for known in reasons] == [["norms", "halves"]] * 2
+        assert [list(known) for known in reasons] == [["norms", "split_half"]] * 2
         assert all("leaves them sharded" in known["norms"] for known in reasons)
-        assert any("pass more batches than there are ranks" in known["halves"] for known in reasons)
+        assert any("pass more batches than there are ranks" in known["split_half"] for known in reasons)
 
 
 def test_a_comparison_fails_on_all_ranks_and_leaves_the_rest(two_ranks: Path) -> None:

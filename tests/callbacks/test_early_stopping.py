@@ -12,8 +12,17 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
-from hessian_callback import PowerLawEarlyStopping
-from hessian_callback.callbacks.early_stopping import _ALWAYS, _OF_EXTRAS
+from hessian_callback import (
+    Density,
+    FrobeniusNorm,
+    OutlierRatio,
+    PowerLawEarlyStopping,
+    PublishedProtocol,
+    Subspace,
+    Trace,
+)
+from hessian_callback.callbacks.early_stopping import _ALWAYS
+from hessian_callback.measurement.extras.registry import EXTRAS
 from tests.helpers.toy_runs import loader, measure, seeded, trainer
 
 pytestmark = [
@@ -94,7 +103,7 @@ def test_resuming_decides_as_if_never_interrupted(tmp_path: Any) -> None:
 
 
 def test_noise_is_of_the_difference_and_named(tmp_path: Any) -> None:
-    callback = measure(extras=["halves"], num_samples=40)
+    callback = measure(extras=["split_half"], num_samples=40)
     stopper = PowerLawEarlyStopping(mode="min", num_sigmas=1.5)
     run(tmp_path, callback, stopper, max_epochs=3)
     counted = callback.history[1:]
@@ -125,7 +134,7 @@ WRONG = {
     "an extra": (lambda: [measure()], {"monitor": "hessian/trace", "min_delta": 1}, r"it does with extras=\['trace'\]"),
     "a typo": (lambda: [measure()], {"monitor": "hessian/slop", "min_delta": 1}, "it logs density_exponent"),
     "a group": (lambda: [measure()], {"monitor": "hessian/slope/head"}, "its groups are: none"),
-    "paper": (lambda: [measure(mode="paper", paper_steps=6)], {}, "has no error bounds"),
+    "paper": (lambda: [measure(solver=PublishedProtocol(steps=6))], {}, "computes no error bounds"),
 }
 
 
@@ -159,11 +168,14 @@ def test_options_are_checked(options: dict[str, Any], message: str) -> None:
 
 
 def test_known_keys_are_those_that_are_logged(tmp_path: Any) -> None:
-    callback = measure(extras=list(_OF_EXTRAS), trace_hvps=8, density_hvps=16, subspace_dimension=2, num_samples=40)
+    given = [Trace(num_hvps=8), FrobeniusNorm(num_hvps=8), Density(num_hvps=16), Subspace(dimension=2)]
+    given.append(OutlierRatio(num_classes=2))
+    chosen = EXTRAS.keys() - {extra.name for extra in given}
+    callback = measure(extras=[*chosen, *given], num_samples=40)
     run(tmp_path, callback, max_epochs=2)
     logged = callback.history[-1].scalars()
     # The bound is not there where there is no gap.
-    assert {name for names in _OF_EXTRAS.values() for name in names} - {"subspace_sine_bound"} <= logged.keys()
+    assert {key for extra in EXTRAS.values() for key in extra.keys} - {"subspace_sine_bound"} <= logged.keys()
     assert set(_ALWAYS) <= logged.keys()
 
 

@@ -15,6 +15,7 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 
+from hessian_callback import Density, Subspace
 from hessian_callback.callbacks.loggers import curve_layout, show_layout, show_picture, shows_pictures
 from tests.helpers.launched import finish, launch
 from tests.helpers.toy_runs import loader, measure, seeded, trainer
@@ -52,7 +53,7 @@ def test_a_run_has_a_layout_of_the_curves_it_logged(tmp_path: Path) -> None:
 
 def test_pictures_stand_at_the_steps_of_their_numbers(tmp_path: Path) -> None:
     logger = TensorBoardLogger(tmp_path, name="", version="run")
-    callback = measure(figures=True, extras=["density", "subspace"], subspace_dimension=2, max_hvps=200, density_hvps=8)
+    callback = measure(figures=True, extras=[Density(num_hvps=8), Subspace(dimension=2)], max_hvps=200)
     trainer(tmp_path, callback, logger=logger).fit(seeded(), loader(), loader(seed=1))
     board = EventAccumulator(logger.log_dir, size_guidance={"images": 0}).Reload()
     steps = [event.step for event in board.Scalars("hessian/slope")]
@@ -60,16 +61,16 @@ def test_pictures_stand_at_the_steps_of_their_numbers(tmp_path: Path) -> None:
     # Of a single eigenspace there is nothing to compare.
     assert shown == {"hessian/spectrum": steps, "hessian/density": steps, "hessian/subspace_overlaps": steps[1:]}
     # After the run nothing of it is held.
-    assert len(callback._spaces) == 0
+    assert not callback._states
 
 
 def test_kept_eigenspaces_have_the_overlap_that_is_logged(tmp_path: Path) -> None:
     class Watcher(Callback):
         def on_hessian_measured(self, run: Any, module: Any, callback: Any) -> None:
-            kept.append(callback._spaces.overlaps)
+            kept.append(callback._states["subspace"].spaces.overlaps)
 
     kept: list[Any] = []
-    callback = measure(figures=True, extras=["subspace"], subspace_dimension=2, max_hvps=200)
+    callback = measure(figures=True, extras=[Subspace(dimension=2)], max_hvps=200)
     run = trainer(tmp_path, callback, Watcher(), logger=CSVLogger(tmp_path))
     run.fit(seeded(), loader(), loader(seed=1))
     assert [len(overlaps) for overlaps in kept] == [1, 2, 3]
@@ -81,10 +82,10 @@ def test_kept_eigenspaces_have_the_overlap_that_is_logged(tmp_path: Path) -> Non
 def test_no_eigenspace_is_kept_for_nothing(options: dict[str, Any], tmp_path: Path) -> None:
     class Watcher(Callback):
         def on_hessian_measured(self, run: Any, module: Any, callback: Any) -> None:
-            kept.append(len(callback._spaces))
+            kept.append(len(callback._states["subspace"].spaces) if "subspace" in callback._states else 0)
 
     kept: list[int] = []
-    chosen = {"figures": True, "extras": ["subspace"], "subspace_dimension": 2, "max_hvps": 200, **options}
+    chosen = {"figures": True, "extras": [Subspace(dimension=2)], "max_hvps": 200, **options}
     run = trainer(tmp_path, measure(**chosen), Watcher(), logger=CSVLogger(tmp_path), max_epochs=1)
     run.fit(seeded(), loader(), loader(seed=1))
     assert kept == [0, 0]
@@ -98,7 +99,7 @@ def test_two_ranks_have_one_board(tmp_path: Path) -> None:
     assert one["overlaps"] == other["overlaps"]
     assert [len(overlaps) for overlaps in one["overlaps"]] == [1, 2, 2]
     # The failure of one rank alone has left the space of that measurement out on both.
-    assert [list(failed) for failed in one["failed"]] == [[], [], ["subspace overlaps"]]
+    assert [list(failed) for failed in one["failed"]] == [[], [], ["subspace"]]
     assert one["names"] == other["names"]
     board = EventAccumulator(str(tmp_path / "run"), size_guidance={"images": 0}).Reload()
     assert len(list((tmp_path / "run").glob("events*"))) == 1
@@ -110,7 +111,7 @@ def test_two_ranks_have_one_board(tmp_path: Path) -> None:
 
 def test_no_layout_where_the_user_has_one(tmp_path: Path) -> None:
     logger = TensorBoardLogger(tmp_path, name="", version="run")
-    trainer(tmp_path, measure(layout=False), logger=logger, max_epochs=1).fit(seeded(), loader(), loader(seed=1))
+    trainer(tmp_path, measure(figures=False), logger=logger, max_epochs=1).fit(seeded(), loader(), loader(seed=1))
     assert "custom_scalars__config__" not in EventAccumulator(logger.log_dir).Reload().Tags()["tensors"]
 
 

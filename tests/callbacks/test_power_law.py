@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+import re
 import warnings
 from types import SimpleNamespace
 from typing import Any
@@ -15,36 +17,78 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
+import hessian_callback
+from hessian_callback import Lanczos, OutlierRatio, PublishedProtocol
+from hessian_callback.callbacks.moved_options import MOVED_OPTIONS
 from hessian_callback.callbacks.power_law import PowerLawHessianCallback
 from hessian_callback.measurement.measurement import Measurement
 from tests.helpers.toy_runs import NUM_EIGENVALUES, data, loader, measure, seeded, trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:a measurement of the Hessian took")
 
-BAD_OPTIONS = {
-    "num_eigenvalues must be at least 3": {"num_eigenvalues": 2},
-    "num_samples must be at least 1": {"num_samples": 0},
-    "batch_size must be at least 1": {"batch_size": 0},
-    "'val', 'train' or a DataLoader": {"dataloader": "test"},
-    "every_n_epochs must be at least 1": {"every_n_epochs": 0},
-    "every_n_train_steps must be at least 1": {"every_n_train_steps": 0},
-    "not both": {"every_n_train_steps": 5, "at_steps": [1]},
-    "at_steps must name at least one": {"at_steps": []},
-    "from 0": {"at_steps": [-1]},
-    "rtol must lie between 0 and 1": {"rtol": 0.0},
-    "allow about 40": {"num_eigenvalues": 10, "max_hvps": 10},
-    "max_overhead must lie between 0 and 1": {"max_overhead": 1.5},
-    "'warn' or 'raise'": {"on_error": "ignore"},
-    "without slashes at its ends": {"prefix": "hessian/"},
-    "seed must not be negative": {"seed": -1},
-    "not a valid regular expression": {"parameters": "layer("},
-}
+BAD_OPTIONS: list[tuple[str, dict[str, Any]]] = [
+    ("num_eigenvalues must be an integer of at least 3", {"num_eigenvalues": 2}),
+    ("num_eigenvalues must be an integer", {"num_eigenvalues": 2.5}),
+    ("num_samples must be an integer of at least 1", {"num_samples": 0}),
+    ("batch_size must be None or an integer of at least 1", {"batch_size": 0}),
+    ("dataloader must be 'val' or 'train'", {"dataloader": "test"}),
+    ("every_n_epochs must be an integer of at least 1", {"every_n_epochs": 0}),
+    ("every_n_epochs must be an integer of at least 1", {"every_n_epochs": 1.5}),
+    ("every_n_train_steps must be None or an integer of at least 1", {"every_n_train_steps": 0}),
+    ("not both", {"every_n_train_steps": 5, "at_steps": [1]}),
+    ("at_steps must name at least one", {"at_steps": []}),
+    ("at_steps", {"at_steps": [-1]}),
+    ("at_end must be True or False, got 'no'", {"at_end": "no"}),
+    ("max_overhead must be None or a finite number above 0 and (of )?at most 1", {"max_overhead": 1.5}),
+    ("on_error must be 'warn' or 'raise'", {"on_error": "ignore"}),
+    ("without slashes at its ends", {"prefix": "hessian/"}),
+    ("seed must be an integer between 0 and", {"seed": -1}),
+    ("seed must be an integer between 0 and", {"seed": 2**64}),
+    ("not a valid regular expression", {"parameters": "layer("}),
+    ("parameters must be None or callable", {"parameters": 3}),
+    ("loss_fn must be None or callable", {"loss_fn": "cross_entropy"}),
+    ("figures must be True or False", {"figures": 1}),
+    ("extras must be a list", {"extras": "trace"}),
+    ("extras contains 'hessian'; choose among trace", {"extras": ["hessian"]}),
+    ("extras contains 'trace' twice", {"extras": ["trace", "trace"]}),
+    ("is now extras=\\['split_half'\\]", {"extras": ["halves"]}),
+    ("pass OutlierRatio", {"extras": ["outlier_ratio"]}),
+    (
+        "num_classes=10 must be below num_eigenvalues=10",
+        {"extras": [OutlierRatio(num_classes=10)], "num_eigenvalues": 10},
+    ),
+    ("needs eigenvalues with error bounds", {"extras": ["subspace"], "solver": PublishedProtocol()}),
+    ("allow about 40", {"num_eigenvalues": 10, "solver": Lanczos(max_hvps=10)}),
+    ("fewer than num_eigenvalues=20", {"num_eigenvalues": 20, "solver": PublishedProtocol(steps=6)}),
+]
 
 
-@pytest.mark.parametrize("message", BAD_OPTIONS)
-def test_an_option_out_of_range_is_refused_at_once(message: str) -> None:
+@pytest.mark.parametrize(("message", "options"), BAD_OPTIONS)
+def test_an_option_out_of_range_is_refused_at_once(message: str, options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=message):
-        PowerLawHessianCallback(**BAD_OPTIONS[message])
+        PowerLawHessianCallback(**options)
+
+
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [
+        ("rtol", r"solver=Lanczos\(rtol=...\)"),
+        ("mode", r"solver=PublishedProtocol\(\)"),
+        ("trace_hvps", r"extras=\[Trace\(num_hvps=...\)\]"),
+        ("solver_checkpoint", r"solver=Lanczos\(checkpoint=...\)"),
+    ],
+)
+def test_an_option_that_moved_names_its_new_place(name: str, place: str) -> None:
+    with pytest.raises(TypeError, match=f"the option {name} is now {place}"):
+        PowerLawHessianCallback(**{name: 3})
+
+
+def test_every_moved_option_is_gone_and_its_new_place_exists() -> None:
+    options = inspect.signature(PowerLawHessianCallback.__init__).parameters
+    assert not MOVED_OPTIONS.keys() & options.keys()
+    for place in MOVED_OPTIONS.values():
+        for kind, option in re.findall(r"(\w+)\((\w+)=", place):
+            assert option in inspect.signature(getattr(hessian_callback, kind)).parameters, place
 
 
 # -- before training -----------------------------------------------------------------------------------------
@@ -393,7 +437,7 @@ def test_a_slope_of_fewer_eigenvalues_is_logged_only_on_demand(allow_fewer: bool
     assert ("hessian/slope" in run.callback_metrics) == allow_fewer
     assert float(run.callback_metrics["hessian/num_fitted"]) == last.num_fitted
     if not allow_fewer:
-        assert "or pass allow_fewer=True" in str(last.reason)
+        assert "or pass solver=Lanczos(allow_fewer=True)" in str(last.reason)
 
 
 def test_too_few_products_are_said_so(tmp_path: Any) -> None:
@@ -462,7 +506,7 @@ def test_a_state_of_another_kind_is_refused() -> None:
 def test_memory_is_let_go(tmp_path: Any) -> None:
     callback = measure()
     trainer(tmp_path, callback, max_epochs=1).fit(seeded(), loader(), loader(seed=1))
-    assert callback._held_out is None
+    assert not callback.source.is_collected
     assert all(m.spectrum.eigenvectors is None for m in callback.history)
 
 
@@ -505,7 +549,7 @@ def test_a_run_after_one_that_ended_with_an_error_starts_afresh(tmp_path: Any) -
     callback = measure(loss_fn=failing_at({6}, "raises"), on_error="raise")
     with pytest.raises(RuntimeError, match="the disk is gone"):
         trainer(tmp_path, callback).fit(seeded(), loader(), loader(seed=1))
-    assert callback._held_out is None
+    assert not callback.source.is_collected
     callback.loss_fn = None
     trainer(tmp_path, callback, max_epochs=1).fit(seeded(), loader(), loader(seed=2))
     fresh = measure()

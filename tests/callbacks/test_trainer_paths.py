@@ -366,7 +366,7 @@ RESUMES = {
     "epoch end": ({}, {}, {"save_top_k": -1}),
     "after validation": ({}, {}, {"save_top_k": -1, "save_on_train_epoch_end": False}),
     "every second epoch": ({"every_n_epochs": 2}, {}, {"save_top_k": -1}),
-    "halves": ({}, {"val_check_interval": 0.5}, {"save_top_k": -1}),
+    "split_half": ({}, {"val_check_interval": 0.5}, {"save_top_k": -1}),
     "steps": ({"every_n_train_steps": 2}, {}, {"save_top_k": -1, "every_n_train_steps": 4}),
 }
 

@@ -10,8 +10,11 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from hessian_callback import Density, Subspace
 from hessian_callback.algorithms.subspace_history import SubspaceHistory
+from hessian_callback.callbacks.reporters.pictures import LayoutReporter
 from hessian_callback.linalg.distributed import Ranks
+from hessian_callback.measurement.extras import subspace
 from tests.helpers.toy_runs import loader, measure, seeded, trainer
 
 
@@ -29,14 +32,14 @@ class Watcher(Callback):
         self.overlaps: list[Any] = []
 
     def on_hessian_measured(self, run: Any, module: Any, callback: Any) -> None:
-        self.overlaps.append(callback._spaces.overlaps.tolist())
+        self.overlaps.append(callback._states["subspace"].spaces.overlaps.tolist())
 
 
 def main() -> None:
     out = Path(sys.argv[1])
     torch.set_num_threads(1)
-    callback = measure(figures=True, extras=["density", "subspace"], subspace_dimension=2, max_hvps=200, density_hvps=8)
-    callback._spaces = Fails()
+    callback = measure(figures=True, extras=[Density(num_hvps=8), Subspace(dimension=2)], max_hvps=200)
+    subspace.SubspaceHistory = Fails  # type: ignore[misc]
     watcher = Watcher()
     logger = TensorBoardLogger(out, name="", version="run")
     run = trainer(out, callback, watcher, logger=logger, strategy="ddp", devices=2)
@@ -45,7 +48,7 @@ def main() -> None:
         {
             "overlaps": watcher.overlaps,
             "failed": [dict(m.not_compared) for m in callback.history],
-            "names": sorted(callback._logged_names),
+            "names": sorted(next(one.names for one in callback.reporters if isinstance(one, LayoutReporter))),
         },
         out / f"{run.global_rank}.pt",
     )

@@ -24,6 +24,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from hessian_callback import Density, FrobeniusNorm, PublishedProtocol, Subspace, Trace
 from tests.helpers.toy_runs import Net, data, loader, measure, seeded, trainer
 
 
@@ -120,13 +121,21 @@ def failing_gradient(module: Any, batch: Any) -> torch.Tensor:
     return cross_entropy(module, batch)
 
 
-EXTRAS = ["trace", "frobenius", "density", "subspace", "norms", "numerical_interval", "halves"]
-COMPARISONS = {"extras": EXTRAS, "trace_hvps": 9, "density_hvps": 16, "subspace_dimension": 2}
+EXTRAS = [
+    Trace(num_hvps=9),
+    FrobeniusNorm(num_hvps=9),
+    Density(num_hvps=16),
+    Subspace(dimension=2),
+    "norms",
+    "numerical_interval",
+    "split_half",
+]
+COMPARISONS = {"extras": EXTRAS}
 ONE_EPOCH = {"max_epochs": 1, "precision": "64-true"}
 # As above, for test_callback_comparisons_ddp.py.
 COMPARISON_RUNS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "compared": ({**COMPARISONS, "groups": {"first": r"net\.0", "head": r"net\.4"}, "rtol": 1e-6}, ONE_EPOCH),
-    "paper": ({"mode": "paper", "paper_steps": 6}, ONE_EPOCH),
+    "paper": ({"solver": PublishedProtocol(steps=6)}, ONE_EPOCH),
     "sharded compared": ({**COMPARISONS, "groups": {"head": r"net\.4"}}, {"max_epochs": 1}),
     "sharded differences compared": ({**COMPARISONS, "hvp": "finite_difference"}, {"max_epochs": 1}),
     "no gradient": ({"extras": ["norms", "trace"], "loss_fn": failing_gradient}, ONE_EPOCH),

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from hessian_callback import top_eigenvalues
+from hessian_callback import Lanczos, top_eigenvalues
 from hessian_callback.callbacks.power_law import PowerLawHessianCallback
-from hessian_callback.measurement import solvers as protocol
+from hessian_callback.measurement import solvers
 from tests.helpers.toy_runs import NUM_EIGENVALUES, loader, seeded, trainer
 
 
@@ -24,14 +24,21 @@ class Watched(PowerLawHessianCallback):
     def __init__(self, at: tuple[int, int] | None, then: Callable[[], Any], **options: Any) -> None:
         self.at, self.then = at, then
         self.steps: list[int] = []
-        defaults = {"num_samples": 32, "rtol": 0.05, "max_hvps": 60, "figures": False, "verbose": False}
+        defaults = {"num_samples": 32, "figures": False, "verbose": False}
         super().__init__(num_eigenvalues=NUM_EIGENVALUES, **{**defaults, **options})
 
-    def _give_way(self, run: Any, ranks: Any) -> None:
-        super()._give_way(run, ranks)
-        self.steps.append(run.global_step)
-        if self.at == (run.global_step, self.steps.count(run.global_step)):
-            self.then()
+    def _observer(self, run: Any, ranks: Any) -> Any:
+        observer = super()._observer(run, ranks)
+        between_parts = observer.between_parts
+
+        def watched() -> None:
+            between_parts()
+            self.steps.append(run.global_step)
+            if self.at == (run.global_step, self.steps.count(run.global_step)):
+                self.then()
+
+        observer.between_parts = watched
+        return observer
 
 
 def fit(
@@ -40,11 +47,12 @@ def fit(
     """Train for six steps, measured at the start and after the fourth."""
     torch.set_num_threads(1)
     seed, root = options.pop("weights", 1), options.pop("root", folder)
-    callback = Watched(at, then, at_steps=[0, 4], hvp="double_backward", solver_checkpoint=folder, **options)
+    solver = Lanczos(rtol=0.05, max_hvps=60, hvp="double_backward", checkpoint=folder)
+    callback = Watched(at, then, at_steps=[0, 4], solver=solver, **options)
     trainer(root, callback, max_epochs=1).fit(seeded(seed=seed, dropout=0.0), loader(), loader(seed=1))
     return callback
 
 
 if __name__ == "__main__":
-    protocol.top_eigenvalues = partial(top_eigenvalues, checkpoint_every=0)  # type: ignore[assignment]
+    solvers.top_eigenvalues = partial(top_eigenvalues, checkpoint_every=0)  # type: ignore[assignment]
     fit(Path(sys.argv[1]), (4, 12), lambda: os.kill(os.getpid(), signal.SIGKILL))

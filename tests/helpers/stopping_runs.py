@@ -14,7 +14,7 @@ from tests.helpers.toy_runs import loader, measure, seeded, trainer
 def main() -> None:
     out = Path(sys.argv[1])
     torch.set_num_threads(1)
-    callback = measure(every_n_epochs=2, extras=["halves"])
+    callback = measure(every_n_epochs=2, extras=["split_half"])
     stopper = PowerLawEarlyStopping(mode="min", min_trend=0.0, patience=2)
     run = trainer(out, stopper, callback, max_epochs=20, strategy="ddp", devices=2)
     run.fit(seeded(), loader(num=48, shuffle=True), loader(num=45, seed=1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from hessian_callback.callbacks.power_law import PowerLawHessianCallback
+from hessian_callback.measurement.solvers import Lanczos
 
 NUM_EIGENVALUES = 4
 
@@ -85,8 +87,11 @@ class Watched(torch.optim.lr_scheduler.ReduceLROnPlateau):
         super().step(metrics)
 
 
+SOLVER_OPTIONS = {field.name for field in dataclasses.fields(Lanczos)}
+
+
 def measure(**options: Any) -> PowerLawHessianCallback:
-    """The callback, at its smallest."""
+    """The callback, at its smallest; options of the Lanczos solver may stand beside its own."""
     defaults: dict[str, Any] = {
         "num_eigenvalues": NUM_EIGENVALUES,
         "num_samples": 32,
@@ -95,7 +100,9 @@ def measure(**options: Any) -> PowerLawHessianCallback:
         "figures": False,
         "verbose": False,
     }
-    return PowerLawHessianCallback(**{**defaults, **options})
+    chosen = {**defaults, **options}
+    solver = {name: chosen.pop(name) for name in SOLVER_OPTIONS & chosen.keys()}
+    return PowerLawHessianCallback(**{"solver": Lanczos(**solver), **chosen})
 
 
 def trainer(tmp_path: Any, *callbacks: Any, **options: Any) -> Trainer:

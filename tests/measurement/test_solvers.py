@@ -1,4 +1,4 @@
-"""Both modes fit by the same code: what each of them trusts, costs and refuses."""
+"""The solvers: the eigenvalues that each of them trusts, its costs and its refusals."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from hessian_callback import fit_power_law, top_eigenvalues
+from hessian_callback import Lanczos, PublishedProtocol, fit_power_law, top_eigenvalues
 from hessian_callback.algorithms.lanczos import LanczosProgress
 from hessian_callback.algorithms.pooled_ritz import pooled_ritz_values
 from hessian_callback.linalg.linear_operator import MatvecOperator
-from hessian_callback.measurement.solvers import Protocol
+from hessian_callback.measurement.solvers import Solver
 
 EIGENVALUES = torch.arange(1, 501, dtype=torch.float64) ** -1.0
 
@@ -21,58 +21,72 @@ def operator_of(eigenvalues: Tensor) -> MatvecOperator:
     return MatvecOperator(lambda v: eigenvalues * v, len(eigenvalues))
 
 
-def test_strict_is_the_solver_and_paper_is_the_pool() -> None:
+def test_each_solver_is_its_algorithm() -> None:
     operator = operator_of(EIGENVALUES)
-    strict, paper = Protocol(20, seed=3), Protocol(20, "paper", seed=3)
-    expected = top_eigenvalues(operator, k=20, max_matvecs=200, seed=3, positive_only=True)
-    assert torch.equal(strict.solve(operator).eigenvalues, expected.eigenvalues)
+    expected = top_eigenvalues(operator, k=20, max_matvecs=300, seed=3, positive_only=True)
+    assert torch.equal(Lanczos().solve(operator, 20, seed=3).eigenvalues, expected.eigenvalues)
     pool = pooled_ritz_values(operator, num_runs=3, num_steps=20, seed=3)
-    spectrum = paper.solve(operator)
+    published = PublishedProtocol()
+    spectrum = published.solve(operator, 20, seed=3)
     assert torch.equal(spectrum.eigenvalues, pool.ritz_values[:20])
-    assert paper.fit(spectrum) == (fit_power_law(pool.ritz_values[:20]), None)
-    assert strict.solve(operator, return_eigenvectors=True).eigenvectors.shape == (500, 20)
+    assert published.fit(spectrum, 20) == (fit_power_law(pool.ritz_values[:20]), None)
+    vectors = Lanczos().solve(operator, 20, return_eigenvectors=True).eigenvectors
+    assert vectors is not None
+    assert vectors.shape == (500, 20)
 
 
-@pytest.mark.parametrize(
-    ("protocol", "limit", "expected"),
-    [
-        (Protocol(20), 200, 80),
-        (Protocol(20, max_hvps=50), 50, 50),
-        (Protocol(20, "paper"), 60, 60),
-        (Protocol(20, "paper", paper_runs=2, paper_steps=15), 30, 30),
-        (Protocol(20, "paper", paper_steps=1000), 3000, 1500),
-    ],
-)
-def test_cost(protocol: Protocol, limit: int, expected: int) -> None:
-    assert (protocol.hvp_limit, protocol.expected_hvps(500)) == (limit, expected)
+# The contract of every solver.
+SOLVERS: list[tuple[Solver, int, int]] = [
+    (Lanczos(), 300, 80),
+    (Lanczos(max_hvps=50), 50, 50),
+    (PublishedProtocol(), 60, 60),
+    (PublishedProtocol(runs=2, steps=15), 30, 30),
+    (PublishedProtocol(steps=1000), 3000, 1500),
+]
+
+
+@pytest.mark.parametrize(("solver", "limit", "expected"), SOLVERS)
+def test_products_stay_within_the_limit(solver: Solver, limit: int, expected: int) -> None:
+    assert (solver.hvp_limit(20), solver.expected_hvps(20, 500)) == (limit, expected)
     seen: list[LanczosProgress] = []
-    spectrum = protocol.solve(operator_of(EIGENVALUES), progress=seen.append)
+    spectrum = solver.solve(operator_of(EIGENVALUES), 20, progress=seen.append)
     assert spectrum.num_matvecs == seen[-1].num_matvecs <= limit
-    if protocol.mode == "paper":
+    if not solver.proves_bounds:
         assert spectrum.num_matvecs == expected
+        assert spectrum.missed_probability == 1.0
+    again = solver.solve(operator_of(EIGENVALUES), 20)
+    assert torch.equal(again.eigenvalues, spectrum.eigenvalues)
 
 
-def test_only_paper_mode_fits_what_has_not_converged() -> None:
+def test_the_default_limit_has_a_floor() -> None:
+    """The ten largest eigenvalues of transformers needed up to 320 products."""
+    assert [Lanczos().hvp_limit(k) for k in (3, 10, 30, 50)] == [300, 300, 300, 500]
+
+
+def test_only_the_published_protocol_fits_values_that_have_not_converged() -> None:
     operator = operator_of(EIGENVALUES)
-    fit, reason = Protocol(20, max_hvps=30).fit(Protocol(20, max_hvps=30).solve(operator))
+    solver = Lanczos(max_hvps=30)
+    fit, reason = solver.fit(solver.solve(operator, 20), 20)
     assert fit is not None
     assert fit.num_eigenvalues < 20
+    assert reason is not None
     assert reason.startswith(f"only {fit.num_eigenvalues} of 20 eigenvalues are positive and converged: max_hvps=30")
-    paper = Protocol(20, "paper", paper_runs=1)
-    spectrum = paper.solve(operator)
+    published = PublishedProtocol(runs=1)
+    spectrum = published.solve(operator, 20)
     assert not spectrum.all_converged
-    fit, reason = paper.fit(spectrum)
+    fit, reason = published.fit(spectrum, 20)
+    assert fit is not None
     assert (fit.num_eigenvalues, reason) == (20, None)
 
 
 @pytest.mark.parametrize("slope_rtol", [0.1, 0.02])
-def test_a_run_that_stops_on_the_slope_knows_it_as_well_as_it_says(slope_rtol: float) -> None:
-    """On a spectrum whose tail is dense; the truth is known, and so is what iterating to the end costs."""
+def test_a_run_that_stops_on_the_slope_knows_it_to_the_tolerance(slope_rtol: float) -> None:
+    """On a spectrum whose tail is dense, with a known truth and a known cost of iterating to the end."""
     eigenvalues = torch.cat([EIGENVALUES[:25], torch.linspace(0.039, 0.02, 475, dtype=torch.float64)])
     operator = operator_of(eigenvalues)
-    protocol = Protocol(40, max_hvps=500, stop_on="slope", slope_rtol=slope_rtol)
-    spectrum = protocol.solve(operator)
-    fit, reason = protocol.fit(spectrum)
+    solver = Lanczos(max_hvps=500, stop_on="slope", slope_rtol=slope_rtol)
+    spectrum = solver.solve(operator, 40)
+    fit, reason = solver.fit(spectrum, 40)
     truth = fit_power_law(eigenvalues[:40]).slope
     assert fit is not None
     assert (fit.num_eigenvalues, reason) == (40, None)
@@ -80,47 +94,57 @@ def test_a_run_that_stops_on_the_slope_knows_it_as_well_as_it_says(slope_rtol: f
     assert not spectrum.all_converged
     assert ((spectrum.eigenvalues - eigenvalues[:40]).abs() <= spectrum.error_bounds).all()
     assert abs(fit.slope - truth) <= 2 * slope_rtol * truth
-    assert spectrum.num_matvecs < Protocol(40, max_hvps=500).solve(operator).num_matvecs
+    assert spectrum.num_matvecs < Lanczos(max_hvps=500).solve(operator, 40).num_matvecs
 
 
 def test_a_slope_that_is_not_fixed_yet_is_not_fitted() -> None:
-    protocol = Protocol(40, max_hvps=60, stop_on="slope")
-    spectrum = protocol.solve(operator_of(EIGENVALUES))
+    solver = Lanczos(max_hvps=60, stop_on="slope")
+    spectrum = solver.solve(operator_of(EIGENVALUES), 40)
     assert spectrum.stopped == "max_matvecs"
-    fit, reason = protocol.fit(spectrum)
+    fit, reason = solver.fit(spectrum, 40)
     assert fit is None or fit.num_eigenvalues < 40
     assert reason is not None
 
 
-@pytest.mark.parametrize("mode", ["strict", "paper"])
-def test_negative_eigenvalues_are_never_fitted(mode: str) -> None:
+@pytest.mark.parametrize("kind", [Lanczos, PublishedProtocol])
+def test_negative_eigenvalues_are_never_fitted(kind: type[Solver]) -> None:
     operator = operator_of(torch.cat([EIGENVALUES[:4], -EIGENVALUES[:16]]))
-    protocol = Protocol(10, mode, paper_runs=1)
-    fit, reason = protocol.fit(protocol.solve(operator))
+    options: dict[str, Any] = {"runs": 1} if kind is PublishedProtocol else {}
+    solver = kind(**options)
+    fit, reason = solver.fit(solver.solve(operator, 10), 10)
+    assert fit is not None
     assert fit.num_eigenvalues == 4
-    assert "only 4 of 10 eigenvalues are positive" in reason
-    lenient = Protocol(10, mode, paper_runs=1, allow_fewer=True)
-    assert lenient.fit(lenient.solve(operator)) == (fit, None)
-    nothing = operator_of(-EIGENVALUES)
-    fit, reason = protocol.fit(protocol.solve(nothing))
+    assert "only 4 of 10 eigenvalues are positive" in str(reason)
+    assert f"pass solver={kind.__name__}(allow_fewer=True)" in str(reason)
+    lenient = kind(allow_fewer=True, **options)
+    assert lenient.fit(lenient.solve(operator, 10), 10) == (fit, None)
+    fit, reason = solver.fit(solver.solve(operator_of(-EIGENVALUES), 10), 10)
     assert fit is None
-    assert "only 0 of 10" in reason
+    assert "only 0 of 10" in str(reason)
 
 
 @pytest.mark.parametrize(
-    ("options", "match"),
+    ("make", "match"),
     [
-        ({"num_eigenvalues": 2}, "at least 3"),
-        ({"mode": "lenient"}, "'strict' or 'paper'"),
-        ({"rtol": 1.0}, "rtol"),
-        ({"max_hvps": 20}, "allow about 80"),
-        ({"paper_runs": 0}, "paper_runs"),
-        ({"paper_steps": 6}, "fewer than num_eigenvalues=20"),
-        ({"stop_on": "fit_error"}, "'eigenvalues' or 'slope'"),
-        ({"slope_rtol": 0.0}, "slope_rtol"),
-        ({"stop_on": "slope", "mode": "paper"}, "needs proven bounds"),
+        (lambda: Lanczos(rtol=1.0), "rtol must be a finite number above 0 and below 1"),
+        (lambda: Lanczos(rtol=float("nan")), "rtol must be"),
+        (lambda: Lanczos(max_hvps=20).check(20), "allow about 80"),
+        (lambda: Lanczos(max_hvps=2.5), "max_hvps must be None or an integer"),  # type: ignore[arg-type]
+        (lambda: Lanczos(stop_on="fit_error"), "'eigenvalues' or 'slope'"),
+        (lambda: Lanczos(slope_rtol=0.0), "slope_rtol"),
+        (lambda: Lanczos(hvp="lineraize"), "hvp must be 'auto'"),
+        (lambda: Lanczos(memory_budget="4GB"), "memory_budget must be None or an integer"),  # type: ignore[arg-type]
+        (lambda: Lanczos(allow_fewer="no"), "allow_fewer must be True or False"),  # type: ignore[arg-type]
+        (lambda: Lanczos(checkpoint=""), "checkpoint must be None or a path"),
+        (lambda: PublishedProtocol(runs=0), "runs must be an integer of at least 1"),
+        (lambda: PublishedProtocol(steps=6).check(20), "fewer than num_eigenvalues=20"),
     ],
 )
-def test_errors(options: dict[str, Any], match: str) -> None:
+def test_bad_options_are_refused(make: Any, match: str) -> None:
     with pytest.raises(ValueError, match=match):
-        Protocol(**{"num_eigenvalues": 20, **options})
+        make()
+
+
+def test_the_published_protocol_has_no_checkpoint(tmp_path: Any) -> None:
+    with pytest.raises(ValueError, match=r"no checkpoint; use solver=Lanczos\(checkpoint=\.\.\.\)"):
+        PublishedProtocol().solve(operator_of(EIGENVALUES), 3, checkpoint=tmp_path)

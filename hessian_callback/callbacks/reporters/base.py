@@ -1,0 +1,64 @@
+"""The interface of a reporter, and the values that it gets."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from hessian_callback.callbacks.live_prediction import LivePrediction
+from hessian_callback.linalg.distributed import Ranks
+from hessian_callback.measurement.failure_policy import FailurePolicy
+from hessian_callback.measurement.measurement import Measurement
+
+__all__ = ["Report", "Reporter"]
+
+
+@dataclass(frozen=True)
+class Report:
+    """A new measurement of a run.
+
+    Attributes:
+        trainer: the trainer.
+        pl_module: its module.
+        callback: the callback that measured.
+        prefix: its prefix.
+        history: its measurements, the new one last.
+        values: the numbers to log, by name without the prefix.
+        step: the step under which loggers show the values.
+        prediction: the prediction of the run's loss, if there is one.
+        states: the extras' states after the measurement, by name.
+        ranks: the processes of the run.
+        failures: what happens if a report fails.
+    """
+
+    trainer: Trainer
+    pl_module: LightningModule
+    callback: Callback
+    prefix: str
+    history: Sequence[Measurement]
+    values: Mapping[str, float]
+    step: int
+    prediction: LivePrediction | None
+    states: Mapping[str, Any]
+    ranks: Ranks
+    failures: FailurePolicy
+
+    @property
+    def measurement(self) -> Measurement:
+        """The new measurement."""
+        return self.history[-1]
+
+
+class Reporter(ABC):
+    """Passes measurements on. All ranks call it, in the same order."""
+
+    @abstractmethod
+    def report(self, report: Report) -> None:
+        """Pass a measurement on."""
+
+    def forget(self) -> None:  # noqa: B027
+        """Release everything that belongs to a run that has ended."""

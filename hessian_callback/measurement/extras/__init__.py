@@ -1,0 +1,1 @@
+"""Optional quantities of a measurement, one class and one module each."""

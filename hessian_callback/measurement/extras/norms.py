@@ -1,0 +1,36 @@
+"""Norms of parameters and gradient as an extra."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from hessian_callback.measurement.extras.base import Examination, Extra, Finding
+from hessian_callback.operators.fully_shard import is_sharded
+from hessian_callback.operators.gradients import gradient_norm, parameter_norm
+from hessian_callback.operators.hessian import HessianOperator, select_parameters
+
+__all__ = ["Norms"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Norms(Extra):
+    """The Euclidean norms of the chosen parameters and of the loss's gradient in them; costs one gradient.
+
+    Logs ``parameter_norm`` and ``gradient_norm``.
+    """
+
+    name: ClassVar[str] = "norms"
+    keys: ClassVar[tuple[str, ...]] = ("parameter_norm", "gradient_norm")
+
+    def compute(self, examination: Examination) -> Finding:
+        """Compute both norms."""
+        operator, problem = examination.open_operator, examination.problem
+        assert isinstance(operator, HessianOperator)
+        if is_sharded(problem.model) and not operator.exact:
+            raise ValueError("norms need whole parameters, and hvp='finite_difference' leaves them sharded")
+        chosen = list(select_parameters(problem.model, problem.parameters).values())
+        gradient = gradient_norm(
+            problem.model, problem.loss_fn, operator.batches, operator.weights, chosen, problem.ranks
+        )
+        return Finding({"parameter_norm": parameter_norm(chosen), "gradient_norm": gradient})

@@ -1,0 +1,348 @@
+"""One measurement from a `Problem` to a `Measurement`: eigenvalues, fit, extras and groups."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hessian_callback.algorithms.sharpness import SpectralDensity
+from hessian_callback.algorithms.solver_checkpoint import CheckpointError, delete_files
+from hessian_callback.algorithms.spectrum import Spectrum
+from hessian_callback.linalg.distributed import RankLostError, Ranks
+from hessian_callback.measurement.extras.base import Examination, Extra, Finding
+from hessian_callback.measurement.extras.registry import expected_hvps, make_extras
+from hessian_callback.measurement.failure_policy import FailurePolicy, SigtermReceived
+from hessian_callback.measurement.measurement import Measurement
+from hessian_callback.measurement.observer import CostEstimate, Observer
+from hessian_callback.measurement.options import check_int
+from hessian_callback.measurement.place import Place
+from hessian_callback.measurement.problem import Problem
+from hessian_callback.measurement.solvers import Lanczos, Solver
+from hessian_callback.operators.engine_selection import TracingStatistics
+from hessian_callback.operators.fully_shard import is_sharded
+from hessian_callback.operators.hessian import HessianOperator, ParameterFilter
+from hessian_callback.power_law.fit import PowerLawFit
+
+__all__ = ["Measured", "Measurer", "seconds_since"]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The result of `Measurer.measure`.
+
+    Attributes:
+        measurement: the measurement.
+        states: the extras' states for the next measurement, by name. Pass them only if this one counts on all ranks.
+    """
+
+    measurement: Measurement
+    states: Mapping[str, Any]
+
+
+class Measurer:
+    """Measures problems with the same settings, one after the other.
+
+    Args:
+        num_eigenvalues: K, at least 3.
+        solver: how eigenvalues are computed; the default is `Lanczos`.
+        extras: names or objects, see `EXTRAS`.
+        groups: parameters whose diagonal blocks of the Hessian are measured as well, by the group's name.
+        seed: starts the solver and draws the extras' random vectors.
+
+    Raises:
+        ValueError: if an option is out of range.
+    """
+
+    def __init__(
+        self,
+        num_eigenvalues: int = 50,
+        *,
+        solver: Solver | None = None,
+        extras: Iterable[str | Extra] = (),
+        groups: Mapping[str, ParameterFilter] | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.num_eigenvalues = check_int("num_eigenvalues", num_eigenvalues, at_least=3)
+        self.solver = Lanczos() if solver is None else solver
+        self.solver.check(self.num_eigenvalues)
+        self.extras = make_extras(extras, self.num_eigenvalues, self.solver)
+        self.groups = dict(groups or {})
+        self.seed = seed
+        self._tracing_statistics: dict[Hashable, TracingStatistics] = {}
+
+    @property
+    def needs_eigenvectors(self) -> bool:
+        """Whether an extra needs eigenvectors."""
+        return any(extra.needs_eigenvectors for extra in self.extras)
+
+    def expected_cost(self, num_parameters: int) -> CostEstimate:
+        """Estimate the products of a measurement.
+
+        Args:
+            num_parameters: P.
+        """
+        expected = self.solver.expected_hvps(self.num_eigenvalues, num_parameters)
+        return CostEstimate(
+            num_hvps=expected,
+            max_hvps=self.solver.hvp_limit(self.num_eigenvalues),
+            num_extra_hvps=expected_hvps(self.extras, expected) + len(self.groups) * expected,
+            extras=(*(extra.name for extra in self.extras), *(f"group {group}" for group in self.groups)),
+            num_kept_vectors=self.num_eigenvalues if self.needs_eigenvectors else 0,
+        )
+
+    def measure(
+        self,
+        problem: Problem,
+        place: Place,
+        *,
+        states: Mapping[str, Any] | None = None,
+        observer: Observer | None = None,
+        failures: FailurePolicy | None = None,
+        checkpoint: Path | None = None,
+        draws_figures: bool = False,
+    ) -> Measured:
+        """Measure a problem; a collective.
+
+        Args:
+            problem: model, loss and samples.
+            place: where in the run.
+            states: of the last measurement's result.
+            observer: follows the measurement.
+            failures: what happens if an extra or a group fails; the default raises.
+            checkpoint: the folder in which the solver saves its state; groups and halves get folders beside it.
+            draws_figures: whether extras should keep data for figures.
+
+        Returns:
+            The measurement, with the seconds that it took, and the extras' states.
+
+        Raises:
+            ArithmeticError: if the loss or a product is NaN or infinite.
+            ValueError: if the loss cannot be differentiated, or no parameter is chosen; see `HessianOperator`.
+        """
+        return _Run(
+            measurer=self,
+            problem=problem,
+            place=place,
+            states=states or {},
+            observer=observer or Observer(),
+            failures=failures or FailurePolicy("raise"),
+            checkpoint=checkpoint,
+            draws_figures=draws_figures,
+        ).measure()
+
+    def tracing_statistics(self, problem: Problem) -> TracingStatistics:
+        """Return the timings of earlier operators with the same parameters."""
+        return self._tracing_statistics.setdefault(problem.parameters, TracingStatistics())
+
+
+@dataclass
+class _Run:
+    """One call of `Measurer.measure`."""
+
+    measurer: Measurer
+    problem: Problem
+    place: Place
+    states: Mapping[str, Any]
+    observer: Observer
+    failures: FailurePolicy
+    checkpoint: Path | None
+    draws_figures: bool
+
+    values: dict[str, float] = field(default_factory=dict)
+    not_compared: dict[str, str] = field(default_factory=dict)
+    groups: dict[str, Measurement] = field(default_factory=dict)
+    density: SpectralDensity | None = None
+    new_states: dict[str, Any] = field(default_factory=dict)
+    shared: dict[Hashable, Any] = field(default_factory=dict)
+
+    @property
+    def ranks(self) -> Ranks:
+        return self.problem.ranks
+
+    def measure(self) -> Measured:
+        began = time.monotonic()
+        measurer, problem = self.measurer, self.problem
+        with self._operator(problem) as operator:
+            # A forward pass of a sharded module is a collective, and ranks hold different numbers of batches.
+            whole = not is_sharded(problem.model) or operator.exact
+            loss = operator.mean_loss if whole else None
+            self.observer.operator_made(operator, problem, measurer.expected_cost(operator.num_parameters))
+            spectrum = self._solve(operator, eigenvectors=measurer.needs_eigenvectors)
+            self.observer.operator_used(operator)
+            with self.ranks.propagate_errors("fitting the power law"):
+                fit, reason = measurer.solver.fit(spectrum, measurer.num_eigenvalues)
+            self._compute_extras(operator, spectrum, fit)
+            spectrum = replace(spectrum, eigenvectors=None)
+        for group, parameters in measurer.groups.items():
+            self._measure_group(group, parameters)
+        self._compute_extras(None, spectrum, fit)
+        measurement = self._measurement(
+            operator,
+            spectrum,
+            fit,
+            reason,
+            seconds=seconds_since(began, self.ranks),
+            num_samples=problem.num_samples,
+            loss=loss,
+            comparisons=self.values,
+            not_compared=self.not_compared,
+            density=self.density,
+            groups=self.groups,
+        )
+        return Measured(measurement, {**self.states, **self.new_states})
+
+    def _operator(self, problem: Problem) -> HessianOperator:
+        solver = self.measurer.solver
+        return problem.operator(
+            hvp=solver.hvp,
+            memory_budget=solver.memory_budget,
+            tracing_statistics=self.measurer.tracing_statistics(problem),
+        )
+
+    def _measurement(
+        self, operator: HessianOperator, spectrum: Spectrum, fit: PowerLawFit | None, reason: str | None, **more: Any
+    ) -> Measurement:
+        return Measurement(
+            epoch=self.place.epoch,
+            step=self.place.step,
+            when=self.place.when,
+            spectrum=spectrum,
+            fit=fit,
+            reason=reason,
+            num_parameters=operator.num_parameters,
+            engine=operator.engine,
+            precision=self.problem.precision,
+            world_size=self.ranks.world_size,
+            mode=self.measurer.solver.mode,
+            **more,
+        )
+
+    # -- extras and groups -----------------------------------------------------------------------
+
+    def _compute_extras(self, operator: HessianOperator | None, spectrum: Spectrum, fit: PowerLawFit | None) -> None:
+        """Compute the extras that need the operator, or without one, those that don't."""
+        for extra in self.measurer.extras:
+            if extra.needs_operator != (operator is not None):
+                continue
+            examination = Examination(
+                problem=self.problem,
+                operator=operator,
+                spectrum=spectrum,
+                fit=fit,
+                solver=self.measurer.solver,
+                num_eigenvalues=self.measurer.num_eigenvalues,
+                seed=self.measurer.seed,
+                place=self.place,
+                draws_figures=self.draws_figures,
+                solve=self._solve_other,
+                state=self.states.get(extra.name),
+                shared=self.shared,
+            )
+            finding = self._try(extra.name, lambda extra=extra, at=examination: extra.compute(at))  # type: ignore[misc]
+            if finding is not None:
+                self._add(extra, finding)
+
+    def _add(self, extra: Extra, finding: Finding) -> None:
+        self.values |= finding.values
+        self.density = finding.density or self.density
+        if finding.num_hvps:
+            self.values["num_extra_hvps"] = self.values.get("num_extra_hvps", 0.0) + finding.num_hvps
+        if finding.state is not None:
+            self.new_states[extra.name] = finding.state
+
+    def _measure_group(self, group: str, parameters: ParameterFilter) -> None:
+        """Measure the Hessian's diagonal block of one group of parameters."""
+
+        def measure() -> Measurement:
+            began = time.monotonic()
+            problem = self.problem.on_parameters(parameters)
+            with self._operator(problem) as operator:
+                spectrum = self._solve(operator, name=f"Hessian ({group})", part=f"group={group}")
+            fit, reason = self.measurer.solver.fit(spectrum, self.measurer.num_eigenvalues)
+            return self._measurement(operator, spectrum, fit, reason, seconds=seconds_since(began, self.ranks))
+
+        measurement = self._try(f"group {group}", measure)
+        if measurement is not None:
+            self.groups[group] = measurement
+
+    def _try(self, name: str, task: Callable[[], Any]) -> Any:
+        """Run a part of the measurement that may fail alone."""
+        self.observer.between_parts()
+        outcome = self.failures.run(
+            task, self.ranks, stage=f"computing {name}", consequence=f"the measurement has no {name}"
+        )
+        if outcome.reason is not None:
+            self.not_compared[name] = outcome.reason
+        return outcome.value
+
+    def _solve_other(self, problem: Problem, part: str) -> Spectrum:
+        name, _, number = part.partition("=")
+        with self._operator(problem) as operator:
+            return self._solve(operator, name=f"Hessian ({name} {number})", part=part)
+
+    # -- solving ---------------------------------------------------------------------------------
+
+    def _solve(
+        self, operator: HessianOperator, *, name: str = "Hessian", part: str = "", eigenvectors: bool = False
+    ) -> Spectrum:
+        """Compute a spectrum, starting from the state that a killed process saved if there is one."""
+        # No prefix or group contains "=".
+        folder = self.checkpoint
+        if folder is not None and part:
+            folder = folder.with_name(f"{folder.name}-{part}")
+
+        def solve(folder: Path | None) -> Spectrum:
+            return self._solve_from(folder, operator, name, eigenvectors)
+
+        if folder is None:
+            return solve(None)
+        try:
+            try:
+                return solve(folder)
+            except CheckpointError as error:  # On all ranks.
+                with suppress(OSError):
+                    delete_files(folder, self.ranks.rank)
+                self._warn(f"the measurement starts over: {error.reason}")
+            try:
+                return solve(folder)
+            except CheckpointError as error:  # The folder itself cannot be used.
+                self._warn(f"the measurement is not saved: {error.reason}")
+                return solve(None)
+        except (RankLostError, SigtermReceived):
+            raise
+        except Exception:
+            if self.failures.on_error == "warn":  # Training goes on and does not come to this place again.
+                with suppress(OSError):
+                    delete_files(folder, self.ranks.rank)
+            raise
+
+    def _solve_from(self, folder: Path | None, operator: HessianOperator, name: str, eigenvectors: bool) -> Spectrum:
+        measurer = self.measurer
+        expected = measurer.solver.expected_hvps(measurer.num_eigenvalues, operator.num_parameters)
+        with self.observer.solving(name, expected, None if folder is None else str(folder)) as progress:
+            return measurer.solver.solve(
+                operator,
+                measurer.num_eigenvalues,
+                seed=measurer.seed,
+                return_eigenvectors=eigenvectors,
+                progress=progress,
+                checkpoint=folder,
+            )
+
+    def _warn(self, text: str) -> None:
+        # If warnings are errors, they must not be those of one rank alone.
+        with self.ranks.propagate_errors("warning of the solver's checkpoint"):
+            if self.ranks.rank == 0:
+                self.observer.warn(text)
+
+
+def seconds_since(began: float, ranks: Ranks) -> float:
+    """Return the first rank's seconds since a time of `time.monotonic`; clocks of ranks differ. A collective."""
+    seconds = torch.tensor([time.monotonic() - began], dtype=torch.float64, device=ranks.control_device)
+    return float(ranks.broadcast(seconds))
