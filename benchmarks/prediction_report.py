@@ -23,7 +23,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks.statistics_report import table
-from hessian_callback import PowerLawHessianCallback
+from hessian_callback import Lanczos, PowerLawHessianCallback
 from hessian_callback.callbacks.live_prediction import LivePrediction
 from hessian_callback.callbacks.prediction import (
     LEVEL,
@@ -70,7 +70,7 @@ def measured(name: str, seed: int) -> LivePrediction:
     callback = PowerLawHessianCallback(
         num_eigenvalues=20,
         num_samples=200,
-        rtol=0.02,
+        solver=Lanczos(rtol=0.02),
         extras=["trace"],
         predict="val_loss",
         figures=False,
