@@ -588,7 +588,7 @@ def test_a_measurement_of_other_weights_warns_and_starts_over(tmp_path: Path, of
 def test_parts_have_folders_of_their_own(tmp_path: Path, often: None) -> None:
     options: dict[str, Any] = {"groups": {"last": r"^net\.4"}, "prefix": "curvature/hessian"}
     whole = fitted(tmp_path / "other", **options)
-    for product in (12, whole.history[-1].num_matvecs):
+    for product in (12, whole.history[-1].num_hvps):
         with pytest.raises(Killed):
             fitted(tmp_path / "solver", (4, product), die, **options)
         names = [path.name for path in (tmp_path / "solver").iterdir()]
