@@ -22,8 +22,8 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torchmetrics import MeanMetric, Metric
 
+from hessian_callback.algorithms.density import SpectralDensity
 from hessian_callback.algorithms.lanczos import LanczosProgress
-from hessian_callback.algorithms.sharpness import SpectralDensity
 from hessian_callback.algorithms.solver_checkpoint import CheckpointError, delete_files
 from hessian_callback.algorithms.spectrum import Spectrum
 from hessian_callback.algorithms.subspace_history import SubspaceHistory

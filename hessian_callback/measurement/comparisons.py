@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from hessian_callback.algorithms.sharpness import SpectralDensity, moments, spectral_density
+from hessian_callback.algorithms.density import SpectralDensity, spectral_density
 from hessian_callback.algorithms.spectrum import Spectrum
 from hessian_callback.algorithms.subspace import subspace_rotation
+from hessian_callback.algorithms.trace import moments
 from hessian_callback.linalg.linear_operator import SymmetricOperator
 from hessian_callback.power_law.numerical_interval import slope_numerical_interval
 from hessian_callback.power_law.spectral_statistics import outlier_ratio
@@ -40,8 +41,8 @@ class Comparisons:
     """A checked choice of comparisons.
 
     Attributes:
-        extras: names out of `EXTRAS`: ``trace`` and ``frobenius`` (`sharpness.moments`; together they cost
-            what one does), ``density`` (`sharpness.spectral_density`), ``subspace``
+        extras: names out of `EXTRAS`: ``trace`` and ``frobenius`` (`trace.moments`; together they cost
+            what one does), ``density`` (`density.spectral_density`), ``subspace``
             (`subspace.subspace_rotation`), ``norms``, ``numerical_interval`` and ``halves``.
         trace_hvps: products for trace and Frobenius norm.
         density_hvps: products for the density, in four runs.
@@ -168,7 +169,7 @@ class Comparisons:
 
     def _moments(self, operator: SymmetricOperator, spectrum: Spectrum, seed: int) -> Finding:
         deflating = spectrum if spectrum.eigenvectors is not None else None
-        found = moments(operator, num_products=self.trace_hvps, spectrum=deflating, seed=seed)
+        found = moments(operator, num_matvecs=self.trace_hvps, spectrum=deflating, seed=seed)
         values: dict[str, float] = {}
         if "trace" in self.extras:
             values |= {"trace": found.trace.value, "trace_stderr": found.trace.stderr}

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hessian_callback import fit_power_law, top_eigenvalues
-from hessian_callback.algorithms.sharpness import moments
+from hessian_callback.algorithms.trace import moments
 from hessian_callback.linalg.linear_operator import MatvecOperator
 from hessian_callback.measurement.comparisons import EXTRAS, Comparisons, Finding, numerical_interval_of
 
@@ -67,7 +67,7 @@ def test_costs_are_as_announced(options: dict[str, Any], expected: int) -> None:
 
 def test_trace_and_norm_come_from_the_same_products() -> None:
     spectrum = top_eigenvalues(OPERATOR, k=20, return_eigenvectors=True)
-    expected = moments(OPERATOR, num_products=30, spectrum=spectrum, seed=3)
+    expected = moments(OPERATOR, num_matvecs=30, spectrum=spectrum, seed=3)
     both = findings(Comparisons(("trace", "frobenius")))["trace and Frobenius norm"]
     assert both.values["trace"] == expected.trace.value
     assert both.values["frobenius_norm"] == expected.frobenius_norm.value
