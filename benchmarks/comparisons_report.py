@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from benchmarks.statistics_report import table
+from hessian_callback.algorithms.estimate import Estimate
 from hessian_callback.algorithms.lanczos import top_eigenvalues
 from hessian_callback.algorithms.pooled_ritz import pooled_ritz_values
-from hessian_callback.algorithms.sharpness import Estimate, moments
 from hessian_callback.algorithms.spectrum import Spectrum
+from hessian_callback.algorithms.trace import moments
 from hessian_callback.linalg.linear_operator import MatvecOperator
 from hessian_callback.measurement.split_half import sampling_stderr
 from hessian_callback.power_law.fit import fit_power_law
@@ -63,7 +64,7 @@ def xtrace(eigenvalues: Tensor, num_products: int, seed: int) -> Estimate:
 
 
 def _hutchpp(operator: MatvecOperator, num_products: int, spectrum: Spectrum | None, seed: int) -> Estimate:
-    return moments(operator, num_products=num_products, spectrum=spectrum, seed=seed).trace
+    return moments(operator, num_matvecs=num_products, spectrum=spectrum, seed=seed).trace
 
 
 def traces(draws: int) -> str:

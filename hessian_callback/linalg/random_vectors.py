@@ -1,7 +1,7 @@
 """Random vectors cut over the ranks, drawn by global coordinate.
 
-Coordinate i of a vector depends on the seed, the purpose and the number of the draw alone: not on how many
-ranks share the vector, on its padding, or on the device. No global generator moves.
+Coordinate i of a vector depends only on the seed, the purpose and the number of the draw. It does not depend on the
+number of ranks, the padding or the device. No global generator is used.
 """
 
 from __future__ import annotations
@@ -15,16 +15,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from hessian_callback.linalg.arguments import whole_number
 from hessian_callback.linalg.distributed import Partition
 
 __all__ = ["Purpose", "gaussian_slice", "rademacher_slice"]
 
-# Coordinates of one counter of the random stream. Part of what a seed means, so not to be changed.
+# Coordinates of one counter of the random stream. Another value would change the vectors of every seed.
 _STREAM_CHUNK = 1 << 16
 
 
 class Purpose(IntEnum):
-    """What a vector is for: computations with one seed must not share vectors.
+    """Purpose of a vector: computations with the same seed must not share vectors.
 
     Example:
         >>> Purpose.SOLVER.value
@@ -51,11 +52,15 @@ def gaussian_slice(
 
     Args:
         partition: how the vector is cut.
-        seed: at least 0.
-        draw: number of the vector, from 0; vectors of different numbers are independent.
-        purpose: what the vector is for.
+        seed: from 0 to 2**64 - 1.
+        draw: number of the vector, from 0 to 2**32 - 1; vectors of different numbers are independent.
+        purpose: purpose of the vector.
         dtype: dtype of the slice.
         device: device of the slice.
+
+    Raises:
+        TypeError: if ``seed`` or ``draw`` is not an integer.
+        ValueError: if one is out of range.
 
     Example:
         >>> whole = gaussian_slice(Partition(5, 1, 0), seed=0, draw=0)
@@ -79,11 +84,15 @@ def rademacher_slice(
 
     Args:
         partition: how the vector is cut.
-        seed: at least 0.
-        draw: number of the vector, from 0; vectors of different numbers are independent.
-        purpose: what the vector is for.
+        seed: from 0 to 2**64 - 1.
+        draw: number of the vector, from 0 to 2**32 - 1; vectors of different numbers are independent.
+        purpose: purpose of the vector.
         dtype: dtype of the slice.
         device: device of the slice.
+
+    Raises:
+        TypeError: if ``seed`` or ``draw`` is not an integer.
+        ValueError: if one is out of range.
 
     Example:
         >>> signs = rademacher_slice(Partition(1000, 1, 0), seed=0, draw=0)
@@ -108,6 +117,8 @@ def _drawn(
     purpose: Purpose,
     values_of: Callable[[np.random.Generator], NDArray[Any]],
 ) -> Tensor:
+    seed = whole_number("seed", seed, at_least=0, below=2**64)
+    draw = whole_number("draw", draw, at_least=0, below=2**32)
     piece = np.zeros(partition.slice_length)
     key = np.array([seed, draw + (int(purpose) << 32)], dtype=np.uint64)
     for chunk in range(partition.start // _STREAM_CHUNK, -(-partition.stop // _STREAM_CHUNK)):

@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from hessian_callback.algorithms.sharpness import SpectralDensity
+from hessian_callback.algorithms.density import SpectralDensity
 from hessian_callback.algorithms.spectrum import Spectrum
 from hessian_callback.power_law.fit import PowerLawFit, fit_power_law
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from hessian_callback.algorithms.sharpness import SpectralDensity
+from hessian_callback.algorithms.density import SpectralDensity
 from hessian_callback.algorithms.solver_checkpoint import CheckpointError, delete_files
 from hessian_callback.algorithms.spectrum import Spectrum
 from hessian_callback.linalg.distributed import RankLostError, Ranks

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from hessian_callback.algorithms.sharpness import SpectralDensity
+    from hessian_callback.algorithms.density import SpectralDensity
     from hessian_callback.algorithms.subspace_history import SubspaceHistory
     from hessian_callback.power_law.fit import PowerLawFit
 
@@ -109,7 +109,7 @@ def density_figure(history: Sequence[Measurement], *, num_earlier: int = 3) -> F
 
     Example:
         >>> import torch
-        >>> from hessian_callback.algorithms.sharpness import SpectralDensity
+        >>> from hessian_callback.algorithms.density import SpectralDensity
         >>> density = SpectralDensity(nodes=torch.tensor([[3.0, 0.0]] * 2).double(),
         ...                           weights=torch.tensor([[0.25, 0.75]] * 2).double(),
         ...                           size=4, rounding=0.0, num_matvecs=4)

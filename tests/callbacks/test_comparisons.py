@@ -23,7 +23,7 @@ from hessian_callback import (
     top_eigenvalues,
 )
 from hessian_callback.algorithms.pooled_ritz import pooled_ritz_values
-from hessian_callback.algorithms.sharpness import trace
+from hessian_callback.algorithms.trace import trace
 from hessian_callback.callbacks.power_law import PowerLawHessianCallback
 from hessian_callback.measurement.measurement import Measurement
 from tests.helpers.toy_runs import NUM_EIGENVALUES, Net, loader, measure, seeded, trainer
@@ -97,7 +97,7 @@ def test_numbers_are_those_of_the_functions(measured: Any) -> None:
         operator, NUM_EIGENVALUES, rtol=0.05, max_matvecs=60, positive_only=True, return_eigenvectors=True
     )
     torch.testing.assert_close(last.spectrum.eigenvalues, spectrum.eigenvalues, rtol=1e-3, atol=1e-4)
-    expected = trace(operator, num_products=12, spectrum=spectrum)
+    expected = trace(operator, num_matvecs=12, spectrum=spectrum)
     assert values["trace"] == pytest.approx(expected.value, rel=1e-2)
     assert values["parameter_norm"] == pytest.approx(
         float(torch.cat([p.detach().flatten() for p in module.parameters()]).norm()), rel=1e-5

@@ -1,8 +1,9 @@
-"""Random vectors by global coordinate: the same for any cut, independent across purposes, with the right moments."""
+"""Random vectors by global coordinate: the same for any number of ranks, independent, and with the right moments."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -53,3 +54,33 @@ def test_seeds_draws_and_purposes_are_independent() -> None:
     ]
     correlation = torch.corrcoef(torch.stack(vectors)) - torch.eye(len(vectors), dtype=torch.float64)
     assert correlation.abs().max() < 5 / SIZE**0.5
+
+
+@pytest.mark.parametrize("draw_slice", [gaussian_slice, rademacher_slice])
+@pytest.mark.parametrize(
+    ("seed", "draw", "error", "message"),
+    [
+        (-1, 0, ValueError, "seed must be at least 0, got -1"),
+        (2**64, 0, ValueError, "seed must be below 18446744073709551616, got 18446744073709551616"),
+        (0.0, 0, TypeError, r"seed must be an integer, got 0\.0"),
+        (True, 0, TypeError, "seed must be an integer, got True"),
+        (None, 0, TypeError, "seed must be an integer, got None"),
+        (0, -1, ValueError, "draw must be at least 0, got -1"),
+        (0, 2**32, ValueError, "draw must be below 4294967296"),  # the next purpose begins there
+    ],
+)
+def test_seeds_out_of_range_are_refused(
+    draw_slice: Callable[..., Tensor], seed: Any, draw: int, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        draw_slice(Partition(4, 1, 0), seed=seed, draw=draw)
+
+
+def test_integers_of_numpy_and_torch_are_seeds() -> None:
+    expected = gaussian_slice(Partition(4, 1, 0), seed=2**64 - 1, draw=0)
+    assert torch.equal(gaussian_slice(Partition(4, 1, 0), seed=np.uint64(2**64 - 1), draw=0), expected)  # type: ignore[arg-type]
+    seven = torch.tensor(7)
+    assert torch.equal(
+        gaussian_slice(Partition(4, 1, 0), seed=seven, draw=0),  # type: ignore[arg-type]
+        gaussian_slice(Partition(4, 1, 0), seed=7, draw=0),
+    )

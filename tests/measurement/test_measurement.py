@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from hessian_callback.algorithms.sharpness import SpectralDensity
+from hessian_callback.algorithms.density import SpectralDensity
 from hessian_callback.algorithms.spectrum import Spectrum
 from hessian_callback.measurement.measurement import Measurement
 from hessian_callback.power_law.fit import fit_power_law

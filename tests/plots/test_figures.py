@@ -14,7 +14,7 @@ import torch
 from scipy.integrate import trapezoid
 from torch import Tensor
 
-from hessian_callback.algorithms.sharpness import SpectralDensity, spectral_density
+from hessian_callback.algorithms.density import SpectralDensity, spectral_density
 from hessian_callback.algorithms.spectrum import Spectrum
 from hessian_callback.algorithms.subspace_history import SubspaceHistory
 from hessian_callback.linalg.linear_operator import MatvecOperator

@@ -7,7 +7,7 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
 
-from hessian_callback.algorithms.sharpness import SpectralDensity
+from hessian_callback.algorithms.density import SpectralDensity
 from hessian_callback.algorithms.spectrum import Spectrum
 from hessian_callback.linalg.linear_operator import SymmetricOperator
 from hessian_callback.measurement.place import Place

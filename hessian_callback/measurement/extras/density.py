@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from hessian_callback.algorithms.sharpness import spectral_density
+from hessian_callback.algorithms.density import spectral_density
 from hessian_callback.measurement.extras.base import Examination, Extra, Finding
 from hessian_callback.measurement.options import check_int
 

@@ -6,7 +6,7 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import ClassVar
 
-from hessian_callback.algorithms.sharpness import Moments, moments
+from hessian_callback.algorithms.trace import Moments, moments
 from hessian_callback.measurement.extras.base import Examination, Extra, Finding
 from hessian_callback.measurement.options import check_int
 
