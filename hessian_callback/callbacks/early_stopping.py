@@ -15,7 +15,7 @@ from hessian_callback.callbacks.progress import announce
 from hessian_callback.callbacks.stopping_rule import Crossing, Noise, Plateau, Reading, crossing, plateau
 from hessian_callback.measurement.comparisons import numerical_interval_of
 from hessian_callback.measurement.measurement import Measurement
-from hessian_callback.power_law.fit import critical_distance
+from hessian_callback.power_law.critical_values import critical_distance
 
 __all__ = ["PowerLawEarlyStopping"]
 

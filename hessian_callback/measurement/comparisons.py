@@ -9,8 +9,8 @@ from hessian_callback.algorithms.sharpness import SpectralDensity, moments, spec
 from hessian_callback.algorithms.spectrum import Spectrum
 from hessian_callback.algorithms.subspace import subspace_rotation
 from hessian_callback.linalg.linear_operator import SymmetricOperator
-from hessian_callback.power_law.numerical_interval import slope_numerical_interval
-from hessian_callback.power_law.spectral_statistics import outlier_ratio
+from hessian_callback.power_law.effective_rank import outlier_ratio
+from hessian_callback.power_law.uncertainty import slope_numerical_interval
 
 __all__ = ["EXTRAS", "Comparisons", "Finding", "numerical_interval_of"]
 

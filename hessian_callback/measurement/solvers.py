@@ -15,7 +15,7 @@ from hessian_callback.algorithms.spectrum import Spectrum
 from hessian_callback.linalg.linear_operator import SymmetricOperator
 from hessian_callback.operators.memory import device_with_room
 from hessian_callback.power_law.fit import PowerLawFit, fit_power_law
-from hessian_callback.power_law.numerical_interval import slope_numerical_interval
+from hessian_callback.power_law.uncertainty import slope_numerical_interval
 
 __all__ = ["EXPECTED_HVPS_PER_EIGENVALUE", "Protocol"]
 
