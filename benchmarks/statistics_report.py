@@ -19,12 +19,13 @@ import numpy.typing as npt
 from scipy.linalg import eigh_tridiagonal
 
 from hessian_callback.power_law.alternatives import Alternative, boundary_p, likelihood_ratio_test
+from hessian_callback.power_law.critical_values import critical_distance
 from hessian_callback.power_law.cutoff import check_outliers
 from hessian_callback.power_law.eigengaps import fit_eigengaps
-from hessian_callback.power_law.fit import PowerLawFit, critical_distance, fit_power_law
+from hessian_callback.power_law.entropy import entropy_deficit
+from hessian_callback.power_law.fit import PowerLawFit, fit_power_law
 from hessian_callback.power_law.goodness_of_fit import ks_p_value, simulate_ks_distances
-from hessian_callback.power_law.maximum_entropy import entropy_deficit
-from hessian_callback.power_law.truncated import fit_truncated_power_laws
+from hessian_callback.power_law.truncated_power_law import fit_truncated_power_laws
 
 FloatArray = npt.NDArray[np.float64]
 Sampler = Callable[[int, np.random.Generator], FloatArray]

@@ -16,7 +16,7 @@ from hessian_callback.callbacks.stopping_rule import Crossing, Noise, Plateau, R
 from hessian_callback.measurement.extras.numerical_interval import numerical_interval_of
 from hessian_callback.measurement.extras.registry import EXTRAS
 from hessian_callback.measurement.measurement import Measurement
-from hessian_callback.power_law.fit import critical_distance
+from hessian_callback.power_law.critical_values import critical_distance
 
 __all__ = ["PowerLawEarlyStopping"]
 

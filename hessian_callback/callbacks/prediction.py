@@ -21,7 +21,7 @@ from typing import Literal
 import numpy as np
 from scipy import stats
 
-from hessian_callback.power_law.fit import FloatArray
+from hessian_callback.power_law.validation import FloatArray
 
 __all__ = [
     "FEATURES",

@@ -19,7 +19,7 @@ from hessian_callback.measurement.measurement import Mode
 from hessian_callback.measurement.options import check_bool, check_choice, check_int, check_number, check_path, optional
 from hessian_callback.operators.memory import device_with_room
 from hessian_callback.power_law.fit import PowerLawFit, fit_power_law
-from hessian_callback.power_law.numerical_interval import slope_numerical_interval
+from hessian_callback.power_law.uncertainty import slope_numerical_interval
 
 __all__ = ["EXPECTED_HVPS_PER_EIGENVALUE", "Lanczos", "PublishedProtocol", "Solver"]
 

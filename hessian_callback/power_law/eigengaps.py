@@ -1,7 +1,7 @@
-r"""The law of the eigengaps that a power-law spectrum implies.
+r"""Power law of the eigengaps that a power-law spectrum implies.
 
 If :math:`\lambda_k = \lambda_1 k^{-s}` then :math:`\delta_k = \lambda_k - \lambda_{k+1} \approx
-s \lambda_1 k^{-(s + 1)}`: the gaps follow a power law too, and its exponent is s + 1.
+s \lambda_1 k^{-(s + 1)}`, so the gaps follow a power law with exponent s + 1.
 """
 
 from __future__ import annotations
@@ -10,21 +10,22 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hessian_callback.power_law.fit import Eigenvalues, PowerLawFit, fit_power_law, fitted_eigenvalues
+from hessian_callback.power_law.fit import PowerLawFit, fit_power_law
+from hessian_callback.power_law.validation import Eigenvalues, fitted_eigenvalues
 
 __all__ = ["EigengapFit", "fit_eigengaps"]
 
 
 @dataclass(frozen=True)
 class EigengapFit:
-    r"""Power law of the eigengaps, next to the exponent that the eigenvalues' slope predicts.
+    r"""Power law of the eigengaps, and the exponent that the slope of the eigenvalues predicts.
 
     Attributes:
-        exponent: minus the least-squares slope of log gap on log rank, the gaps sorted by size as in the
+        exponent: minus the least-squares slope of log gap on log rank, with the gaps sorted by size as in the
             paper.
-        exponent_by_rank: the same with the gaps in the order of their eigenvalues, as the theory has them.
-        gaps: maximum-likelihood fit to the gaps. Its cutoff is the smallest gap, and of K gaps the
-            smallest is an accident, which lifts ``gaps.slope`` far above s + 1 on all but exact spectra.
+        exponent_by_rank: the same with the gaps in the order of their eigenvalues, as in the theory.
+        gaps: maximum-likelihood fit to the gaps. Its cutoff is the smallest gap. The smallest of K gaps is
+            random and close to zero unless the spectrum is exact, so ``gaps.slope`` is far above s + 1.
         eigenvalues: maximum-likelihood fit to the eigenvalues.
 
     Example:
@@ -45,7 +46,7 @@ class EigengapFit:
 
     @property
     def num_zero_gaps(self) -> int:
-        """How many gaps were left out because two eigenvalues are equal."""
+        """Number of gaps that were left out because two eigenvalues are equal."""
         return self.gaps.num_dropped
 
 
@@ -54,8 +55,8 @@ def fit_eigengaps(eigenvalues: Eigenvalues, *, num_eigenvalues: int | None = Non
 
     .. math:: \delta_k = \lambda_k - \lambda_{k + 1}, \qquad \delta_{(k)} \propto k^{-(s + 1)}
 
-    The eigenvalues' errors must be small against the gaps, which are some K times smaller than the
-    eigenvalues: bounds that suffice for a slope do not for this.
+    The errors of the eigenvalues must be small compared with the gaps, which are about K times smaller than the
+    eigenvalues. Error bounds that are sufficient for a slope are not sufficient here.
 
     Args:
         eigenvalues: ``(n,)``, as for `fit_power_law`.
@@ -66,10 +67,11 @@ def fit_eigengaps(eigenvalues: Eigenvalues, *, num_eigenvalues: int | None = Non
         The fits, see `EigengapFit`; K eigenvalues have K - 1 gaps.
 
     Raises:
-        ValueError: as `fit_power_law`; or if fewer than 3 gaps are positive, or all are equal.
+        TypeError: as `fit_power_law`.
+        ValueError: as `fit_power_law`, or if fewer than 3 gaps are positive, or all positive gaps are equal.
 
     Source:
-        Tang et al., ICML 2025: 1.817 against a predicted 2.009 on MNIST, gaps sorted by size.
+        Tang et al., ICML 2025. They report 1.817 on MNIST, for a prediction of 2.009, with gaps sorted by size.
 
     Example:
         >>> round(fit_eigengaps([4.0, 2.0, 1.0, 0.5]).exponent, 2)
@@ -82,8 +84,8 @@ def fit_eigengaps(eigenvalues: Eigenvalues, *, num_eigenvalues: int | None = Non
     num_positive = int(positive.sum())
     if num_positive < 3 or np.ptp(gaps[positive]) == 0.0:
         raise ValueError(
-            f"{num_positive} of {gaps.size} eigengaps are positive, and 3 different ones are needed; compute more "
-            "eigenvalues, or in a higher precision if they only seem equal"
+            f"{num_positive} of {gaps.size} eigengaps are positive, but 3 different ones are needed; compute more "
+            "eigenvalues, or in a higher precision if rounding made them equal"
         )
     fit = fit_power_law(gaps)
     by_rank = np.polynomial.Polynomial.fit(np.log(rank[positive]), np.log(gaps[positive]), 1).convert().coef[1]

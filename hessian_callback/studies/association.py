@@ -17,7 +17,7 @@ from typing import Literal
 import numpy as np
 from scipy import stats
 
-from hessian_callback.power_law.fit import FloatArray
+from hessian_callback.power_law.validation import FloatArray
 from hessian_callback.reports.running_correlations import MIN_OBSERVATIONS, rank_correlation
 
 __all__ = [

@@ -17,7 +17,7 @@ from hessian_callback.power_law.alternatives import (
     likelihood_ratio_test,
 )
 from hessian_callback.power_law.fit import fit_power_law
-from hessian_callback.power_law.truncated import fit_truncated_power_laws
+from hessian_callback.power_law.truncated_power_law import fit_truncated_power_laws
 
 
 def log_density(name: Alternative, x: np.ndarray, *parameters: float) -> np.ndarray:

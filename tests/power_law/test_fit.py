@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from hessian_callback.power_law.fit import PowerLawFit, critical_distance, fit_power_law
+from hessian_callback.power_law.critical_values import critical_distance
+from hessian_callback.power_law.fit import PowerLawFit, fit_power_law
 
 EPS = np.finfo(np.float64).eps
 

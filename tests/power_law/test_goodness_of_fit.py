@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from hessian_callback.power_law.fit import critical_distance, fit_power_law
+from hessian_callback.power_law.critical_values import critical_distance
+from hessian_callback.power_law.fit import fit_power_law
 from hessian_callback.power_law.goodness_of_fit import _null_distances, ks_p_value, simulate_ks_distances
 
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from scipy import integrate, stats
 
+from hessian_callback.power_law.entropy import entropy_deficit, maximum_entropy_terms
 from hessian_callback.power_law.fit import fit_power_law
-from hessian_callback.power_law.maximum_entropy import entropy_deficit, maximum_entropy_terms
 
 VALUES = 0.3 * np.exp(0.4 * np.random.default_rng(0).standard_exponential(60))
 

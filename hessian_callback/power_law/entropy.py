@@ -1,13 +1,13 @@
-r"""The maximum-entropy argument for the power law, with its terms measured.
+r"""Terms of the maximum-entropy argument for the power law, and a test of it.
 
 The paper maximises
 
 .. math:: S = -\int p \ln p\, d\lambda - \beta_{vol} \int p \ln\lambda\, d\lambda
     - \beta_{norm} \Big(\int p\, d\lambda - 1\Big)
 
-and finds :math:`p^* = e^{-\beta_{norm}} \lambda^{-\beta_{vol}}`: of all densities with a given mean
-logarithm (the volume of the valley) the power law has the largest entropy. The argument does not predict
-:math:`\beta`, but it can be tested: how far does the entropy of the eigenvalues fall short of it?
+and finds :math:`p^* = e^{-\beta_{norm}} \lambda^{-\beta_{vol}}`. Among all densities with a given mean
+logarithm (the volume of the valley), the power law has the largest entropy. The argument does not predict
+:math:`\beta`. It can be tested by the difference between that entropy and the entropy of the eigenvalues.
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ from functools import lru_cache
 
 import numpy as np
 
-from hessian_callback.power_law.fit import Eigenvalues, FloatArray, fit_power_law, fitted_log_ratios
+from hessian_callback.power_law.fit import fit_power_law
+from hessian_callback.power_law.validation import Eigenvalues, FloatArray, checked_draws, fitted_log_ratios
 
 __all__ = ["EntropyDeficit", "MaximumEntropyTerms", "entropy_deficit", "maximum_entropy_terms"]
 
 
-# The estimate averages over spacings of about sqrt(K) steps to either side, which fewer do not have.
+# The estimate uses spacings of about sqrt(K) steps on both sides of a value. Fewer values do not have them.
 _MIN_FOR_ENTROPY = 5
 
 
@@ -31,13 +32,13 @@ _MIN_FOR_ENTROPY = 5
 class MaximumEntropyTerms:
     r"""Terms of the maximum-entropy functional at the fitted power law, on :math:`\lambda \ge \lambda_K`.
 
-    Entropies are in nats. They shift with the logarithm of the eigenvalues' unit, so compare them within
-    one unit only; ``volume_multiplier`` has none.
+    Entropies are in nats. They shift with the logarithm of the eigenvalues' unit, so compare them for equal
+    units only. ``volume_multiplier`` has no unit.
 
     Attributes:
         entropy: :math:`-\int p \ln p = \ln \hat s + \ln\lambda_K + \hat s + 1`.
-        mean_log_eigenvalue: :math:`\int p \ln\lambda = \ln\lambda_K + \hat s`, which the maximum-likelihood
-            fit makes equal to the mean of :math:`\ln\lambda_i`.
+        mean_log_eigenvalue: :math:`\int p \ln\lambda = \ln\lambda_K + \hat s`, which equals
+            the mean of :math:`\ln\lambda_i` at the maximum-likelihood fit.
         volume_multiplier: :math:`\beta_{vol} = \hat\beta`.
         normalisation_multiplier: :math:`\beta_{norm} = \ln Z_c = \ln\hat s - \ln\lambda_K / \hat s`.
 
@@ -57,9 +58,9 @@ class MaximumEntropyTerms:
 def maximum_entropy_terms(
     eigenvalues: Eigenvalues, *, num_eigenvalues: int | None = None, drop_first: int = 0
 ) -> MaximumEntropyTerms:
-    r"""Entropy, log-volume and multipliers of the power law fitted to some eigenvalues.
+    r"""Compute entropy, log-volume and multipliers of the power law fitted to eigenvalues.
 
-    They satisfy :math:`-\int p \ln p = \beta_{vol} \int p \ln\lambda + \beta_{norm}`.
+    The terms satisfy :math:`-\int p \ln p = \beta_{vol} \int p \ln\lambda + \beta_{norm}`.
 
     Args:
         eigenvalues: ``(n,)``, as for `fit_power_law`.
@@ -70,6 +71,7 @@ def maximum_entropy_terms(
         The terms, see `MaximumEntropyTerms`.
 
     Raises:
+        TypeError: as `fit_power_law`.
         ValueError: as `fit_power_law`.
 
     Source:
@@ -92,15 +94,15 @@ def maximum_entropy_terms(
 
 @dataclass(frozen=True)
 class EntropyDeficit:
-    r"""How far the entropy of eigenvalues falls short of the power law's.
+    r"""Difference between the entropy of the fitted power law and the entropy of the eigenvalues.
 
     Attributes:
-        deficit: in nats, for any unit of the eigenvalues: the entropy of the fitted power law less the
-            estimated entropy of the eigenvalues, which have the same mean logarithm. It estimates the
+        deficit: entropy of the fitted power law less the estimated entropy of the eigenvalues, which have the
+            same mean logarithm. It is in nats and does not depend on the eigenvalues' unit. It estimates the
             Kullback-Leibler divergence of their density from the law.
-        expected_deficit: mean of ``deficit`` over simulated power laws of the same K: the bias of the
+        expected_deficit: mean of ``deficit`` over simulated power laws of the same K, the bias of the
             estimate.
-        p_value: share of simulated power laws with as large a deficit (bootstrap with refitted exponent).
+        p_value: share of simulated power laws with at least this deficit (bootstrap with refitted exponent).
 
     Example:
         >>> entropy_deficit([1 / k for k in range(1, 101)]).p_value > 0.5
@@ -120,38 +122,38 @@ def entropy_deficit(
     draws: int = 1000,
     seed: int = 0,
 ) -> EntropyDeficit:
-    r"""Test whether eigenvalues attain the maximum entropy that the power law stands for.
+    r"""Test whether eigenvalues attain the entropy of the fitted power law, the maximum.
 
     .. math:: \ln\hat s + 1 - \hat h(y), \qquad y_i = \ln(\lambda_i / \lambda_K)
 
-    with Ebrahimi's estimate of the entropy h from spacings. The change to logarithms shifts both
-    entropies alike.
+    with Ebrahimi's estimate of the entropy h from spacings (`scipy.stats.differential_entropy`). The change to
+    logarithms shifts both entropies by the same amount.
 
     Args:
         eigenvalues: ``(n,)``, as for `fit_power_law`.
         num_eigenvalues: K, how many of the largest positive eigenvalues to fit; None for all of them.
         drop_first: how many of the largest to leave out as outliers.
-        draws: number of power laws simulated, once for each K.
-        seed: of the simulation.
+        draws: number of power laws to simulate, once for each K.
+        seed: of the simulation, at least 0.
 
     Returns:
-        The deficit with its null, see `EntropyDeficit`.
+        The deficit with its null distribution, see `EntropyDeficit`.
 
     Raises:
-        ValueError: as `fit_power_law`; if ``draws`` is below 1; if fewer than 5 eigenvalues are there, or
-            so many are equal that the entropy has no finite estimate.
+        TypeError: as `fit_power_law`, or if ``draws`` or ``seed`` is not an integer.
+        ValueError: as `fit_power_law`; if ``draws`` is below 1 or ``seed`` negative; if there are fewer than 5
+            eigenvalues, or so many equal ones that the estimate of the entropy is not finite.
 
     Source:
         Tang et al., ICML 2025, for the argument; Ebrahimi, Pflughoeft and Soofi (1994) for the estimate.
 
     Example:
-        Exponential decay has another entropy than the power law with the same volume:
+        Exponential decay has less entropy than the power law with the same volume:
 
         >>> entropy_deficit(np.exp(-np.arange(100) / 10)).p_value < 0.01
         True
     """
-    if draws < 1:
-        raise ValueError(f"draws is {draws}; simulate at least one power law, better 1000")
+    draws, seed = checked_draws(draws, seed)
     y = fitted_log_ratios(eigenvalues, num_eigenvalues=num_eigenvalues, drop_first=drop_first)
     if y.size < _MIN_FOR_ENTROPY:
         raise ValueError(
@@ -162,7 +164,7 @@ def entropy_deficit(
     if not math.isfinite(deficit):
         raise ValueError(
             f"too many of the {y.size} eigenvalues are equal to estimate their entropy; compute more eigenvalues, "
-            "or in a higher precision if they only seem equal"
+            "or in a higher precision if rounding made them equal"
         )
     null = _null_deficits(y.size, draws, seed)
     return EntropyDeficit(

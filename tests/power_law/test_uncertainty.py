@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hessian_callback.power_law.fit import fit_power_law
-from hessian_callback.power_law.numerical_interval import slope_numerical_interval
+from hessian_callback.power_law.uncertainty import slope_numerical_interval
 
 
 def slope(values: np.ndarray) -> float:

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hessian_callback.power_law.spectral_statistics import (
+from hessian_callback.power_law.effective_rank import (
     effective_rank,
     intrinsic_dimension,
     outlier_ratio,
