@@ -1,8 +1,9 @@
-"""The history as a file beside a run's other logs, so that a report needs neither the process nor a checkpoint.
+"""The history of a run as a file beside its other logs, so that a report needs neither the process nor a checkpoint.
 
 The file ``hessian_history.jsonl`` has one line of JSON for each measurement, appended as soon as it is made. A process
-that begins to write says so with a line of its own and then repeats what it took over from a checkpoint: whatever an
-interrupted run had measured beyond that checkpoint stays in the file, and no longer counts.
+begins with a line that says so and then repeats the measurements of the checkpoint that it resumes from. Measurements
+that an interrupted run made after that checkpoint stay in the file and no longer count. Every line has the id of the
+run that wrote it, so that two runs in one folder can be told apart.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +20,7 @@ from typing import Any
 import torch
 
 from hessian_callback.measurement.measurement import Measurement
+from hessian_callback.measurement.stored_state import shortened
 
 __all__ = [
     "FILE_NAME",
@@ -36,34 +39,54 @@ _VERSION = 1
 # The version of the history in a callback's checkpoint state.
 STATE_VERSION = 1
 
+# Dtypes that a tensor of a measurement may have.
+_DTYPES = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in (torch.bool, torch.int32, torch.int64, torch.float16, torch.bfloat16, torch.float32, torch.float64)
+}
+
+# Line numbers that a note lists before it only counts.
+_MOST_LISTED = 5
+
 
 class HistoryError(ValueError):
-    """A stored history that can't be read; the message says what to do."""
+    """A stored history that can't be read; the message names the remedy."""
 
 
 def history_from_state(state: Mapping[str, Any]) -> list[Measurement]:
     """Restore the history in a callback's checkpoint state.
 
     Args:
-        state: what the callback's ``state_dict`` returned.
+        state: the return value of the callback's ``state_dict``.
 
     Returns:
         The measurements in order of time.
 
     Raises:
-        ValueError: if the state is of another version, or not the state of a history.
+        ValueError: if the state is of another version, or a name, type, shape or range in it is not that of a history.
     """
-    if state.get("version") != STATE_VERSION:
+    remedy = "resume with another prefix, which starts a new history"
+    version = state.get("version") if isinstance(state, Mapping) else None
+    if type(version) is not int or version != STATE_VERSION:
         raise ValueError(
-            f"the checkpoint holds a history of version {state.get('version')}, this release reads "
-            f"{STATE_VERSION}; resume with the release that wrote it, or with another prefix"
+            f"the checkpoint holds a history of version {shortened(version)}, this release reads {STATE_VERSION}; "
+            f"resume with the release that wrote it, or {remedy.removeprefix('resume ')}"
         )
-    try:
-        return [Measurement.from_state(entry) for entry in state["history"]]
-    except (KeyError, TypeError, AttributeError) as error:
+    entries = state.get("history")
+    if not isinstance(entries, Sequence) or isinstance(entries, (str, bytes)):
         raise ValueError(
-            f"the checkpoint holds a history that cannot be read ({type(error).__name__}: {error}); resume with "
-            "another prefix, which starts a new history"
+            f"the checkpoint holds a history that cannot be read (history must be a list, got {shortened(entries)}); "
+            f"{remedy}"
+        )
+    number = 0
+    try:
+        history = []
+        for number, entry in enumerate(entries):  # noqa: B007 - the message names it.
+            history.append(Measurement.from_state(entry))
+        return history
+    except ValueError as error:
+        raise ValueError(
+            f"the checkpoint holds a history that cannot be read (measurement {number}: {error}); {remedy}"
         ) from error
 
 
@@ -73,6 +96,7 @@ class HistoryWriter:
 
     Args:
         prefix: the callback's prefix; callbacks with different ones share a file.
+        run: id of the run, written into every line; random by default.
 
     Example:
         >>> import tempfile
@@ -85,46 +109,81 @@ class HistoryWriter:
     """
 
     prefix: str
-    _last: dict[str, Measurement] = field(default_factory=dict, repr=False)
+    run: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
+    # By folder: the last measurement in its file, and the file's identity and size after it was written.
+    _last: dict[str, tuple[Measurement, tuple[int, int, int]]] = field(default_factory=dict, repr=False)
 
     def write(self, folders: Iterable[str | os.PathLike[str]], history: Sequence[Measurement]) -> None:
-        """Append what the files lack: the last measurement, or the whole history where it is not continued.
+        """Append the last measurement, or the whole history if a file does not hold the earlier ones.
 
         Args:
-            folders: the folders, which are made where they don't exist; each gets a file.
+            folders: the folders, which are made if they don't exist; each gets a file.
             history: the callback's history, whose last entry is new.
 
         Raises:
             OSError: if a file can't be written.
         """
         for folder in dict.fromkeys(os.fspath(folder) for folder in folders):
-            continued = len(history) > 1 and self._last.get(folder) is history[-2]
+            path = Path(folder) / FILE_NAME
+            continued = len(history) > 1 and self._continues(folder, path, history[-2])
             lines: list[dict[str, Any]] = [] if continued else [{"begins": True}]
             lines += [{"measurement": _encoded(m.to_state())} for m in (history[-1:] if continued else history)]
-            # Known as written only afterwards: what failed is made up for by the next write, with all of the history.
+            # Forgotten first: after a failure, the next write repeats the whole history.
             self._last.pop(folder, None)
-            _append(Path(folder) / FILE_NAME, [{"version": _VERSION, "prefix": self.prefix, **line} for line in lines])
-            self._last[folder] = history[-1]
+            head = {"version": _VERSION, "prefix": self.prefix, "run": self.run}
+            self._last[folder] = (history[-1], _append(path, [{**head, **line} for line in lines]))
+
+    def _continues(self, folder: str, path: Path, before: Measurement) -> bool:
+        """Whether a folder's file is still the one that was written last, with nothing of it missing."""
+        last, (device, inode, size) = self._last.get(folder, (None, (0, 0, 0)))
+        try:
+            found = path.stat()
+        except FileNotFoundError:
+            return False
+        return last is before and (found.st_dev, found.st_ino) == (device, inode) and found.st_size >= size
 
 
 @dataclass(frozen=True)
 class StoredHistories:
-    """What a history file holds.
+    """The content of a history file.
 
     Attributes:
         histories: measurements in order of time, by the callback's prefix.
-        notes: what a reader should be told, such as a line that was cut off; empty if there is nothing.
+        notes: remarks for the reader, such as that a line is damaged or that two runs wrote into the file.
     """
 
     histories: Mapping[str, list[Measurement]]
     notes: Sequence[str] = ()
 
 
+@dataclass
+class _Session:
+    """Consecutive measurements of one process.
+
+    Attributes:
+        run: the id of the run; ``None`` in files of releases without ids.
+        measurements: in order of the file.
+        mixed: whether another run of the same prefix wrote between this session's lines.
+    """
+
+    run: str | None
+    measurements: list[Measurement] = field(default_factory=list)
+    mixed: bool = False
+
+    @property
+    def trained(self) -> bool:
+        return any(entry.when != "validate" for entry in self.measurements)
+
+    def resumes(self, other: _Session) -> bool:
+        """Whether this session repeats the first measurement of another one, as a resumed run does."""
+        return bool(self.measurements and other.measurements) and self.measurements[0] == other.measurements[0]
+
+
 def read_histories(path: str | os.PathLike[str]) -> StoredHistories:
     """Read a history file.
 
-    Of several processes that wrote into one file the last one that trained counts; measurements of
-    ``trainer.validate()`` alone don't displace those of a training.
+    If several processes wrote into the file, the last one that trained counts. Measurements of ``trainer.validate()``
+    alone don't replace those of a training.
 
     Args:
         path: the file.
@@ -134,43 +193,107 @@ def read_histories(path: str | os.PathLike[str]) -> StoredHistories:
         OSError: if it can't be read.
     """
     path = Path(path)
-    sessions: dict[str, list[list[Measurement]]] = {}
+    sessions: dict[str, list[_Session]] = {}
+    last_run: dict[str, str | None] = {}
+    damaged: list[int] = []
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            entry = _entry(line, f"{path}: line {number}")
+            if entry is None:
+                damaged.append(number)
+                continue
+            prefix, run = entry["prefix"], entry.get("run")
+            parts = sessions.setdefault(prefix, [])
+            own = next((part for part in reversed(parts) if part.run == run), None)
+            if own is None or entry.get("begins"):
+                own = _Session(run)
+                parts.append(own)
+            elif last_run[prefix] != run:
+                own.mixed = True
+            last_run[prefix] = run
+            if "measurement" in entry:
+                own.measurements.append(_measurement(entry["measurement"], f"{path}: line {number}"))
+    notes = [] if not damaged else [_damage(damaged, path.name)]
+    histories = {}
+    for prefix, parts in sessions.items():
+        chosen = _latest(parts)
+        histories[prefix] = chosen.measurements
+        notes += _notes(parts, chosen, prefix if len(sessions) > 1 else None)
+    return StoredHistories(histories, notes)
+
+
+def _entry(line: bytes, where: str) -> Mapping[str, Any] | None:
+    """Parse a line; ``None`` if it is damaged."""
+    try:
+        entry: Any = json.loads(line.decode("utf-8", errors="replace"))
+    except (ValueError, RecursionError):  # Too many digits, or too many brackets, are no JSONDecodeError.
+        return None
+    version = entry.get("version") if isinstance(entry, dict) else None
+    if type(version) is not int or version != _VERSION:
+        raise HistoryError(
+            f"{where} has version {shortened(version)}, and this release reads {_VERSION}; "
+            "read the folder with the release that wrote it"
+        )
+    if not isinstance(entry.get("prefix"), str) or not isinstance(entry.get("run"), str | None):
+        return None
+    parsed: Mapping[str, Any] = entry
+    return parsed
+
+
+def _measurement(value: object, where: str) -> Measurement:
+    try:
+        return Measurement.from_state(_decoded(value))
+    except (ValueError, RecursionError) as error:
+        raise HistoryError(
+            f"{where} is not a measurement as this release reads it ({error}); "
+            "read the folder with the release that wrote it"
+        ) from error
+
+
+def _damage(lines: Sequence[int], name: str) -> str:
+    if len(lines) == 1:
+        return f"line {lines[0]} of {name} is cut off or damaged, and was left out"
+    listed = ", ".join(map(str, lines[:_MOST_LISTED]))
+    more = f" and {len(lines) - _MOST_LISTED} more" if len(lines) > _MOST_LISTED else ""
+    return f"{len(lines)} lines of {name} are cut off or damaged, and were left out: {listed}{more}"
+
+
+def _latest(sessions: Sequence[_Session]) -> _Session:
+    return ([session for session in sessions if session.trained] or sessions)[-1]
+
+
+def _notes(sessions: Sequence[_Session], chosen: _Session, prefix: str | None) -> list[str]:
+    """Describe the sessions of one prefix that don't count, and repeated measurements in the one that does."""
     notes = []
-    text = path.read_bytes().decode("utf-8", errors="replace")
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError:
-            notes.append(f"line {number} of {path.name} is cut off or damaged, and was left out")
-            continue
-        version = entry.get("version") if isinstance(entry, dict) else None
-        if version != _VERSION:
-            raise HistoryError(
-                f"{path}: line {number} has version {version!r}, and this release reads {_VERSION}; "
-                "read the folder with the release that wrote it"
-            )
-        parts = sessions.setdefault(entry["prefix"], [])
-        if entry.get("begins") or not parts:
-            parts.append([])
-        if "measurement" in entry:
-            try:
-                parts[-1].append(Measurement.from_state(_decoded(entry["measurement"])))
-            except (KeyError, TypeError, ValueError) as error:
-                raise HistoryError(
-                    f"{path}: line {number} is not a measurement as this release knows it ({error}); "
-                    "read the folder with the release that wrote it"
-                ) from error
-    return StoredHistories({prefix: _latest(parts) for prefix, parts in sessions.items()}, notes)
+    others = [part for part in sessions if part is not chosen and part.trained and part.run != chosen.run]
+    foreign = [part for part in others if not chosen.resumes(part)]
+    if any(part.mixed for part in sessions):
+        notes.append(
+            "two runs wrote into this folder at the same time, and the one that began last is shown; give each run a "
+            "folder of its own"
+        )
+    elif foreign:
+        counts = ", ".join(str(len(part.measurements)) for part in foreign[:_MOST_LISTED])
+        notes.append(
+            f"the folder also holds {len(foreign)} earlier run(s), with {counts} measurement(s), and the last run is "
+            "shown; give each run a folder of its own"
+        )
+    lost = max((len(part.measurements) for part in others if part not in foreign), default=0)
+    if lost > len(chosen.measurements):
+        notes.append(
+            f"an earlier process of this run made {lost} measurements, and the last one, which resumed it from a "
+            f"checkpoint, has {len(chosen.measurements)}; those after the checkpoint are not shown"
+        )
+    places = [(entry.when, entry.epoch, entry.step) for entry in chosen.measurements]
+    if repeated := len(places) - len(set(places)):
+        notes.append(f"{repeated} measurement(s) are at the same place of the run as another one")
+    return notes if prefix is None else [f"{prefix}: {note}" for note in notes]
 
 
-def _latest(sessions: Sequence[list[Measurement]]) -> list[Measurement]:
-    trained = [session for session in sessions if any(entry.when != "validate" for entry in session)]
-    return (trained or sessions)[-1]
-
-
-def _append(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
+def _append(path: Path, lines: Sequence[Mapping[str, Any]]) -> tuple[int, int, int]:
+    """Append lines to a file, and return its device, inode and size."""
     data = "".join(json.dumps(line, allow_nan=False, separators=(",", ":")) + "\n" for line in lines).encode()
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+b", buffering=0) as file:
@@ -181,10 +304,12 @@ def _append(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
                 data = b"\n" + data
         while data:
             data = data[file.write(data) or 0 :]
+        found = os.fstat(file.fileno())
+        return found.st_dev, found.st_ino, found.st_size
 
 
 def _encoded(value: Any) -> Any:
-    """Turn a measurement's state into what JSON can hold without loss."""
+    """Convert a measurement's state to values that JSON stores without loss."""
     if isinstance(value, torch.Tensor):
         return {"tensor": _encoded(value.tolist()), "dtype": str(value.dtype).removeprefix("torch.")}
     if isinstance(value, Mapping):
@@ -197,12 +322,28 @@ def _encoded(value: Any) -> Any:
 
 
 def _decoded(value: Any) -> Any:
+    """Invert `_encoded`.
+
+    Raises:
+        ValueError: if it did not make the value.
+    """
     if isinstance(value, list):
         return [_decoded(part) for part in value]
     if not isinstance(value, dict):
         return value
-    if "tensor" in value:
-        return torch.tensor(_decoded(value["tensor"]), dtype=getattr(torch, value["dtype"]))
-    if "float" in value:
+    if value.keys() == {"tensor", "dtype"}:
+        return _decoded_tensor(value["tensor"], value["dtype"])
+    if value.keys() == {"float"} and value["float"] in ("nan", "inf", "-inf"):
         return float(value["float"])
-    return {name: _decoded(part) for name, part in value["mapping"].items()}
+    if value.keys() == {"mapping"} and isinstance(value["mapping"], dict):
+        return {name: _decoded(part) for name, part in value["mapping"].items()}
+    raise ValueError(f"a value must be a mapping, a tensor or a number, got {shortened(value)}")
+
+
+def _decoded_tensor(values: Any, dtype: Any) -> torch.Tensor:
+    if not isinstance(dtype, str) or dtype not in _DTYPES:
+        raise ValueError(f"the dtype of a tensor must be one of {', '.join(_DTYPES)}, got {shortened(dtype)}")
+    try:
+        return torch.tensor(_decoded(values), dtype=_DTYPES[dtype])
+    except (TypeError, RuntimeError, OverflowError) as error:
+        raise ValueError(f"{shortened(values)} is no tensor of {dtype}") from error

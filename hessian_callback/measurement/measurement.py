@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 
 from hessian_callback.algorithms.density import SpectralDensity
 from hessian_callback.algorithms.spectrum import Spectrum
+from hessian_callback.measurement.stored_state import checked_fields, shortened
 from hessian_callback.power_law.fit import PowerLawFit, fit_power_law
 
 __all__ = ["Measurement", "Mode", "When"]
@@ -24,10 +25,10 @@ Mode = Literal["strict", "paper"]
 
 @dataclass(frozen=True, eq=False)
 class Measurement:
-    r"""What one measurement saw, and where in the run it was made.
+    r"""The result of one measurement of a training run.
 
-    A measurement that failed, or whose slope may not be compared with the others, is an entry like any
-    other: ``reason`` says in plain text why no slope was logged, and what could be computed is there.
+    A measurement that failed, or whose slope cannot be compared with the others, is an entry like any other:
+    ``reason`` gives the cause in plain text, and the quantities that could be computed are set.
 
     Attributes:
         epoch: the trainer's ``current_epoch``.
@@ -41,24 +42,22 @@ class Measurement:
         num_parameters: size ``P`` of the Hessian; ``None`` if the measurement failed before it was known.
         num_samples: held-out samples over all ranks; ``None`` likewise.
         loss: mean loss over the held-out samples, the function whose Hessian was measured.
-        engine: which engine formed the Hessian-vector products.
+        engine: the engine that computed the Hessian-vector products.
         world_size: number of ranks that shared the work.
-        mode: ``"strict"``, or ``"paper"`` for the protocol of `paper_protocol`, whose ``spectrum`` proves
-            nothing by index.
-        comparisons: numbers of the optional comparisons, by the name they are logged under; `comparisons` says
-            which there are.
-        not_compared: why a comparison that was asked for has no number, by its name.
-        density: the spectral density, if it was asked for.
+        mode: ``"strict"``, or ``"paper"`` for the published protocol, whose ``spectrum`` has no bounds by index.
+        comparisons: results of the optional comparisons, by the name that they are logged under.
+        not_compared: why a requested comparison has no result, by its name.
+        density: the spectral density, if it was requested.
         precision: of the Hessian-vector products, such as ``"float32"`` or ``"float32 (a copy of bfloat16)"``.
-        groups: the same measurement of the Hessian's blocks, by the name of the group of parameters.
-        val_loss: the run's own validation loss with the same weights, where `live_prediction` was told its name.
-        train_loss: the run's own training loss as it was logged last, mostly the mean over the epoch.
+        groups: the same measurement of diagonal blocks of the Hessian, by the name of the group of parameters.
+        val_loss: the validation loss that the run logged at the same weights, if `live_prediction` follows it.
+        train_loss: the training loss that the run logged last, usually the mean over the epoch.
 
     Example:
         >>> failed = Measurement(epoch=3, step=120, when="epoch", spectrum=None, fit=None,
         ...                      reason="the loss is NaN", seconds=0.2)
-        >>> failed.logged, failed.slope
-        (False, None)
+        >>> failed.logged, failed.slope, failed.location
+        (False, None, 'epoch 3')
         >>> Measurement.from_state(failed.to_state()) == failed
         True
         >>> print(failed.summary())
@@ -85,6 +84,17 @@ class Measurement:
     groups: Mapping[str, Measurement] = field(default_factory=dict)
     val_loss: float | None = None
     train_loss: float | None = None
+
+    @property
+    def location(self) -> str:
+        """Where in the run the measurement was made, in words for tables, captions and messages."""
+        return {
+            "fit_start": "before training" if self.step == 0 else f"resumed at step {self.step}",
+            "epoch": f"epoch {self.epoch}",
+            "step": f"step {self.step}",
+            "fit_end": "end of training",
+            "validate": "validation",
+        }[self.when]
 
     @property
     def logged(self) -> bool:
@@ -154,10 +164,10 @@ class Measurement:
         return None if self.spectrum is None else self.spectrum.num_matvecs
 
     def scalars(self) -> dict[str, float]:
-        """Return what is logged, by its name behind the prefix; what is not known is not in it.
+        """Return the logged quantities by their names without the prefix; unknown ones are left out.
 
-        The quantities of the fit are there only if they were logged: a slope at another ``K`` must
-        not stand in a curve beside the others. What was measured of a group of parameters ends in its name.
+        Quantities of the fit are included only if the slope was logged, since a slope at another ``K`` does not belong
+        to the same curve. Names of quantities of a group of parameters end in its name.
         """
         values: dict[str, float | None] = {
             "lambda_max": self.lambda_max,
@@ -185,7 +195,7 @@ class Measurement:
         return {name: float(value) for name, value in values.items() if value is not None}
 
     def summary(self) -> str:
-        """Return the measurement as one line of text; of the groups it says the slopes."""
+        """Return the measurement as one line of text, with the slopes of its groups."""
         where = f"epoch {self.epoch}, step {self.step}"
         seconds = f"{self.seconds:.1f} s"
         products = f"{self.num_hvps} HVPs" + (f" in {self.precision}" if self.precision else "")
@@ -206,7 +216,7 @@ class Measurement:
     def to_state(self) -> dict[str, Any]:
         """Return Python scalars, dictionaries and tensors that ``torch.load(weights_only=True)`` accepts.
 
-        The fit is not among them: it is made again from the eigenvalues, ``num_fitted`` says from how many.
+        The fit is not among them, since ``num_fitted`` and the eigenvalues determine it.
         """
         state: dict[str, Any] = {
             "epoch": int(self.epoch),
@@ -239,29 +249,34 @@ class Measurement:
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Measurement:
-        """Restore a measurement from what `to_state` returned, also from a state without comparisons.
+        """Restore a measurement from the return value of `to_state`, including states of releases without comparisons.
 
         Raises:
-            ValueError: if the state is not one of a measurement.
+            ValueError: if a name, type, shape or range is not that of a measurement.
         """
+        return cls._restored(state, with_groups=True)
+
+    @classmethod
+    def _restored(cls, state: object, *, with_groups: bool) -> Measurement:
+        if not isinstance(state, Mapping):
+            raise ValueError(f"the state of a measurement must be a mapping, got {shortened(state)}")
         values = dict(state)
-        if values.get("when") not in get_args(When):
-            raise ValueError(f"not the state of a measurement: 'when' is {values.get('when')!r}")
-        num_fitted = values.pop("num_fitted")
-        saved = values.pop("spectrum")
-        density = values.pop("density", None)
-        groups = {group: cls.from_state(part) for group, part in values.pop("groups", {}).items()}
-        spectrum = None if saved is None else Spectrum(**_values_of(saved))
-        fit = None
-        if spectrum is not None and num_fitted is not None:
-            fit = fit_power_law(spectrum.eigenvalues[:num_fitted])
-        return cls(
-            spectrum=spectrum,
-            fit=fit,
-            density=None if density is None else SpectralDensity(**_values_of(density)),
-            groups=groups,
-            **values,
-        )
+        for name in ("num_fitted", "spectrum"):
+            if name not in values:
+                raise ValueError(f"the state of a measurement lacks {name}")
+        num_fitted, spectrum, density = values.pop("num_fitted"), values["spectrum"], values.get("density")
+        groups = values.get("groups", {})
+        if not isinstance(groups, Mapping) or (groups and not with_groups):
+            raise ValueError(f"groups must be a mapping to measurements without groups, got {shortened(groups)}")
+        values["groups"] = {group: cls._restored(part, with_groups=False) for group, part in groups.items()}
+        values["spectrum"] = None if spectrum is None else _spectrum_from(spectrum)
+        values["density"] = None if density is None else _density_from(density)
+        values["fit"] = _fit_again(values["spectrum"], num_fitted)
+        checked = cls(**checked_fields(cls, values))
+        for name, least in (("epoch", 0), ("step", 0), ("seconds", 0), ("world_size", 1)):
+            _check(getattr(checked, name) >= least, f"{name} must be at least {least}", getattr(checked, name))
+        _check(checked.seconds < float("inf"), "seconds must be finite", checked.seconds)
+        return checked
 
     def __eq__(self, other: object) -> bool:
         """Compare by value; eigenvalues and bounds bit for bit, wall time included."""
@@ -281,13 +296,62 @@ def _state_of(value: Spectrum | SpectralDensity) -> dict[str, Any]:
     return state
 
 
-def _values_of(state: Mapping[str, Any]) -> dict[str, Any]:
+def _values_of(state: object) -> object:
+    """Rename the fields of a stored spectrum or density to the names of this release."""
+    if not isinstance(state, Mapping):
+        return state
     names = {saved: name for name, saved in _STATE_NAMES.items()}
     values = {names.get(name, name): value for name, value in state.items()}
-    if "stopped" in values:
-        reasons = {saved: reason for reason, saved in _STATE_STOP_REASONS.items()}
-        values["stopped"] = reasons.get(values["stopped"], values["stopped"])
+    for reason, saved in _STATE_STOP_REASONS.items():
+        if values.get("stopped") == saved:
+            values["stopped"] = reason
     return values
+
+
+def _check(holds: bool, rule: str, value: object) -> None:
+    if not holds:
+        raise ValueError(f"{rule}, got {shortened(value)}")
+
+
+def _spectrum_from(state: object) -> Spectrum:
+    spectrum = Spectrum(**checked_fields(Spectrum, _values_of(state)))
+    values, bounds = spectrum.eigenvalues, spectrum.error_bounds
+    for name in ("eigenvalues", "error_bounds", "ritz_values"):
+        tensor: torch.Tensor = getattr(spectrum, name)
+        _check(tensor.ndim == 1 and tensor.is_floating_point(), f"{name} must be a vector of floats", tensor)
+        _check(not bool(tensor.isnan().any()), f"{name} must not hold NaN", tensor)
+    _check(bool(values.isfinite().all()), "eigenvalues must be finite", values)
+    _check(bool((values[:-1] >= values[1:]).all()), "eigenvalues must descend", values)
+    _check(bounds.shape == values.shape, f"error_bounds must have the shape {tuple(values.shape)}", bounds)
+    _check(bool((bounds >= 0).all()), "error_bounds must not be negative", bounds)
+    converged = spectrum.converged
+    _check(converged.dtype == torch.bool, "converged must hold truth values", converged)
+    _check(converged.shape == values.shape, f"converged must have the shape {tuple(values.shape)}", converged)
+    return spectrum
+
+
+def _density_from(state: object) -> SpectralDensity:
+    density = SpectralDensity(**checked_fields(SpectralDensity, _values_of(state)))
+    for name in ("nodes", "weights"):
+        tensor: torch.Tensor = getattr(density, name)
+        _check(tensor.ndim == 2 and tensor.is_floating_point(), f"{name} must be a matrix of floats", tensor)
+    shape = density.nodes.shape
+    _check(density.weights.shape == shape, f"weights must have the shape {tuple(shape)}", density.weights)
+    _check(density.size >= 1, "size must be at least 1", density.size)
+    return density
+
+
+def _fit_again(spectrum: Spectrum | None, num_fitted: object) -> PowerLawFit | None:
+    """Fit the power law that a state describes by its number of eigenvalues."""
+    if num_fitted is None:
+        return None
+    measured = 0 if spectrum is None else len(spectrum.eigenvalues)
+    if spectrum is None or type(num_fitted) is not int or not 0 < num_fitted <= measured:
+        raise ValueError(
+            f"num_fitted must be None or lie between 1 and {measured}, the number of eigenvalues, "
+            f"got {shortened(num_fitted)}"
+        )
+    return fit_power_law(spectrum.eigenvalues[:num_fitted])
 
 
 def _plain(value: Any) -> Any:

@@ -1,10 +1,11 @@
-"""The figures of a report, as SVG that takes its colours from the page's style sheet.
+"""The figures of a report, as SVG whose colours are those of the page's style sheet.
 
-Text stays text, so it is sharp at any size and can be searched, and light and dark pages share one drawing.
+Text is stored as text, so it is sharp at any size and can be searched. Light and dark pages share one drawing.
 """
 
 from __future__ import annotations
 
+import html
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["cost", "losses_against", "overlay", "spectra", "timeline"]
 
-# Stand-ins, each replaced by a property of the style sheet. The series are Okabe and Ito's palette.
+# Placeholders, each replaced by a property of the style sheet. The series are Okabe and Ito's palette.
 _COLOURS = {
     "#111112": "ink",
     "#777778": "muted",
@@ -42,6 +43,7 @@ _MARKERS = ("o", "s", "^", "D", "v", "P")
 
 _MOST_SPECTRA = 12
 _MOST_RANKS = 150
+_MOST_POINTS = 300
 
 
 def spectra(table: RunTable) -> str | None:
@@ -52,16 +54,16 @@ def spectra(table: RunTable) -> str | None:
     chosen = np.unique(np.linspace(0, len(history) - 1, min(_MOST_SPECTRA, len(history))).round().astype(int))
     with _figure(7.2, 4.6) as (figure, draw):
         axes = figure.add_subplot()
-        for place, index in enumerate(chosen):
-            m, last = history[index], place == len(chosen) - 1
+        for number, index in enumerate(chosen):
+            m, last = history[index], number == len(chosen) - 1
             assert m.spectrum is not None
             values = m.spectrum.eigenvalues.numpy()
             ranks = _thinned(len(values))
             ranks = ranks[values[ranks - 1] > 0]
             if not len(ranks):
                 continue
-            shade = _shade(place, len(chosen))
-            label = _place(m) if place in (0, len(chosen) - 1) or len(chosen) <= 4 else None
+            shade = _shade(number, len(chosen))
+            label = m.location if number in (0, len(chosen) - 1) or len(chosen) <= 4 else None
             style: dict[str, Any] = {"marker": "o", "markersize": 3.6} if last else {}
             axes.plot(
                 ranks,
@@ -126,14 +128,16 @@ def timeline(table: RunTable) -> str | None:
             )
             middle.set_ylim(0, 1.12 * max(critical, *(m.fit_error or 0 for m in history)))
         middle.set_ylabel("fit error")
-        curves: list[tuple[str | None, Sequence[float | None], str]] = [
+        curves: list[tuple[str, Sequence[float | None], str]] = [
             (table.validation_label, table.validation, "green"),
-            (table.training_name, table.training, "purple"),
+            (table.training_label, table.training, "purple"),
         ]
         for number, (name, values, colour) in enumerate(curves):
             pairs = [(table.run.history[i].step, values[i]) for i in kept if _finite(values[i])]
             if pairs:
-                bottom.plot(*zip(*pairs, strict=True), color=_NAMED[colour], marker=_MARKERS[number], label=name)
+                bottom.plot(
+                    *zip(*pairs, strict=True), color=_NAMED[colour], marker=_MARKERS[number], label=_label(name)
+                )
         if bottom.lines:
             shown = np.concatenate([np.asarray(line.get_ydata(), dtype=float) for line in bottom.lines])
             if shown.min() > 0 and shown.max() > 5 * shown.min():
@@ -154,6 +158,7 @@ def losses_against(table: RunTable) -> str | None:
     ]
     if len(kept) < 2:
         return None
+    kept = [kept[i] for i in np.unique(np.linspace(0, len(kept) - 1, min(_MOST_POINTS, len(kept))).round().astype(int))]
     losses = np.array([table.validation[index] for index in kept], dtype=float)
     history = [table.run.history[index] for index in kept]
     panels: dict[str, list[Any]] = {
@@ -172,12 +177,12 @@ def losses_against(table: RunTable) -> str | None:
                 _logarithmic(axes, "y")
             if name == "optimizer steps" and min(m.step for m in history) > 0:
                 _logarithmic(axes, "x")
-        figure.axes[0].set_ylabel(table.validation_label)
+        figure.axes[0].set_ylabel(_label(table.validation_label))
         return draw("Validation loss against slope, fit error and steps; later measurements stronger")
 
 
 def cost(table: RunTable) -> str | None:
-    """Draw what each measurement took."""
+    """Draw the products and the seconds of each measurement."""
     history = table.run.history
     if not history:
         return None
@@ -215,7 +220,7 @@ def overlay(tables: Sequence[RunTable], quantity: str) -> str | None:
             if points:
                 axes.plot(
                     *zip(*points, strict=True),
-                    label=table.run.name,
+                    label=_label(table.run.name),
                     color=_NAMED[_SERIES[number % len(_SERIES)]],
                     linestyle=_DASHES[number // len(_SERIES) % len(_DASHES)],
                     marker=_MARKERS[number % len(_MARKERS)],
@@ -227,7 +232,7 @@ def overlay(tables: Sequence[RunTable], quantity: str) -> str | None:
             _logarithmic(axes, "y")
         axes.set_xlabel("optimizer steps")
         name = {"fit_error": "fit error", "validation": tables[0].validation_label}.get(quantity, quantity)
-        axes.set_ylabel(name)
+        axes.set_ylabel(_label(name))
         if len(axes.lines) <= 2 * len(_SERIES):
             axes.legend(loc="best", ncols=2 if len(axes.lines) > 4 else 1)
         return draw(f"{name} of several runs over the optimizer steps")
@@ -245,6 +250,8 @@ def _figure(width: float, height: float) -> Iterator[tuple[Figure, Callable[[str
     ink, muted = _NAMED["ink"], _NAMED["muted"]
     style: dict[str, Any] = {
         "svg.fonttype": "none",
+        # Names of runs and curves are shown as they are, dollar signs included.
+        "text.parse_math": False,
         "font.family": "sans-serif",
         "font.size": 11,
         "text.color": ink,
@@ -288,11 +295,18 @@ def _markup(figure: Figure, title: str) -> str:
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     for colour, name in _COLOURS.items():
         svg = svg.replace(colour, f"var(--{name})")
-    # Fonts are the page's. The size in points becomes a width of 100 % through the page's style.
+    # The page sets the fonts and a width of 100 %.
     svg = re.sub(r"font: ([\d.]+px)[^;\"]*", r"font-size: \1", svg)
     svg = re.sub(r'<svg ([^>]*?)width="[\d.]+pt"', r"<svg \1", svg, count=1)
     svg = re.sub(r'<svg ([^>]*?)height="[\d.]+pt"', r"<svg \1", svg, count=1)
-    return svg.replace("<svg ", f'<svg role="img" aria-label="{title}" ', 1)
+    return svg.replace("<svg ", f'<svg role="img" aria-label="{html.escape(title)}" ', 1)
+
+
+def _label(name: str) -> str:
+    """A name from a file as a legend can show it: one line, not too long, and not hidden by a leading underscore."""
+    line = "".join(character if character.isprintable() else "\ufffd" for character in name[:60])
+    line += "…" if len(name) > 60 else ""
+    return f"\u200b{line}" if line.startswith("_") else line
 
 
 def _logarithmic(axes: Axes, which: str) -> None:
@@ -308,7 +322,7 @@ def _logarithmic(axes: Axes, which: str) -> None:
 
 
 def _thinned(length: int) -> Any:
-    """Ranks from 1 to ``length``, evenly over the logarithmic axis where they are many."""
+    """Ranks from 1 to ``length``; if there are many, a selection that is even on a logarithmic axis."""
     if length <= _MOST_RANKS:
         return np.arange(1, length + 1)
     return np.unique(np.geomspace(1, length, _MOST_RANKS).round().astype(int))
@@ -317,12 +331,6 @@ def _thinned(length: int) -> Any:
 def _shade(number: int, of: int) -> float:
     """An opacity that grows with time."""
     return min(1.0, 0.2 + 0.8 * (number + 1) / of)
-
-
-def _place(measurement: Any) -> str:
-    names = {"fit_start": "before training", "fit_end": "end of training", "validate": "validation"}
-    usual = f"epoch {measurement.epoch}" if measurement.when == "epoch" else f"step {measurement.step}"
-    return names.get(measurement.when, usual)
 
 
 def _finite(value: float | None) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -12,31 +11,38 @@ from pathlib import Path
 from typing import Any
 
 from hessian_callback._version import __version__
+from hessian_callback.measurement.atomic_files import write_atomically
 from hessian_callback.measurement.history import HistoryError
 from hessian_callback.reports.run_files import find_runs
 from hessian_callback.reports.run_tables import Correlation, RunTable, across_runs, correlations, csv_text, tabulate
 
 __all__ = ["ReportFiles", "main", "write_report"]
 
-# Sections of single runs, each with five figures; the tables have every run.
+# Limits that keep a page readable: sections of single runs, each with four figures; rows of a table; characters of a
+# text that a file contains; notes about a run.
 _MOST_SECTIONS = 12
+_MOST_ROWS = 500
+_MOST_CHARACTERS = 600
+_MOST_NOTES = 20
 
 
 @dataclass(frozen=True)
 class ReportFiles:
-    """What `write_report` wrote.
+    """The files that `write_report` wrote.
 
     Attributes:
         html: the report.
         csv: all measurements, one a row.
         num_runs: runs in it.
         num_measurements: measurements in it.
+        left_out: why runs that were found are not in it.
     """
 
     html: Path
     csv: Path
     num_runs: int
     num_measurements: int
+    left_out: Sequence[str] = ()
 
 
 def write_report(
@@ -48,19 +54,21 @@ def write_report(
 ) -> ReportFiles:
     """Write the report of one run or of several.
 
-    The HTML file holds its figures and styles, refers to nothing outside of it and runs no script.
+    The HTML file contains its figures and styles, has no external references and runs no script. A run that can't be
+    read is left out, and the page says so. Existing files are replaced as a whole; a symbolic link at the output is
+    replaced and not followed.
 
     Args:
         folders: run folders, such as ``lightning_logs/version_0``, or folders of run folders; see
             `run_files.find_runs`.
         output: the HTML file; default: ``hessian_report.html`` in the run's folder, or in the current one for several
             folders. The CSV has its name, with another ending.
-        val_loss: the name of the validation loss in the logger; default: the usual ones, and the loss on the held-out
-            samples where none was logged.
+        val_loss: the name of the validation loss in the logger; default: the usual ones, or the loss on the held-out
+            samples if none was logged.
         train_loss: the name of the training loss likewise.
 
     Raises:
-        HistoryError: if a folder does not exist, holds no measurement, or one of another version.
+        HistoryError: if a folder does not exist, or no run in the folders can be read.
         ModuleNotFoundError: if jinja2 or matplotlib is missing.
         OSError: if a file can't be written.
     """
@@ -70,7 +78,8 @@ def write_report(
                 f"a report needs {module}, which is not installed: pip install 'hessian-callback[report]'"
             )
     given = list(map(Path, folders))
-    runs = find_runs(given)
+    left_out: list[str] = []
+    runs = find_runs(given, on_unreadable=lambda error: left_out.append(str(error)))
     tables = [tabulate(run, val_loss=val_loss, train_loss=train_loss) for run in runs]
     if output is None:
         single = len({run.folder for run in runs}) == 1
@@ -78,19 +87,18 @@ def write_report(
     html = Path(output)
     if html.suffix.lower() not in (".html", ".htm"):
         raise HistoryError(f"the output {html} must end in .html; the CSV gets the same name with .csv")
-    html.parent.mkdir(parents=True, exist_ok=True)
     csv = html.with_suffix(".csv")
-    csv.write_text(csv_text(tables), encoding="utf-8", newline="")
-    html.write_text(_render(tables, csv.name), encoding="utf-8")
-    return ReportFiles(html, csv, len(runs), sum(len(run.history) for run in runs))
+    write_atomically(csv, csv_text(tables))
+    write_atomically(html, _render(tables, csv.name, left_out))
+    return ReportFiles(html, csv, len(runs), sum(len(run.history) for run in runs), left_out)
 
 
-def _render(tables: Sequence[RunTable], csv_name: str) -> str:
+def _render(tables: Sequence[RunTable], csv_name: str, left_out: Sequence[str]) -> str:
     from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"number": _number, "correlation": _correlation}
+    environment.filters |= {"number": _number, "correlation": _correlation, "cut": _cut}
     template = environment.from_string(
         files("hessian_callback.reports").joinpath("report_template.html").read_text(encoding="utf-8")
     )
@@ -104,10 +112,17 @@ def _render(tables: Sequence[RunTable], csv_name: str) -> str:
         rows=[_row(table) for table in tables],
         several=len(tables) > 1,
         groups=[_as_markup(group, figure) for group in _groups(tables)] if len(tables) > 1 else [],
+        left_out=_limited([f"left out: {reason}" for reason in left_out]),
         warnings=_not_compared(tables),
         sections=[_as_markup(_section(table), figure) for table in tables[:_MOST_SECTIONS]],
         num_left_out=max(0, len(tables) - _MOST_SECTIONS),
     )
+
+
+def _limited(notes: Sequence[str]) -> list[str]:
+    """The first notes, and how many more there are."""
+    more = len(notes) - _MOST_NOTES
+    return [*notes[:_MOST_NOTES], *([f"{more} more remarks of this kind are not shown"] if more > 0 else [])]
 
 
 def _as_markup(context: Mapping[str, Any], figure: Any) -> dict[str, Any]:
@@ -115,7 +130,7 @@ def _as_markup(context: Mapping[str, Any], figure: Any) -> dict[str, Any]:
     return {**context, "figures": {name: figure(svg) for name, svg in context["figures"].items()}}
 
 
-# -- what the template is told ---------------------------------------------------------------------------
+# -- the values of the template -----------------------------------------------------------------------------
 
 
 def _row(table: RunTable) -> dict[str, Any]:
@@ -143,7 +158,7 @@ def _section(table: RunTable) -> dict[str, Any]:
     from hessian_callback.reports import figures
 
     measured = [
-        {"m": m, "place": _place(m), "validation": validation, "training": training, "comparable": comparable}
+        {"m": m, "validation": validation, "training": training, "comparable": comparable}
         for m, validation, training, comparable in zip(
             table.run.history, table.validation, table.training, table.comparable, strict=True
         )
@@ -152,8 +167,9 @@ def _section(table: RunTable) -> dict[str, Any]:
         "row": _row(table),
         "folder": str(table.run.folder),
         "source": table.run.source.name,
-        "notes": [*table.run.notes, *_notes(table)],
-        "measured": measured,
+        "notes": _limited([*table.run.notes, *_notes(table)]),
+        "measured": measured[-_MOST_ROWS:],
+        "num_not_shown": max(0, len(measured) - _MOST_ROWS),
         "validation_name": table.validation_name,
         "training_name": table.training_name,
         "correlations": correlations(table),
@@ -170,7 +186,7 @@ def _notes(table: RunTable) -> list[str]:
     notes = []
     if table.validation_name is None:
         notes.append(
-            "No validation loss was found among what the loggers wrote, so the mean loss over the held-out samples "
+            "No validation loss was found among the logged curves, so the mean loss over the held-out samples "
             "takes its place. Name another curve with --val_loss"
         )
     others = sum(m.logged and m.num_fitted != table.num_fitted for m in table.run.history)
@@ -259,18 +275,18 @@ def _groups(tables: Sequence[RunTable]) -> list[dict[str, Any]]:
 _OVERLAYS = ("slope", "fit_error", "validation")
 
 
-def _place(measurement: Any) -> str:
-    names = {"fit_start": "before training", "fit_end": "end of training", "validate": "validation"}
-    return names.get(measurement.when, f"epoch {measurement.epoch}")
-
-
 def _number(value: float | None, digits: int = 3) -> str:
-    """A number as a table shows it; what is not known is a dash."""
+    """Format a number for a table; an unknown one is a dash."""
     if value is None:
         return "–"
     if value != 0 and not 1e-3 <= abs(value) < 1e5:
         return f"{value:.{digits}g}"
     return f"{value:.{digits}f}"
+
+
+def _cut(text: str) -> str:
+    """Limit the length of a text that a file contains."""
+    return text if len(text) <= _MOST_CHARACTERS else f"{text[:_MOST_CHARACTERS]}… ({len(text)} characters)"
 
 
 def _correlation(found: Correlation, which: str) -> str:
@@ -284,9 +300,9 @@ def _correlation(found: Correlation, which: str) -> str:
 # -- the command -----------------------------------------------------------------------------------------
 
 _DESCRIPTION = """\
-Write one HTML file about what PowerLawHessianCallback measured: the spectra over time, slope and fit error
+Write one HTML file about the measurements of PowerLawHessianCallback: the spectra over time, slope and fit error
 against the losses, rank correlations beside those of log(step), and the cost; and a CSV with every measurement.
-The file opens from disk, needs no network and runs no script.
+The file opens from disk, needs no network and runs no script. A run that can't be read is left out and named.
 """
 
 _EPILOG = """\
@@ -305,6 +321,9 @@ def main(args: Sequence[str] | None = None) -> None:
 
     Args:
         args: the arguments behind ``report``; ``None`` for those of the process.
+
+    Raises:
+        SystemExit: with status 2 and one sentence, if the arguments or files are not usable.
     """
     parser = argparse.ArgumentParser(
         prog="hessian-callback report",
@@ -322,7 +341,9 @@ def main(args: Sequence[str] | None = None) -> None:
     try:
         written = write_report(chosen.folders, chosen.output, val_loss=chosen.val_loss, train_loss=chosen.train_loss)
     except (HistoryError, ModuleNotFoundError, OSError) as error:
-        sys.exit(f"hessian-callback report: {error}")
+        parser.exit(2, f"{parser.prog}: {error}\n")
+    for reason in _limited(written.left_out):
+        print(f"left out: {reason}")
     print(f"{written.num_runs} run(s), {written.num_measurements} measurements")
     print(f"report: {written.html}")
     print(f"table:  {written.csv}")

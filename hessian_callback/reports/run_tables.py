@@ -10,12 +10,15 @@ from io import StringIO
 
 from hessian_callback.measurement.history import HistoryError
 from hessian_callback.measurement.measurement import Measurement
-from hessian_callback.reports.run_files import Run, losses_at
+from hessian_callback.reports.logged_scalars import losses_at
+from hessian_callback.reports.run_files import Run
 from hessian_callback.reports.running_correlations import MIN_OBSERVATIONS, rank_correlation
 
 __all__ = ["Correlation", "RunTable", "across_runs", "correlations", "csv_of", "csv_text", "tabulate"]
 
 _VALIDATION = ("val_loss", "val/loss", "valid_loss", "valid/loss", "validation_loss", "validation/loss", "loss/val")
+# Names of curves that an error message lists.
+_MOST_NAMES = 30
 _TRAINING = ("train_loss", "train/loss", "training_loss", "loss/train", "loss")
 
 
@@ -27,9 +30,9 @@ class RunTable:
         run: the run.
         num_fitted: ``K`` of the run's slopes; measurements with another one are not compared with them.
         mode: the protocol, ``"strict"`` or ``"paper"``.
-        validation: the validation loss at each measurement, ``None`` where none was logged.
+        validation: the validation loss at each measurement, ``None`` if none was logged.
         training: the training loss likewise.
-        validation_name: the name under which the validation loss was logged; ``None``: none was found, and
+        validation_name: the name that the validation loss was logged under; ``None`` if none was found, and
             ``validation`` is the mean loss over the held-out samples.
         training_name: the name of the training loss; ``None``: none was found.
     """
@@ -57,8 +60,13 @@ class RunTable:
 
     @property
     def validation_label(self) -> str:
-        """What the validation loss is called in figures and tables."""
+        """Name of the validation loss for figures and tables."""
         return self.validation_name or "held-out loss"
+
+    @property
+    def training_label(self) -> str:
+        """Name of the training loss for figures and tables."""
+        return self.training_name or "training loss"
 
 
 def tabulate(run: Run, *, val_loss: str | None = None, train_loss: str | None = None) -> RunTable:
@@ -92,7 +100,9 @@ def tabulate(run: Run, *, val_loss: str | None = None, train_loss: str | None = 
 def _chosen(option: str, asked: str | None, usual: Sequence[str], run: Run) -> str | None:
     if asked is not None:
         if asked not in run.scalars:
-            written = ", ".join(sorted(run.scalars)) or "nothing"
+            names = sorted(name[:60] for name in run.scalars)
+            written = ", ".join(names[:_MOST_NAMES]) or "nothing"
+            written += f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
             raise HistoryError(f"{option} {asked}: {run.name} has no such curve. Its loggers wrote {written}")
         return asked
     names = [form for name in usual for form in (f"{name}_epoch", name, f"{name}_step")]
@@ -120,8 +130,8 @@ _COLUMNS = {
 def csv_text(tables: Iterable[RunTable]) -> str:
     """Write all measurements as CSV, one a row, numbers with all their digits.
 
-    Cells are empty where nothing is known. ``logged`` and ``reason`` say whether a slope may be compared and why not,
-    and what ``extras`` and ``groups`` measured stands in columns behind them.
+    Unknown values are empty cells. The columns ``logged`` and ``reason`` say whether a slope can be compared and why
+    not. Results of ``extras`` and ``groups`` follow in columns of their own.
     """
     rows: list[dict[str, object]] = []
     for table in tables:
@@ -147,7 +157,7 @@ def csv_text(tables: Iterable[RunTable]) -> str:
 
 
 def csv_of(rows: Iterable[Mapping[str, object]]) -> str:
-    """Write rows as CSV, a column for each name that occurs; empty where nothing is known.
+    """Write rows as CSV, with a column for each name that occurs and empty cells for unknown values.
 
     Example:
         >>> csv_of([{"K": 50, "s_hat": None}, {"K": 200, "trace": 1.5}]).splitlines()
@@ -169,9 +179,9 @@ class Correlation:
     """Rank correlations of a statistic with the validation loss.
 
     Attributes:
-        statistic: what is correlated.
-        baseline: whether it is one that the spectrum has to beat.
-        num: how many pairs there are.
+        statistic: name of the statistic.
+        baseline: whether it is a baseline for the statistics of the spectrum.
+        num: number of pairs.
         spearman: Spearman's coefficient; ``None`` if there is none.
         spearman_interval: its 95 % interval, see `running_correlations`.
         kendall: Kendall's tau-b likewise.
@@ -190,10 +200,11 @@ class Correlation:
 
 
 def correlations(table: RunTable) -> list[Correlation]:
-    """Correlate what was measured in a run with its validation loss, measurement by measurement.
+    """Correlate the statistics of a run with its validation loss over the measurements.
 
-    The measurement before the first step is left out: it is an outlier of every statistic, and makes correlations that
-    training itself does not have. Along a run nearly everything has a trend, so ``log(step)`` stands beside.
+    The measurement before the first step is left out, because it is an outlier of every statistic and causes
+    correlations that training itself does not have. Nearly every statistic has a trend along a run, so ``log(step)``
+    is correlated as a baseline.
     """
     chosen = [
         index for index, fits in enumerate(table.comparable) if fits and table.run.history[index].when != "fit_start"

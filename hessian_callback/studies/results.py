@@ -14,7 +14,8 @@ from torch import Tensor
 from hessian_callback.measurement.measurement import Measurement
 from hessian_callback.power_law.eigengaps import fit_eigengaps
 from hessian_callback.power_law.fit import PowerLawFit, fit_power_law
-from hessian_callback.reports.run_files import Run, find_runs, losses_at
+from hessian_callback.reports.logged_scalars import losses_at
+from hessian_callback.reports.run_files import Run, find_runs
 from hessian_callback.reports.run_tables import RunTable, csv_of, tabulate
 from hessian_callback.studies.definition import PlannedRun, Printed, Study
 from hessian_callback.studies.one_run import finished

@@ -134,7 +134,7 @@ def test_a_full_disk_is_made_up_for_by_the_next_write(tmp_path: Path) -> None:
         ("[1, 2]", "version None"),
         (
             '{"version": 1, "prefix": "h", "measurement": {"mapping": {"when": "epoch"}}}',
-            "not a measurement as this release knows it",
+            "not a measurement as this release reads it",
         ),
     ],
 )

@@ -17,8 +17,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from hessian_callback.measurement.history import FILE_NAME, HistoryError, HistoryWriter, read_histories
 from hessian_callback.measurement.measurement import Measurement
+from hessian_callback.reports.logged_scalars import LoggedValue, losses_at, read_scalars
 from hessian_callback.reports.report import ReportFiles, main, write_report
-from hessian_callback.reports.run_files import LoggedValue, find_runs, losses_at, read_scalars
+from hessian_callback.reports.run_files import find_runs
 from hessian_callback.reports.run_tables import correlations, tabulate
 from tests.helpers.browser import browser, console_errors  # noqa: F401
 from tests.helpers.toy_runs import loader, measure, seeded, trainer
@@ -201,10 +202,15 @@ def test_command_prints_where_the_files_are(runs: Path, tmp_path: Path, capsys: 
         (["{runs}/sheet/version_0", "-o", "{tmp}/page.pdf"], "must end in .html"),
     ],
 )
-def test_errors_name_the_remedy(runs: Path, tmp_path: Path, arguments: list[str], words: str) -> None:
+def test_errors_are_one_sentence_with_the_remedy_and_exit_code_2(
+    runs: Path, tmp_path: Path, arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as stopped:
         main([argument.format(tmp=tmp_path, runs=runs) for argument in arguments])
-    assert re.search(words, str(stopped.value.code))
+    assert stopped.value.code == 2
+    text = capsys.readouterr().err
+    assert re.match(f"hessian-callback report: .*{words}", text)
+    assert len(text.splitlines()) == 1
 
 
 def test_state_of_another_version_is_refused(runs: Path, tmp_path: Path) -> None:
@@ -247,4 +253,4 @@ def test_losses_at_measurements(history: Any, values: Any, expected: Any) -> Non
 
 
 def test_folder_without_logs_has_no_scalars(tmp_path: Path) -> None:
-    assert read_scalars(tmp_path) == {}
+    assert read_scalars(tmp_path).values == {}

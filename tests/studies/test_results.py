@@ -47,7 +47,7 @@ def spectrum(values: Tensor, bounds: Tensor | float = 1e-3, **options: Any) -> S
     settings: dict[str, Any] = {
         "rtol": 1e-2,
         "missed_probability": 1e-4,
-        "num_hvps": 40,
+        "num_matvecs": 40,
         "stopped": "converged",
         "rounding": 1e-12,
         "symmetry_defect": 0.0,
@@ -166,7 +166,7 @@ def test_what_has_not_finished_is_left_out(tmp_path: Path) -> None:
 
 def test_every_k_is_fitted_to_the_same_eigenvalues(tmp_path: Path) -> None:
     values = torch.cat([HOLDS[:40], torch.tensor([-1e-3, -2.0]).double()])
-    rows = rows_in(tmp_path, [measurement(30, spectrum(values, stopped="max_hvps"))], fitted=[3, 20, 40, 41])
+    rows = rows_in(tmp_path, [measurement(30, spectrum(values, stopped="max_matvecs"))], fitted=[3, 20, 40, 41])
     assert [row.num_eigenvalues for row in rows] == [3, 20, 40, 41]
     for row in rows[:3]:
         assert row.fit == fit_power_law(HOLDS[: row.num_eigenvalues])
@@ -179,7 +179,7 @@ def test_every_k_is_fitted_to_the_same_eigenvalues(tmp_path: Path) -> None:
     ]
     last = rows[3]
     assert (last.fit, last.largest_bound, last.gap_exponent) == (None, None, None)
-    assert last.reason == "only 40 eigenvalues are positive and known (max_hvps)"
+    assert last.reason == "only 40 eigenvalues are positive and known (max_matvecs)"
     assert {(row.num_known, row.num_negative, row.num_hvps, row.num_parameters) for row in rows} == {(40, 2, 40, 100)}
 
 
