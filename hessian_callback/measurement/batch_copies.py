@@ -99,7 +99,7 @@ class _Copier:
         if isinstance(value, Tensor):
             replaced = self._keep(value, self._function(value))
             if type(value) is Tensor and replaced is not value:
-                vars(replaced).update(vars(value))  # of users who hang lengths and the like on a tensor
+                vars(replaced).update((name, self.copy(item)) for name, item in vars(value).items())
             return replaced
         if type(value) is list:
             copied: list[Any] = self._keep(value, [])

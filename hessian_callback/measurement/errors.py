@@ -45,10 +45,10 @@ def may_pass(error: BaseException) -> bool:
 
 
 def one_line(error: BaseException) -> str:
-    """Return the type and the message of an error, without line breaks.
+    r"""Return the type and the message of an error, without line breaks.
 
     Example:
-        >>> one_line(ValueError("two\\n  lines"))
+        >>> one_line(ValueError("two\n  lines"))
         'ValueError: two lines'
     """
     return ": ".join(filter(None, (type(error).__name__, " ".join(str(error).split()))))
