@@ -46,7 +46,7 @@ ON_GPU = DEVICE.type == "cuda"
 pytestmark = [
     pytest.mark.skipif(ON_GPU and not torch.cuda.is_available(), reason="needs a GPU"),
     pytest.mark.filterwarnings("ignore:a measurement of the Hessian took"),
-    pytest.mark.filterwarnings("ignore:.* held-out samples are few"),
+    pytest.mark.filterwarnings("ignore:.* samples are few"),
 ]
 gpu_only = pytest.mark.skipif(not ON_GPU, reason="the CPU has no such thing")
 

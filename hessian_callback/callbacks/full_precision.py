@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
-from lightning_utilities.core.apply_func import apply_to_collection
-from torch import Tensor, nn
+from torch import nn
 
+from hessian_callback.measurement.batch_copies import map_tensors
 from hessian_callback.operators.fully_shard import is_sharded
 from hessian_callback.operators.memory import free_memory, readable_size
 
@@ -86,4 +86,4 @@ def batch_in_full_precision(batch: Any) -> Any:
         >>> batch_in_full_precision({"x": torch.ones(2, dtype=torch.bfloat16), "y": torch.tensor(1)})
         {'x': tensor([1., 1.]), 'y': tensor(1)}
     """
-    return apply_to_collection(batch, Tensor, lambda tensor: tensor.float() if tensor.dtype in _HALF else tensor)
+    return map_tensors(batch, lambda tensor: tensor.float() if tensor.dtype in _HALF else tensor)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
@@ -13,9 +13,9 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins.precision import DoublePrecision
 from torch import Tensor
 
-from hessian_callback.linalg.distributed import Ranks
+from hessian_callback.measurement.loss import CheckedLoss
 
-__all__ = ["LossFunction", "as_in_a_step", "mean_loss", "resolve_loss"]
+__all__ = ["LossFunction", "as_in_a_step", "resolve_loss"]
 
 LossFunction = Callable[[Any, Any], Tensor]
 
@@ -25,22 +25,25 @@ _REMEDY = (
 )
 
 
-def resolve_loss(pl_module: LightningModule, loss_fn: Callable[..., Any] | None = None) -> LossFunction:
+def resolve_loss(
+    pl_module: LightningModule, loss_fn: Callable[..., Any] | None = None, *, origin: str = "the samples"
+) -> LossFunction:
     """Find the loss of a module: ``loss_fn``, else ``pl_module.hessian_loss``, else ``training_step``.
 
-    ``training_step`` logs, updates metrics and may count, so what is returned must be called inside
-    `guard.preserve_training_state`.
+    ``training_step`` logs, updates metrics and may count, so call the result inside `preserve_training_state`. It gets
+    a copy of the batch at each call, and its errors are explained; see `measurement.loss.CheckedLoss`.
 
     Args:
         pl_module: the module, attached to a trainer or not.
         loss_fn: ``callable(pl_module, batch)`` that returns the mean loss of the batch.
+        origin: the loader of the batches in words, for messages: `SampleSource.description`.
 
     Returns:
         ``loss(pl_module, batch)``. A dictionary is replaced by its entry ``"loss"``.
 
     Raises:
-        MisconfigurationException: if there is no loss function and ``training_step`` cannot serve: it
-            optimises manually, takes the data loader's iterator, or is not there.
+        MisconfigurationException: if there is no loss function and ``training_step`` can't be used: the module
+            optimises manually, its step takes the data loader's iterator, or it has none.
 
     Example:
         >>> class Line(LightningModule):
@@ -56,16 +59,25 @@ def resolve_loss(pl_module: LightningModule, loss_fn: Callable[..., Any] | None 
     if loss_fn is not None:
         if not callable(loss_fn):
             raise MisconfigurationException(f"loss_fn is a {type(loss_fn).__name__}. {_REMEDY}")
-        return _Loss(loss_fn, getattr(loss_fn, "__name__", type(loss_fn).__name__))
+        name = getattr(loss_fn, "__name__", type(loss_fn).__name__)
+        return CheckedLoss(loss_fn, f"loss_fn ({name})", origin=origin, remedy=_other_loader(origin, "Correct it"))
     own = getattr(pl_module, "hessian_loss", None)
     if callable(own):
-        # Called on the module that is handed in: the one of the measurement, not the one of today.
-        return _Loss(_hessian_loss, f"{type(pl_module).__name__}.hessian_loss")
-    return _Loss(_training_step_of(pl_module), f"{type(pl_module).__name__}.training_step")
+        # Called on the module that is passed, which may be a copy of this one.
+        name = f"{type(pl_module).__name__}.hessian_loss"
+        return CheckedLoss(_hessian_loss, name, origin=origin, remedy=_other_loader(origin, "Correct it"))
+    name = f"{type(pl_module).__name__}.training_step"
+    return CheckedLoss(_training_step_of(pl_module), name, origin=origin, remedy=_other_loader(origin, _REMEDY))
+
+
+def _other_loader(origin: str, remedy: str) -> str:
+    if "training loader" in origin:
+        return f"{remedy}."
+    return f"If it needs batches of the training loader, use dataloader='train'. {remedy}."
 
 
 def as_in_a_step(trainer: Trainer, pl_module: LightningModule, loss: LossFunction) -> LossFunction:
-    """Give a loss the surroundings that Lightning gives ``training_step``, as far as second derivatives allow.
+    """Evaluate a loss under the contexts that Lightning gives ``training_step``, as far as second derivatives allow.
 
     With ``precision="64-true"`` new tensors are double as well. Autocast is left out: the Hessian is that of
     the loss in the parameters' own precision. A module that was compiled as a whole runs eagerly.
@@ -88,41 +100,6 @@ def as_in_a_step(trainer: Trainer, pl_module: LightningModule, loss: LossFunctio
     return surrounded
 
 
-def mean_loss(loss: LossFunction, module: Any, batches: Sequence[Any], weights: Sequence[float], ranks: Ranks) -> float:
-    """Return the weighted mean of the loss over all ranks' batches.
-
-    Example:
-        >>> mean_loss(lambda _, batch: batch.mean(), None, [torch.ones(2), torch.zeros(6)], [2, 6], Ranks())
-        0.25
-    """
-    sums = torch.zeros(2, dtype=torch.float64)
-    with ranks.propagate_errors("evaluating the loss"), torch.no_grad():
-        for batch, weight in zip(batches, weights, strict=True):
-            sums += weight * torch.tensor([float(loss(module, batch)), 1.0], dtype=torch.float64)
-    total, weight = ranks.all_reduce(sums.to(ranks.control_device)).tolist()
-    return float(total / weight)
-
-
-class _Loss:
-    """A loss function whose result is checked and, if a dictionary, unpacked."""
-
-    def __init__(self, function: Callable[..., Any], name: str) -> None:
-        self._function = function
-        self.__name__ = name
-
-    def __call__(self, pl_module: Any, batch: Any) -> Tensor:
-        output = self._function(pl_module, batch)
-        if isinstance(output, Mapping):
-            output = output.get("loss")
-        if not isinstance(output, Tensor):
-            found = "None" if output is None else f"a {type(output).__name__}"
-            raise MisconfigurationException(
-                f"{self.__name__} returned {found} where a loss tensor is needed, or a dictionary with one "
-                f"under 'loss'. {_REMEDY}"
-            )
-        return output
-
-
 def _hessian_loss(pl_module: Any, batch: Any) -> Any:
     return pl_module.hessian_loss(batch)
 
@@ -141,7 +118,7 @@ def _training_step_of(pl_module: LightningModule) -> Callable[..., Any]:
         raise MisconfigurationException(
             f"{name}.training_step takes the data loader's iterator, not a batch. {_REMEDY}"
         )
-    # Lightning, too, hands over the index only where it is asked for.
+    # Lightning passes the index only to a step that takes it.
     takes_index = len(parameters) >= 2 or any(
         parameter.kind is inspect.Parameter.VAR_POSITIONAL for parameter in parameters.values()
     )

@@ -28,7 +28,6 @@ from hessian_callback.callbacks.reporters.metrics import MetricReporter, restore
 from hessian_callback.callbacks.reporters.pictures import LayoutReporter, PictureReporter
 from hessian_callback.callbacks.run_losses import losses_of
 from hessian_callback.callbacks.sample_source import SampleSource
-from hessian_callback.callbacks.samples import has_loader, missing_loader, warn_of_few_samples, warn_of_imbalance
 from hessian_callback.callbacks.schedule import Cadence, TimeShare
 from hessian_callback.callbacks.state_guard import Snapshot
 from hessian_callback.callbacks.trainer_observer import Announcements, TrainerObserver
@@ -50,6 +49,8 @@ from hessian_callback.measurement.options import (
     optional,
 )
 from hessian_callback.measurement.place import Place
+from hessian_callback.measurement.sample_size import warn_of_few_samples
+from hessian_callback.measurement.samples import SampleSet
 from hessian_callback.measurement.solvers import Solver
 from hessian_callback.operators.derivatives import DoubleBackwardError
 from hessian_callback.operators.hessian import ParameterFilter
@@ -253,8 +254,7 @@ class PowerLawHessianCallback(Callback):
                 "their values; give one of them another prefix"
             )
         resolve_loss(pl_module, self.loss_fn)
-        if isinstance(self.source.dataloader, str) and not has_loader(trainer, self.source.dataloader):
-            raise MisconfigurationException(missing_loader(self.source.dataloader))
+        self.source.check(trainer)
         if self.predict not in (None, HELD_OUT) and not self.cadence.by_epochs:
             raise MisconfigurationException(
                 f"predict={self.predict!r} is known at ends of validation only, and measurements by steps come before; "
@@ -432,11 +432,10 @@ class PowerLawHessianCallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, snapshot: Snapshot, ranks: Ranks, place: Place
     ) -> Measured:
         """Go from the run's state to a measurement, inside the guard."""
-        self._collect(trainer, snapshot, ranks)
         problem = training_problem(
             trainer,
             pl_module,
-            snapshot,
+            self._collect(trainer, snapshot, ranks),
             self.source,
             loss_fn=self.loss_fn,
             parameters=self.parameters,
@@ -469,15 +468,19 @@ class PowerLawHessianCallback(Callback):
             mode=self.measurer.solver.mode,
         )
 
-    def _collect(self, trainer: Trainer, snapshot: Snapshot, ranks: Ranks) -> None:
-        if self.source.is_collected:
-            return
+    def _collect(self, trainer: Trainer, snapshot: Snapshot, ranks: Ranks) -> SampleSet:
+        """Collect the samples, and judge their number at the first time."""
         samples = self.source.collect(trainer, snapshot, ranks)
         # If warnings are errors, they must not be those of one rank alone.
         with ranks.propagate_errors("judging the samples"):
-            if ranks.rank == 0:
-                warn_of_few_samples(samples, self.source.num_samples, self.measurer.num_eigenvalues)
-                warn_of_imbalance(samples)
+            if ranks.rank == 0 and self._announcements.is_new("number of samples", str(samples.num_samples)):
+                if samples.num_samples < self.source.num_samples:
+                    rank_zero_info(
+                        f"num_samples={self.source.num_samples}, but there are only {samples.num_samples} samples; "
+                        "all are used"
+                    )
+                warn_of_few_samples(samples.num_samples, self.measurer.num_eigenvalues)
+        return samples
 
     def _collect_ahead(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find before training an error that the first measurement, hours later, could only warn of."""

@@ -16,6 +16,7 @@ from hessian_callback.callbacks.state_guard import Snapshot, defer_sigterm, pres
 from hessian_callback.linalg.distributed import Ranks
 from hessian_callback.measurement.failure_policy import FailurePolicy, Outcome
 from hessian_callback.measurement.problem import Problem
+from hessian_callback.measurement.samples import SampleSet
 from hessian_callback.operators.hessian import ParameterFilter
 
 __all__ = ["ranks_of", "run_guarded", "training_problem"]
@@ -31,7 +32,7 @@ def ranks_of(trainer: Trainer) -> Ranks:
 def training_problem(
     trainer: Trainer,
     pl_module: LightningModule,
-    snapshot: Snapshot,
+    samples: SampleSet,
     source: SampleSource,
     *,
     loss_fn: Callable[..., Any] | None,
@@ -45,24 +46,23 @@ def training_problem(
     Args:
         trainer: the trainer.
         pl_module: its module.
-        snapshot: of the guard.
-        source: the samples.
+        samples: this rank's samples.
+        source: their source.
         loss_fn: ``callable(pl_module, batch)`` that replaces the module's own loss.
         parameters: the chosen parameters, see `HessianOperator`.
         ranks: the processes of the run.
     """
-    samples = source.collect(trainer, snapshot, ranks)
+    counted = samples.counted
     with ranks.propagate_errors("preparing the loss and the samples"):
         loss = as_in_a_step(trainer, pl_module, resolve_loss(pl_module, loss_fn))
-        batches = source.batches_on_device(trainer, pl_module, samples)
-        counted = [number for number, weight in enumerate(samples.weights) if weight > 0]
+        batches = source.batches_on_device(trainer, pl_module, counted)
         model, precision = in_full_precision(trainer, pl_module)
     return Problem(
         model=model,
         loss_fn=loss,
         batches=batches,
-        weights=[samples.weights[number] for number in counted],
-        keys=[samples.keys[number] for number in counted],
+        weights=counted.weights,
+        keys=counted.keys,
         num_samples=samples.num_samples,
         num_batches=samples.num_batches,
         ranks=ranks,

@@ -28,7 +28,7 @@ from hessian_callback.callbacks.power_law import PowerLawHessianCallback
 from hessian_callback.measurement.measurement import Measurement
 from tests.helpers.toy_runs import NUM_EIGENVALUES, Net, loader, measure, seeded, trainer
 
-pytestmark = pytest.mark.filterwarnings("ignore:a measurement of the Hessian took", "ignore:.*held-out samples are few")
+pytestmark = pytest.mark.filterwarnings("ignore:a measurement of the Hessian took", "ignore:.*samples are few")
 
 ALL = [
     *(Trace(num_hvps=12), FrobeniusNorm(num_hvps=12), Density(num_hvps=20), Subspace(dimension=2), "norms"),

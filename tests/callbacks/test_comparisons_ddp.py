@@ -12,7 +12,7 @@ from tests.helpers.ddp_runs import COMPARISON_RUNS
 from tests.helpers.launched import finish, launch
 from tests.helpers.toy_runs import loader, measure, seeded, trainer
 
-pytestmark = pytest.mark.filterwarnings("ignore:a measurement of the Hessian took", "ignore:.*held-out samples are few")
+pytestmark = pytest.mark.filterwarnings("ignore:a measurement of the Hessian took", "ignore:.*samples are few")
 
 
 @pytest.fixture(scope="module")

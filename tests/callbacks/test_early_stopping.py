@@ -28,7 +28,7 @@ from tests.helpers.toy_runs import loader, measure, seeded, trainer
 pytestmark = [
     pytest.mark.filterwarnings("ignore:a measurement of the Hessian took"),
     pytest.mark.filterwarnings("ignore:the noise of"),
-    pytest.mark.filterwarnings("ignore:32 held-out samples are few"),
+    pytest.mark.filterwarnings("ignore:32 samples are few"),
 ]
 
 NEVER = 1e6  # No change is that large, so patience alone decides.

@@ -22,7 +22,7 @@ from tests.helpers.ranks import run_ranks
 from tests.helpers.toy_runs import loader, measure, seeded, trainer
 
 pytestmark = pytest.mark.filterwarnings(
-    "ignore:a measurement of the Hessian took", "ignore:.*held-out samples are few", "ignore:.*LeafSpec"
+    "ignore:a measurement of the Hessian took", "ignore:.*samples are few", "ignore:.*LeafSpec"
 )
 EPOCHS = 9
 

@@ -20,7 +20,7 @@ from hessian_callback.callbacks.loggers import curve_layout, show_layout, show_p
 from tests.helpers.launched import finish, launch
 from tests.helpers.toy_runs import loader, measure, seeded, trainer
 
-pytestmark = pytest.mark.filterwarnings("ignore:a measurement of the Hessian took", "ignore:.*held-out samples are few")
+pytestmark = pytest.mark.filterwarnings("ignore:a measurement of the Hessian took", "ignore:.*samples are few")
 PICTURE = np.full((8, 8, 3), 200, dtype=np.uint8)
 
 

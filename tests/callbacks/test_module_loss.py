@@ -9,8 +9,8 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
 
-from hessian_callback.callbacks.module_loss import mean_loss, resolve_loss
-from hessian_callback.linalg.distributed import Ranks
+from hessian_callback.callbacks.module_loss import resolve_loss
+from hessian_callback.measurement.errors import LossError
 
 
 class Plain(LightningModule):
@@ -73,10 +73,5 @@ def test_no_loss_is_refused_with_the_remedy(make: Any) -> None:
 @pytest.mark.parametrize("output", [None, 1.0, {"losses": 1}], ids=str)
 def test_what_is_no_loss(output: Any) -> None:
     loss = resolve_loss(Nothing(), lambda module, batch: output)
-    with pytest.raises(MisconfigurationException, match=r"a loss tensor is needed.*Pass loss_fn="):
+    with pytest.raises(LossError, match=r"loss_fn \(<lambda>\) returned .* where a loss tensor is needed.*Correct it"):
         loss(None, None)
-
-
-def test_mean_over_ragged_batches() -> None:
-    batches = [torch.tensor([1.0, 2.0]), torch.tensor([6.0])]
-    assert mean_loss(lambda _, batch: batch.mean(), None, batches, [2, 1], Ranks()) == 3.0

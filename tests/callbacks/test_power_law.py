@@ -506,7 +506,7 @@ def test_a_state_of_another_kind_is_refused() -> None:
 def test_memory_is_let_go(tmp_path: Any) -> None:
     callback = measure()
     trainer(tmp_path, callback, max_epochs=1).fit(seeded(), loader(), loader(seed=1))
-    assert not callback.source.is_collected
+    assert callback.source._samples is None
     assert all(m.spectrum.eigenvectors is None for m in callback.history)
 
 
@@ -549,7 +549,7 @@ def test_a_run_after_one_that_ended_with_an_error_starts_afresh(tmp_path: Any) -
     callback = measure(loss_fn=failing_at({6}, "raises"), on_error="raise")
     with pytest.raises(RuntimeError, match="the disk is gone"):
         trainer(tmp_path, callback).fit(seeded(), loader(), loader(seed=1))
-    assert not callback.source.is_collected
+    assert callback.source._samples is None
     callback.loss_fn = None
     trainer(tmp_path, callback, max_epochs=1).fit(seeded(), loader(), loader(seed=2))
     fresh = measure()

@@ -11,7 +11,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from tests.helpers.browser import TensorBoard, elements, wait_for
 from tests.helpers.toy_runs import loader, measure, seeded, trainer
 
-pytestmark = pytest.mark.filterwarnings("ignore:a measurement of the Hessian took", "ignore:.*held-out samples are few")
+pytestmark = pytest.mark.filterwarnings("ignore:a measurement of the Hessian took", "ignore:.*samples are few")
 RUN = "toy/one"
 
 

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from hessian_callback.algorithms.spectrum import Spectrum
 from hessian_callback.measurement.extras.base import Examination, Extra, Finding
-from hessian_callback.power_law.numerical_interval import slope_numerical_interval
+from hessian_callback.power_law.uncertainty import slope_numerical_interval
 
 __all__ = ["NumericalInterval", "numerical_interval_of"]
 

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from hessian_callback.measurement.extras.base import Examination, Extra, Finding
 from hessian_callback.measurement.options import check_int
-from hessian_callback.power_law.spectral_statistics import outlier_ratio
+from hessian_callback.power_law.effective_rank import outlier_ratio
 
 __all__ = ["OutlierRatio"]
 

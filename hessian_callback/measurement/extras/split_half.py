@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from hessian_callback.measurement.extras.base import Examination, Extra, Finding
-from hessian_callback.measurement.split_half import assign_halves, cut_large, sampling_stderr
+from hessian_callback.measurement.split_half import assign_halves, check_parts, cut_large, sampling_stderr
 
 __all__ = ["SplitHalf"]
 
@@ -34,6 +34,13 @@ class SplitHalf(Extra):
         problem = examination.problem
         batches, weights, keys = cut_large(
             problem.batches, problem.weights, problem.keys, problem.ranks, batch_weight=problem.batch_weight
+        )
+        check_parts(
+            problem.loss_fn,
+            problem.model,
+            (problem.batches, problem.weights),
+            (batches, weights),
+            problem.ranks,
         )
         half_of = assign_halves(keys, weights, problem.ranks, seed=examination.seed)
         slopes, num_hvps = [], 0

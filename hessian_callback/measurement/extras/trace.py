@@ -44,7 +44,7 @@ class _Moment(Extra):
         found, first = examination.share(
             self.work,
             lambda: moments(
-                examination.open_operator, num_products=self.num_hvps, spectrum=spectrum, seed=examination.seed
+                examination.open_operator, num_matvecs=self.num_hvps, spectrum=spectrum, seed=examination.seed
             ),
         )
         return found, found.num_matvecs if first else 0

@@ -11,7 +11,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch.utils.data import (
     BatchSampler,
@@ -26,8 +25,9 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from hessian_callback.callbacks.samples import assign_to_ranks, collect
 from hessian_callback.callbacks.state_guard import preserve_random_state
+from hessian_callback.measurement.errors import SampleError
+from hessian_callback.measurement.samples import assign_to_ranks, collect
 
 NUMBERS = torch.arange(20.0).reshape(20, 1)
 
@@ -69,7 +69,7 @@ def test_the_size_of_the_batches_changes_nothing_else(name: str) -> None:
     ids=["batch sampler", "no batches", "stream"],
 )
 def test_batches_of_another_making_have_no_other_size(loader: Any) -> None:
-    with pytest.raises(MisconfigurationException, match="batch_size is given, but"):
+    with pytest.raises(SampleError, match="batch_size is given, but"):
         collected(loader, batch_size=7)
 
 
@@ -199,7 +199,7 @@ def test_the_beginning_of_a_stream(loader: Any, sizes: list[int]) -> None:
 def test_several_loaders_one_after_the_other() -> None:
     loaders = [LOADERS["in order"], DataLoader(-NUMBERS, batch_size=4)]
     with pytest.warns(UserWarning, match="Pass dataloader=my_loader to choose another"):
-        held_out = collected(loaders)
+        held_out = collected(loaders, first_only=True)
     assert min(values(held_out)) >= 0
     combined = CombinedLoader({"only": LOADERS["in order"]}, "sequential")
     assert collected(combined).indices == collected(LOADERS["in order"]).indices
@@ -207,13 +207,13 @@ def test_several_loaders_one_after_the_other() -> None:
 
 def test_several_loaders_side_by_side() -> None:
     structure = {"a": LOADERS["in order"], "b": DataLoader(-NUMBERS, batch_size=4)}
-    held_out = collected(CombinedLoader(structure, "max_size_cycle"), sequential=False)
+    held_out = collected(CombinedLoader(structure, "max_size_cycle"), mode="max_size_cycle")
     assert [{key: len(part) for key, part in batch.items()} for batch in held_out.batches] == [
         {"a": 4, "b": 4},
         {"a": 4, "b": 4},
         {"a": 2, "b": 2},
     ]
-    wrapped = collected([LOADERS["in order"]], sequential=False)
+    wrapped = collected([LOADERS["in order"]], mode="max_size_cycle")
     assert isinstance(wrapped.batches[0], list)
 
 
@@ -232,14 +232,14 @@ def test_reading_changes_nothing_of_the_users() -> None:
 
 
 def test_no_clear_number_of_samples() -> None:
-    with pytest.raises(MisconfigurationException, match=r"Pass batch_weight=.*counted tokens"):
+    with pytest.raises(SampleError, match=r"Pass batch_weight=.*counted tokens"):
         collected([["a"], ["b"]])
 
 
 def test_weights_of_the_users() -> None:
     held_out = collected(LOADERS["in order"], batch_weight=lambda batch: float((batch > 9).sum()))
     assert held_out.weights == [float((batch > 9).sum()) for batch in held_out.batches]
-    with pytest.raises(MisconfigurationException, match="weights of all held-out batches are zero"):
+    with pytest.raises(SampleError, match="weights of all sample batches are zero"):
         collected(LOADERS["in order"], batch_weight=lambda batch: 0)
 
 
