@@ -10,13 +10,22 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
+from hessian_callback._options import (
+    OptionError,
+    check_bool,
+    check_choice,
+    check_int,
+    check_number,
+    check_str,
+    optional,
+)
+from hessian_callback.callbacks.history_cursor import HistoryCursor
 from hessian_callback.callbacks.power_law import PowerLawHessianCallback
 from hessian_callback.callbacks.progress import announce
-from hessian_callback.callbacks.stopping_rule import Crossing, Noise, Plateau, Reading, crossing, plateau
+from hessian_callback.callbacks.stopping_rule import Noise, Plateau, PlateauRule, Reading
 from hessian_callback.measurement.extras.numerical_interval import numerical_interval_of
 from hessian_callback.measurement.extras.registry import EXTRAS
 from hessian_callback.measurement.measurement import Measurement
-from hessian_callback.power_law.critical_values import critical_distance
 
 __all__ = ["PowerLawEarlyStopping"]
 
@@ -30,173 +39,171 @@ _ALWAYS = (
     "num_hvps",
     "seconds",
 )
-# Lightning's EarlyStoppingReason by number; it is there from 2.6 on.
-_PATIENCE_EXHAUSTED, _REACHED, _DIVERGED = 3, 1, 2
+# The number of PATIENCE_EXHAUSTED in Lightning's EarlyStoppingReason, which exists from 2.6 on.
+_PATIENCE_EXHAUSTED = 3
 
 
 class PowerLawEarlyStopping(EarlyStopping):
-    r"""Stop training when the slope has stopped moving, or when a power law has formed or been lost.
+    r"""Stop training when the slope has stopped improving.
 
-    Lightning's EarlyStopping looks after every epoch at the last logged value, and takes an epoch that was not measured
-    for one without progress. This one decides when `PowerLawHessianCallback` has measured, whatever its cadence and
-    the order of the callbacks, and counts ``patience`` in measurements. One that failed, has no slope, or has it
-    at another number of eigenvalues, and the one before the first step, count neither way.
+    Lightning's EarlyStopping looks at the last logged value after every epoch, and counts an epoch without a
+    measurement as one without progress. This class decides after each measurement of `PowerLawHessianCallback`, for any
+    schedule and order of the callbacks, and counts ``patience`` in measurements. A measurement is not counted if it
+    failed, has no slope, has it at another number of eigenvalues, or was made before the first step.
 
-    With ``stop_when="plateau"`` a measurement is progress if it is better than the last progress by more than the noise
-    of their difference,
+    A measurement is progress if it is better than the last progress by more than the noise of their difference,
 
     .. math:: \nu + z \, \sigma_D ,
 
-    with what the eigenvalues' error bounds leave open, :math:`\nu`, and ``num_sigmas`` times the standard error
-    :math:`\sigma_D` that the choice of the held-out samples gives to the difference, from paired halves.
-    The latter needs ``extras=["halves"]`` of the callback; without it only the numerical part is known, which was a
-    tenth or less of the whole on a small network, and there is a warning. The run is stopped after ``patience``
-    measurements without progress, and not before a trend of ``min_trend`` would have shown. `stopping_rule` has the
-    formulas.
+    with the numerical uncertainty :math:`\nu` from the eigenvalues' error bounds, and ``num_sigmas`` times the standard
+    error :math:`\sigma_D` of the difference due to the choice of the samples, from paired halves. The standard error
+    needs ``extras=["split_half"]`` of the callback. Without it only the numerical part is known, which was a tenth or
+    less of the whole on a small network, and a warning is given. The run is stopped after ``patience`` measurements without
+    progress, and not before a trend of ``min_trend`` would have shown. `stopping_rule` has the formulas.
 
     The slope has no universally good direction. In the paper it falls with the epochs and with the test error of a
     LeNet on MNIST (``mode="min"``); on the digits of the examples it rises while the loss falls (``mode="max"``). So
     ``mode`` has no default: look at runs of your own.
 
     Args:
-        monitor: a key that a `PowerLawHessianCallback` of the trainer logs, by which it is found; default:
-            ``"hessian/slope"``, and where ``stop_when`` is not ``"plateau"`` ``"hessian/fit_error"``. Of a group
-            it is ``"hessian/slope/NAME"``.
-        mode: ``"min"`` or ``"max"``: what is progress; needed for ``"plateau"``, and for nothing else.
+        monitor: a key that a `PowerLawHessianCallback` of the trainer logs. The key of a group is
+            ``"hessian/slope/NAME"``.
+        mode: ``"min"`` or ``"max"``, the direction of progress; required.
         min_delta: ``"noise"``, which is known for slopes, or a fixed change that progress must exceed, in the unit of
-            what is monitored.
-        num_sigmas: z, how many standard errors of the sampling noise count.
-        min_trend: relative change a measurement that must not be overlooked, with ``"noise"``; 0: stop on ``patience``
-            alone.
+            the monitored quantity.
+        num_sigmas: z, the number of standard errors of the sampling noise.
+        min_trend: relative change a measurement that must not be overlooked, with ``"noise"``; 0: only patience
+            decides.
         patience: number of measurements in a row.
-        stop_when: ``"plateau"``; ``"formed"``: the fit error has been below its critical value for ``patience``
-            measurements in a row, so that a power law is not rejected; ``"lost"``: it had formed, and has not
-            been below for as many.
-        critical_value: with which the fit error is compared, at 5 %: ``"fitted"``, about 1.07 / sqrt(K), which
-            knows that the exponent was fitted; ``"paper"``, 1.36 / sqrt(K), which is more lenient.
-        verbose: print each verdict; why the run is stopped is printed in any case.
+        verbose: print each verdict. The reason for stopping is always printed.
+        stop_when: removed; any value but ``"plateau"`` raises an error.
+        critical_value: removed; any value raises an error.
 
     Attributes:
-        verdict: what was decided at the last measurement: `stopping_rule.Plateau` or `stopping_rule.Crossing`, ``None``
-            before.
+        verdict: the `stopping_rule.Plateau` of the last measurement; ``None`` before the first.
         stopping_reason_message: why the run was stopped, in words; ``None`` if it was not.
 
     Raises:
-        ValueError: if an option is out of range, or they don't go together.
+        ValueError: if an option has the wrong type, is out of range, or does not fit another option.
 
     Example:
         >>> from lightning.pytorch import Trainer
-        >>> spectra = PowerLawHessianCallback(extras=["halves"], every_n_epochs=2)
+        >>> spectra = PowerLawHessianCallback(extras=["split_half"], every_n_epochs=2)
         >>> stop = PowerLawEarlyStopping(mode="max", patience=4)
         >>> trainer = Trainer(callbacks=[spectra, stop], logger=False, enable_checkpointing=False)
         >>> stop.monitor, stop.stopping_reason_message
         ('hessian/slope', None)
     """
 
-    verdict: Plateau | Crossing | None
+    verdict: Plateau | None
 
     def __init__(
         self,
-        monitor: str | None = None,
+        monitor: str = "hessian/slope",
         *,
         mode: str | None = None,
         min_delta: float | str = "noise",
         num_sigmas: float = 2.0,
         min_trend: float = 0.02,
         patience: int = 4,
-        stop_when: str = "plateau",
-        critical_value: str = "fitted",
         verbose: bool = False,
+        stop_when: str | None = None,
+        critical_value: str | None = None,
     ) -> None:
-        if stop_when not in ("plateau", "formed", "lost"):
-            raise ValueError(f"stop_when must be 'plateau', 'formed' or 'lost', got {stop_when!r}")
-        if critical_value not in ("fitted", "paper"):
-            raise ValueError(f"critical_value must be 'fitted' or 'paper', got {critical_value!r}")
-        if patience < 1:
-            raise ValueError(f"patience must be at least 1 measurement, got {patience}")
-        if num_sigmas < 0 or min_trend < 0:
+        _refuse_removed(stop_when, critical_value)
+        monitor = check_str("monitor", monitor)
+        if mode is None:
             raise ValueError(
-                f"num_sigmas and min_trend must not be negative, got num_sigmas={num_sigmas}, min_trend={min_trend}"
+                "mode must be 'min' or 'max', got None: whether a falling or a rising slope is progress differs "
+                "between tasks and has no default; look at a run of your own, README.md has the evidence so far"
             )
-        if isinstance(min_delta, str) and min_delta != "noise":
-            raise ValueError(f"min_delta must be 'noise' or a number, got {min_delta!r}")
-        if not isinstance(min_delta, str) and not 0 <= min_delta < float("inf"):
-            raise ValueError(f"min_delta must be 'noise' or a finite number that is not negative, got {min_delta}")
-        if stop_when == "plateau" and mode not in ("min", "max"):
+        if min_delta != "noise":
+            min_delta = _check_min_delta(min_delta)
+        elif _name_in(monitor) != "slope":
             raise ValueError(
-                f"mode must be 'min' or 'max', got {mode!r}: whether a falling or a rising slope is progress differs "
-                "between tasks and has no default. Look at a run of your own; README.md says what was seen so far"
-            )
-        if stop_when != "plateau" and mode is not None:
-            raise ValueError(f"stop_when={stop_when!r} compares with a critical value and has no mode; leave it out")
-        if monitor is None:
-            monitor = "hessian/slope" if stop_when == "plateau" else "hessian/fit_error"
-        name = _name_of(monitor)
-        if stop_when != "plateau" and name != "fit_error":
-            raise ValueError(
-                f"stop_when={stop_when!r} judges the fit error; monitor 'hessian/fit_error', not {monitor!r}"
-            )
-        if stop_when == "plateau" and min_delta == "noise" and name != "slope":
-            raise ValueError(
-                f"the noise of {monitor!r} is not known, only that of slopes; give min_delta as a number, the change "
-                "that is to count"
+                f"the noise of {monitor!r} is unknown, because only that of slopes is measured; give min_delta as a "
+                "number, the smallest change that counts as progress"
             )
         super().__init__(
-            monitor=monitor, mode=mode or "min", patience=patience, verbose=verbose, strict=False, check_finite=False
+            monitor=monitor,
+            mode=check_choice("mode", mode, ["min", "max"]),
+            patience=check_int("patience", patience, at_least=1),
+            verbose=check_bool("verbose", verbose),
+            strict=False,
+            check_finite=False,
         )
-        self.stop_when = stop_when
-        self.critical_value = critical_value
-        self.num_sigmas = num_sigmas
-        self.min_trend = min_trend
-        # Lightning turns min_delta's sign and adds it; this is the one that counts.
-        self.required_change: float | str = min_delta
+        self.num_sigmas = check_number("num_sigmas", num_sigmas, at_least=0)
+        self.min_trend = check_number("min_trend", min_trend, at_least=0)
+        # Lightning negates its own min_delta for mode="min".
+        self.required_change = min_delta
         self.verdict = None
         self.stopping_reason_message: str | None = None
         self._prefix = ""
+        self._cursor = HistoryCursor()
+        self._clear()
+
+    def _clear(self) -> None:
+        self._rule = PlateauRule(
+            mode=cast(Literal["min", "max"], self.mode),
+            patience=self.patience,
+            min_delta=cast("float | Literal['noise']", self.required_change),
+            num_sigmas=self.num_sigmas,
+            min_trend=self.min_trend,
+        )
+        # The last counted measurement, the last progress, and the one that the last was compared with.
+        self._last: Measurement | None = None
+        self._best: Measurement | None = None
+        self._reference: Measurement | None = None
 
     # -- checks ----------------------------------------------------------------------------------
 
     @property
     def state_key(self) -> str:
-        """The key of the state in a checkpoint: stoppers in a trainer must differ in one of these."""
-        return str(self._generate_state_key(monitor=self.monitor, mode=self.mode, stop_when=self.stop_when))
+        """The key of the state in a checkpoint; the stoppers of a trainer must differ in monitor or mode."""
+        # "stop_when" was an option; checkpoints keep it in their keys.
+        return str(self._generate_state_key(monitor=self.monitor, mode=self.mode, stop_when="plateau"))
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Find the callback that logs what is monitored.
+        """Find the callback that logs the monitored key.
 
         Raises:
-            MisconfigurationException: if there is none, or it does not log that.
+            MisconfigurationException: if there is none, or it does not log the key.
         """
         if stage != "fit" or trainer.barebones:
             return
-        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        sources = [callback for callback in callbacks if isinstance(callback, PowerLawHessianCallback)]
-        of_prefix = [source for source in sources if self.monitor.startswith(f"{source.prefix}/")]
-        if not of_prefix:
-            others = ", ".join(repr(source.prefix) for source in sources)
-            there = f"those of the trainer have the prefixes {others}" if sources else "the trainer has none at all"
-            raise MisconfigurationException(
-                f"PowerLawEarlyStopping monitors {self.monitor!r}, which a PowerLawHessianCallback with that prefix "
-                f"would log; {there}. Add one to the trainer's callbacks, or change monitor"
-            )
-        source = max(of_prefix, key=lambda one: len(one.prefix))
+        source = self._find_source(trainer)
         self._prefix = source.prefix
         self._check_key(source)
-        if self.stop_when != "plateau" or self.required_change != "noise":
+        # Another run may count other measurements.
+        self._cursor.reset()
+        self._clear()
+        if self.required_change != "noise":
             return
         if not source.measurer.solver.proves_bounds:
             raise MisconfigurationException(
-                "PublishedProtocol computes no error bounds, so the noise of its slopes is not known; give "
+                "PublishedProtocol computes no error bounds, so the noise of its slopes is unknown; give "
                 "PowerLawEarlyStopping min_delta as a number, or measure with solver=Lanczos()"
             )
         if "split_half" not in {extra.name for extra in source.measurer.extras} or self._group is not None:
             which = "of a group" if self._group is not None else "without extras=['split_half']"
             rank_zero_warn(
-                f"the noise of {self.monitor!r} {which} is only what the eigenvalues' error bounds leave open. What "
-                "the choice of the held-out samples adds is usually more; extras=['split_half'] of the callback "
-                "measures it for the Hessian as a whole, for as much work again, and min_delta=0.05 would set a fixed "
-                "change instead"
+                f"the noise of {self.monitor!r} {which} contains only the eigenvalues' error bounds. The choice of the "
+                "samples usually adds more; PowerLawHessianCallback(extras=['split_half']) measures that for the Hessian "
+                "as a whole and doubles the cost, and min_delta=0.05 would set a fixed change instead"
             )
+
+    def _find_source(self, trainer: Trainer) -> PowerLawHessianCallback:
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        sources = [callback for callback in callbacks if isinstance(callback, PowerLawHessianCallback)]
+        of_prefix = [source for source in sources if self.monitor.startswith(f"{source.prefix}/")]
+        if of_prefix:
+            return max(of_prefix, key=lambda one: len(one.prefix))
+        others = ", ".join(repr(source.prefix) for source in sources)
+        found = f"those of the trainer have the prefixes {others}" if sources else "the trainer has none at all"
+        raise MisconfigurationException(
+            f"PowerLawEarlyStopping monitors {self.monitor!r}, which a PowerLawHessianCallback with that prefix would "
+            f"log; {found}. Add one to the trainer's callbacks, or change monitor"
+        )
 
     def _check_key(self, source: PowerLawHessianCallback) -> None:
         name, group = self._name, self._group
@@ -205,8 +212,8 @@ class PowerLawEarlyStopping(EarlyStopping):
             known.update(*(extra.keys for extra in source.measurer.extras))
         if name in known and (group is None or group in source.measurer.groups):
             return
-        wanting = [f"extras=[{extra!r}]" for extra, kind in EXTRAS.items() if name in kind.keys and group is None]
-        remedy = f"it does with {wanting[0]}" if wanting else f"it logs {', '.join(sorted(known))}"
+        missing = [f"extras=[{extra!r}]" for extra, kind in EXTRAS.items() if name in kind.keys and group is None]
+        remedy = f"it does with {missing[0]}" if missing else f"it logs {', '.join(sorted(known))}"
         if group is not None:
             groups = ", ".join(sorted(source.measurer.groups)) or "none"
             remedy = f"its groups are: {groups}; of each it logs {', '.join(_ALWAYS)}"
@@ -226,100 +233,83 @@ class PowerLawEarlyStopping(EarlyStopping):
     # -- deciding --------------------------------------------------------------------------------
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Do nothing: an epoch's end is no measurement."""
+        """Do nothing, because not every epoch is measured."""
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Do nothing, likewise."""
+        """Do nothing, because not every validation is measured."""
 
     def on_hessian_measured(
         self, trainer: Trainer, pl_module: LightningModule, source: PowerLawHessianCallback
     ) -> None:
-        """Decide, right after a measurement; called by the `PowerLawHessianCallback` that made it.
+        """Decide after a measurement; called by the `PowerLawHessianCallback` that made it.
 
-        The verdict follows from the history alone, which travels in checkpoints and is the same on all ranks. So a
-        measurement cannot be counted twice, and a resumed run decides as an uninterrupted one.
+        The verdict is a function of the history, which checkpoints contain and which is equal on all ranks. So no
+        measurement is counted twice, and a resumed run decides as an uninterrupted one. Only new measurements are
+        processed, so the cost does not depend on the length of the history.
         """
-        quick = trainer.fast_dev_run  # type: ignore[attr-defined]
-        if source.prefix != self._prefix or quick or not self._counts(source.history[-1], source):
+        if source.prefix != self._prefix or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        entries = [entry for entry in source.history if self._counts(entry, source)]
-        values = [self._of(entry).scalars()[self._name] for entry in entries]
-        if self.stop_when == "plateau":
-            message = self._judge_plateau(entries, values)
-        else:
-            message = self._judge_crossing(entries, values)
-        assert self.verdict is not None
+        restarted, new = self._cursor.advance(source.history)
+        if restarted:
+            self._clear()
+        for entry in new:
+            if self._counts(entry, source):
+                self._add(entry)
+        if self._last is None or self._last is not source.history[-1] or self._rule.verdict is None:
+            return
+        self.verdict = self._rule.verdict
         self.wait_count = self.verdict.wait
-        # All ranks have the same history; this makes sure that none goes on alone.
+        self.best_score = torch.tensor(self._value(self._best), dtype=torch.float64)
+        # The history is equal on all ranks; this makes sure that no rank continues alone.
         stop = trainer.strategy.reduce_boolean_decision(self.verdict.stop, all=False)
-        if self.verbose or stop:
-            does = "PowerLawEarlyStopping stops the training" if stop else "PowerLawEarlyStopping"
-            announce(trainer, f"{does}: {message}")
+        message = self._message(self.verdict) if self.verbose or stop else ""
+        if message:
+            action = "PowerLawEarlyStopping stops the training" if stop else "PowerLawEarlyStopping"
+            announce(trainer, f"{action}: {message}")
         if stop:
             trainer.should_stop = True
             self.stopped_epoch = trainer.current_epoch
             self.stopping_reason_message = message
-            self._note_reason()
+            self._set_reason()
 
-    def _judge_plateau(self, entries: list[Measurement], values: list[float]) -> str:
-        mode = cast(Literal["min", "max"], self.mode)
-        readings = [self._reading(entry, value) for entry, value in zip(entries, values, strict=True)]
-        verdict = self.verdict = plateau(
-            readings,
-            mode=mode,
-            patience=self.patience,
-            min_delta=cast("float | Literal['noise']", self.required_change),
-            num_sigmas=self.num_sigmas,
-            min_trend=self.min_trend,
-        )
-        self.best_score = torch.tensor(values[verdict.best], dtype=torch.float64)
-        here = f"{self.monitor} = {values[-1]:.4g} ({_place(entries[-1])})"
-        if verdict.reference is None or verdict.required is None:
-            return f"{here} is the first measurement"
-        better = "above" if mode == "max" else "below"
-        required = _in_words(verdict.noise) if verdict.noise else f"min_delta = {verdict.required:.3g}"
-        relation = f"{better} {values[verdict.reference]:.4g} ({_place(entries[verdict.reference])}) by more than"
-        if verdict.best == len(entries) - 1:
-            return f"{here} is {relation} {required}"
-        return (
-            f"{here} is not {relation} {required}; measurements without progress: {verdict.wait} "
-            f"(patience={self.patience}, mode={mode!r})"
-        )
+    def _add(self, entry: Measurement) -> None:
+        verdict = self._rule.add(self._reading(entry))
+        self._last, self._reference = entry, self._best
+        if verdict.wait == 0:
+            self._best = entry
 
-    def _reading(self, entry: Measurement, value: float) -> Reading:
-        part = self._of(entry)
-        if self.required_change != "noise" or part.spectrum is None or part.num_fitted is None:
+    def _reading(self, entry: Measurement) -> Reading:
+        part, value = self._part(entry), self._value(entry)
+        if self.required_change != "noise" or part is None or part.spectrum is None or part.num_fitted is None:
             return Reading(value)
         low, high = numerical_interval_of(part.spectrum, part.num_fitted)
         one, other = (part.comparisons.get(f"slope_half_{half}") for half in (1, 2))
         gap = None if one is None or other is None else one - other
-        # Rounding can put a slope without numerical errors a last digit outside of its interval.
+        # Rounding can put a slope without numerical errors a last digit outside its interval.
         return Reading(value, min(low, value), max(high, value), gap)
 
-    def _judge_crossing(self, entries: list[Measurement], values: list[float]) -> str:
-        stop_when = cast(Literal["formed", "lost"], self.stop_when)
-        fitted = self.critical_value == "fitted"
-        exponent: Literal["fitted", "known"] = "fitted" if fitted else "known"
-        numbers = [self._of(entry).num_fitted or 0 for entry in entries]
-        critical = [critical_distance(number, exponent=exponent) for number in numbers]
-        verdict = self.verdict = crossing(values, critical, stop_when=stop_when, patience=self.patience)
-        self.best_score = torch.tensor(min(values), dtype=torch.float64)
-        side = "below" if values[-1] < critical[-1] else "not below"
-        name = "fitted exponent" if fitted else "the paper's 1.36 / sqrt(K)"
-        formed = "not formed" if verdict.formed is None else f"formed ({_place(entries[verdict.formed])})"
+    def _message(self, verdict: Plateau) -> str:
+        last = self._value(self._last)
+        here = f"{self.monitor} = {last:.4g} ({_location(self._last)})"
+        if verdict.reference is None or verdict.required is None:
+            return f"{here} is the first measurement"
+        better = "above" if self.mode == "max" else "below"
+        required = _in_words(verdict.noise) if verdict.noise else f"min_delta = {verdict.required:.3g}"
+        reference = f"{self._value(self._reference):.4g} ({_location(self._reference)})"
+        relation = f"{better} {reference} by more than {required}"
+        if verdict.wait == 0:
+            return f"{here} is {relation}"
         return (
-            f"{self.monitor} = {values[-1]:.4g} ({_place(entries[-1])}) is {side} the critical value {critical[-1]:.4g}"
-            f" (critical_value={self.critical_value!r}: {name}, 5 %, K = {numbers[-1]}); the power law has {formed}; "
-            f"measurements in a row on the side of stop_when={stop_when!r}: {verdict.wait} (patience={self.patience})"
+            f"{here} is not {relation}; measurements without progress: {verdict.wait} "
+            f"(patience={self.patience}, mode={self.mode!r})"
         )
 
-    def _note_reason(self) -> None:
+    def _set_reason(self) -> None:
         try:
             from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
         except ImportError:  # Lightning before 2.6
             return
-        number = {"plateau": _PATIENCE_EXHAUSTED, "formed": _REACHED, "lost": _DIVERGED}[self.stop_when]
-        self.stopping_reason = EarlyStoppingReason(number)
+        self.stopping_reason = EarlyStoppingReason(_PATIENCE_EXHAUSTED)
 
     def _counts(self, entry: Measurement, source: PowerLawHessianCallback) -> bool:
         part = self._part(entry)
@@ -334,15 +324,15 @@ class PowerLawEarlyStopping(EarlyStopping):
     def _part(self, entry: Measurement) -> Measurement | None:
         return entry if self._group is None else entry.groups.get(self._group)
 
-    def _of(self, entry: Measurement) -> Measurement:
-        part = self._part(entry)
+    def _value(self, entry: Measurement | None) -> float:
+        part = None if entry is None else self._part(entry)
         assert part is not None
-        return part
+        return part.scalars()[self._name]
 
     # -- state -----------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Return where the decision stands; what it rests on is the history of the `PowerLawHessianCallback`."""
+        """Return counters and message; the decision itself follows from the `PowerLawHessianCallback`'s history."""
         return {
             "wait_count": self.wait_count,
             "best_score": self.best_score,
@@ -351,20 +341,57 @@ class PowerLawEarlyStopping(EarlyStopping):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up the state of a checkpoint; ``patience`` stays what this stopper was given."""
-        self.wait_count = state_dict["wait_count"]
-        self.best_score = state_dict["best_score"]
-        self.stopped_epoch = state_dict["stopped_epoch"]
-        self.stopping_reason_message = state_dict.get("stopping_reason_message")
+        """Restore the state of a checkpoint; ``patience`` stays the option of this object.
+
+        Raises:
+            ValueError: if the state lacks an entry, or one has the wrong type.
+        """
+        try:
+            wait_count = check_int("wait_count", state_dict.get("wait_count"), at_least=0)
+            best_score = check_number("best_score", state_dict.get("best_score"), finite=False)
+            stopped_epoch = check_int("stopped_epoch", state_dict.get("stopped_epoch"), at_least=0)
+            message = optional(check_str, "stopping_reason_message", state_dict.get("stopping_reason_message"))
+        except OptionError as error:
+            raise ValueError(
+                f"the checkpoint's state of PowerLawEarlyStopping cannot be used: {error}; remove its entry from the "
+                "checkpoint's 'callbacks', the decision follows from the history of PowerLawHessianCallback"
+            ) from error
+        self.wait_count, self.stopped_epoch, self.stopping_reason_message = wait_count, stopped_epoch, message
+        self.best_score = torch.tensor(best_score, dtype=torch.float64)
 
 
-def _name_of(monitor: str) -> str:
-    """Guess what a key is the name of, before its prefix is known."""
-    prefix, *parts = monitor.split("/")
-    return next((name for name in ("slope", "fit_error") if name in parts), parts[-1] if parts else prefix)
+def _refuse_removed(stop_when: object, critical_value: object) -> None:
+    """Raise an error for the options of a removed feature."""
+    if stop_when == "formed":
+        raise ValueError(
+            "stop_when='formed' was removed; use EarlyStopping(monitor='hessian/fit_error', mode='min', strict=False, "
+            "patience=10**9, stopping_threshold=critical_distance(num_eigenvalues)) of Lightning with "
+            "hessian_callback.power_law.fit.critical_distance instead"
+        )
+    if stop_when not in (None, "plateau"):
+        raise ValueError(
+            f"stop_when={stop_when!r} was removed; compare source.history[-1].fit_error with critical_distance in a "
+            "callback of your own with the hook on_hessian_measured(trainer, pl_module, source) instead"
+        )
+    if critical_value is not None:
+        raise ValueError(f"critical_value={critical_value!r} was removed with stop_when; leave it out")
 
 
-def _place(entry: Measurement) -> str:
+def _check_min_delta(value: object) -> float:
+    try:
+        return check_number("min_delta", value, at_least=0)
+    except OptionError as error:
+        raise OptionError("min_delta", f"'noise' or {error.wanted}", value) from None
+
+
+def _name_in(monitor: str) -> str:
+    """Return the name in a key whose prefix is not known yet: "slope" if it is a part of it, else the last part."""
+    _, *parts = monitor.split("/")
+    return "slope" if "slope" in parts else parts[-1] if parts else monitor
+
+
+def _location(entry: Measurement | None) -> str:
+    assert entry is not None
     return f"epoch {entry.epoch}, step {entry.step}"
 
 

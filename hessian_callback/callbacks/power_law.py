@@ -14,6 +14,15 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
+from hessian_callback._options import (
+    MAX_SEED,
+    check_bool,
+    check_callable,
+    check_choice,
+    check_int,
+    check_str,
+    optional,
+)
 from hessian_callback.callbacks import compatibility
 from hessian_callback.callbacks.hyperparameters import announce_columns
 from hessian_callback.callbacks.live_prediction import HELD_OUT, LivePrediction
@@ -39,15 +48,6 @@ from hessian_callback.measurement.history import STATE_VERSION, history_from_sta
 from hessian_callback.measurement.measurement import Measurement, When
 from hessian_callback.measurement.measurer import Measured, Measurer, seconds_since
 from hessian_callback.measurement.observer import Observer
-from hessian_callback.measurement.options import (
-    MAX_SEED,
-    check_bool,
-    check_callable,
-    check_choice,
-    check_int,
-    check_str,
-    optional,
-)
 from hessian_callback.measurement.place import Place
 from hessian_callback.measurement.sample_size import warn_of_few_samples
 from hessian_callback.measurement.samples import SampleSet

@@ -1,20 +1,21 @@
-r"""Predicting a run's next validation loss, or generalisation gap, and saying what the spectrum is worth for it.
+r"""Prediction of a run's next validation loss or generalisation gap, and the predictive value of the spectrum.
 
-At measurement t, what is known then predicts the target of measurement t + 1. Every predictor is the same machinery
-with other features: the spectrum's statistics on one side, what costs nothing (the last value, log(step), the
-training loss) and the classical sharpness (largest eigenvalue, trace) on the other. Each prediction is scored against
-what came, so that a run shows by itself whether the spectrum adds anything to a clock.
+The features of measurement t predict the target of measurement t + 1. All predictors use the same method with different
+features: the spectrum's statistics on one side; the last value, log(step) and the training loss, which cost nothing,
+and the classical sharpness (largest eigenvalue, trace) on the other. Each prediction is scored against the next target,
+so a run itself shows whether the spectrum adds anything to log(step).
 
-The machinery is deliberately small, because a run has some twenty measurements: least squares on the last `WINDOW`
-pairs, a jackknife+ interval, and a factor on its width that learns from the misses.
+The method is small on purpose, because a run has some twenty measurements: least squares on the last `WINDOW` pairs, a
+jackknife+ interval, and a factor on its width that adapts to the misses. The cost of one more observation does not
+depend on the number of earlier ones.
 
-Everything here is a function of the series of observations, without random numbers: a resumed run replays it.
+Everything here is a function of the series of observations and uses no random numbers, so a resumed run replays it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -36,20 +37,19 @@ __all__ = [
     "compare_errors",
     "interval_score",
     "predict_next",
-    "tracks_of",
 ]
 
-# Five observations make four pairs, the least that a distribution-free interval of 80 % can be taken from.
+# Five observations make four pairs, the fewest that allow a distribution-free interval of 80 %.
 MIN_OBSERVATIONS = 5
 LEVEL = 0.8
 WINDOW = 20
 
-# How fast the width learns: a miss widens the next interval by 49 %, a hit narrows it by 10 %.
+# Rate at which the width adapts: a miss widens the next interval by 49 %, a hit narrows it by 10 %.
 _RATE = 0.5
 _MIN_SCORED = 10
 _SIGNIFICANCE = 0.05
 
-#: Features of each predictor; ``last_value`` has none, it repeats the target.
+#: Features of each predictor; ``last_value`` has none and repeats the target.
 FEATURES: Mapping[str, tuple[str, ...]] = {
     "spectrum": ("slope", "fit_error"),
     "log_step_and_spectrum": ("log_step", "slope", "fit_error"),
@@ -60,7 +60,7 @@ FEATURES: Mapping[str, tuple[str, ...]] = {
     "trace": ("trace",),
 }
 
-# What has a scale enters by its logarithm, as the target does; the slope is an exponent and the fit error a distance.
+# Features with a unit enter by their logarithm, as the target does. The slope is an exponent, the fit error a distance.
 _SCALES = ("train_loss", "lambda_max", "trace")
 
 Verdict = Literal["adds", "adds nothing", "too few to say"]
@@ -68,11 +68,11 @@ Verdict = Literal["adds", "adds nothing", "too few to say"]
 
 @dataclass(frozen=True)
 class Observation:
-    """What one measurement knows.
+    """Target and features of one measurement.
 
     Attributes:
-        target: the loss, or the gap, that is predicted.
-        features: numbers by the names in `FEATURES`; what is not known is not in it.
+        target: the loss or the gap that is predicted.
+        features: numbers by the names in `FEATURES`; unknown ones are left out.
 
     Raises:
         ValueError: if a number is not finite.
@@ -86,10 +86,10 @@ class Observation:
     features: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Refuse what no line can be fitted to."""
+        """Raise an error if a number is not finite."""
         bad = [name for name, value in {"target": self.target, **self.features}.items() if not math.isfinite(value)]
         if bad:
-            raise ValueError(f"{', '.join(bad)} of an observation must be finite; leave out what is not known")
+            raise ValueError(f"{', '.join(bad)} of an observation must be finite; leave out unknown features")
 
 
 @dataclass(frozen=True)
@@ -103,12 +103,12 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Score:
-    """How good the predictions were that could be compared with what came.
+    """Accuracy of the predictions whose targets are known by now.
 
     Attributes:
         num: number of scored predictions.
         mean_error: mean absolute error.
-        coverage: share of the intervals that held what came.
+        coverage: share of the intervals that contained the target.
         mean_interval_score: mean of `interval_score`; smaller is better.
     """
 
@@ -119,15 +119,15 @@ class Score:
 
 
 def interval_score(prediction: Prediction, actual: float, *, level: float = LEVEL) -> float:
-    r"""Score an interval: its width, and a penalty for what it missed.
+    r"""Compute the interval score: the width, plus a penalty if the interval misses the target.
 
     .. math:: (u - l) + \frac{2}{1 - \text{level}} \big[(l - y)_+ + (y - u)_+\big]
 
-    A proper score (Winkler): its mean is smallest for the true quantiles, so neither wide nor narrow intervals pay.
+    The score is proper (Winkler): its mean is smallest for the true quantiles, so wide and narrow intervals lose.
 
     Args:
-        prediction: with the interval's ends l and u.
-        actual: y, what came.
+        prediction: interval with the ends l and u.
+        actual: the target y.
         level: nominal coverage of the interval.
 
     Returns:
@@ -154,30 +154,30 @@ def predict_next(
 ) -> Prediction | None:
     r"""Predict the target of the observation after the last one.
 
-    The pairs (features of observation i, target of i + 1) of the last `WINDOW` are fitted by least squares; without
-    features the last target is repeated. Where all targets of the window are positive, their logarithms are fitted, and
-    of a feature that has a scale (losses, eigenvalues) too. A prediction is held within the range of the window's
-    targets extended by its own length to both sides: a line of four points is not to be trusted further.
+    The pairs (features of observation i, target of i + 1) of the last `WINDOW` are fitted by least squares. Without
+    features the last target is repeated. If all targets of the window are positive, their logarithms are fitted, and
+    the logarithms of features that have a unit (losses, eigenvalues). A prediction is clipped to the range of the
+    window's targets, extended by its own length on both sides, because a line through four points extrapolates poorly.
 
     The interval is the jackknife+: with :math:`\mu_{-i}` fitted without pair i, and :math:`R_i` its error there,
 
     .. math:: \big[\, q^-\{\mu_{-i}(x) - R_i\},\; q^+\{\mu_{-i}(x) + R_i\} \,\big]
 
     where :math:`q^\pm` are the :math:`\lceil \text{level} (n + 1) \rceil`-th values counted from the inner side. For
-    exchangeable pairs it covers with a probability of at least :math:`2\,\text{level} - 1`, and about ``level`` in
-    practice. The pairs of a training run drift and are not exchangeable; for them `PredictionTrack` stretches it.
+    exchangeable pairs its coverage is at least :math:`2\,\text{level} - 1`, and about ``level`` in practice. The pairs
+    of a training run drift and are not exchangeable, so `PredictionTrack` stretches the interval.
 
     Args:
         observations: in order of time.
         features: names of `Observation.features`; pairs that lack one are left out.
         level: nominal coverage, between 0 and 1.
         stretch: factor on the interval's width on both sides of the prediction, on the scale of the fit.
-        logarithms: fit the logarithms of positive targets. False for a difference, such as the gap: its logarithm
-            means nothing where it is near 0.
+        logarithms: fit the logarithms of positive targets. Pass False for a difference such as the gap, whose
+            logarithm is meaningless near 0.
 
     Returns:
-        The prediction; ``None`` while there are fewer than `MIN_OBSERVATIONS` observations, not one pair more than
-        the line has coefficients, too few pairs for the level, or a feature of the last observation is not known.
+        The prediction. ``None`` if there are fewer than `MIN_OBSERVATIONS` observations, fewer pairs than the line has
+        coefficients plus one, too few pairs for the level, or a feature of the last observation is unknown.
 
     Raises:
         ValueError: if ``level`` is not between 0 and 1, or ``stretch`` negative.
@@ -187,7 +187,7 @@ def predict_next(
 
     Example:
         >>> series = [Observation(2.0 - 0.1 * t, {"slope": float(t)}) for t in range(8)]
-        >>> series = [Observation(one.target - 5.0, one.features) for one in series]  # negative: nothing is logged
+        >>> series = [Observation(one.target - 5.0, one.features) for one in series]  # negative: no logarithms
         >>> round(predict_next(series, ["slope"]).value, 6)
         -3.8
     """
@@ -198,13 +198,25 @@ def predict_next(
     known = [all(name in one.features for name in features) for one in observations]
     pairs = [i for i in range(len(observations) - 1) if known[i]][-WINDOW:]
     rank = math.ceil(level * (len(pairs) + 1) - 1e-9)
-    if (
-        len(observations) < MIN_OBSERVATIONS
-        or not known[-1]
-        or rank > len(pairs)
-        or (features and len(pairs) < len(features) + 2)
-    ):
+    enough = len(observations) >= MIN_OBSERVATIONS and rank <= len(pairs)
+    if not enough or not known[-1] or (features and len(pairs) < len(features) + 2):
         return None
+    value, others, errors, logarithmic = _fit(observations, pairs, features, logarithms)
+    # Counted from the inner side: the rank-th smallest upper value and the rank-th largest lower one.
+    high = float(np.sort(others + errors)[rank - 1])
+    low = float(np.sort(others - errors)[::-1][rank - 1])
+    low, high = value + stretch * min(low - value, 0.0), value + stretch * max(high - value, 0.0)
+    if not logarithmic:
+        return Prediction(value, low, high)
+    if high > 700:  # The exponential would overflow; no loss is that large.
+        return None
+    return Prediction(math.exp(value), math.exp(low), math.exp(high))
+
+
+def _fit(
+    observations: Sequence[Observation], pairs: Sequence[int], features: Sequence[str], logarithms: bool
+) -> tuple[float, FloatArray, FloatArray, bool]:
+    """Fit the pairs; return prediction, leave-one-out predictions and errors, and whether they are logarithms."""
     targets = np.array([observations[i + 1].target for i in pairs])
     last = observations[-1].target
     logarithmic = logarithms and last > 0 and all(observations[j].target > 0 for i in pairs for j in (i, i + 1))
@@ -212,24 +224,14 @@ def predict_next(
         targets, last = np.log(targets), math.log(last)
     if features:
         rows = _design([observations[i] for i in (*pairs, len(observations) - 1)], features)
-        value, others, errors = _leave_one_out(rows[:-1], targets, rows[-1])
-    else:
-        before = np.array([observations[i].target for i in pairs])
-        errors = np.abs(targets - (np.log(before) if logarithmic else before))
-        value, others = last, np.full(len(pairs), last)
-    # From the inner side: the rank-th smallest upper value, and the rank-th largest lower one.
-    high = float(np.sort(others + errors)[rank - 1])
-    low = float(np.sort(others - errors)[::-1][rank - 1])
-    low, high = value + stretch * min(low - value, 0.0), value + stretch * max(high - value, 0.0)
-    if not logarithmic:
-        return Prediction(value, low, high)
-    if high > 700:  # Beyond what a number holds; there is no such loss.
-        return None
-    return Prediction(math.exp(value), math.exp(low), math.exp(high))
+        return *_leave_one_out(rows[:-1], targets, rows[-1]), logarithmic
+    before = np.array([observations[i].target for i in pairs])
+    errors = np.abs(targets - (np.log(before) if logarithmic else before))
+    return last, np.full(len(pairs), last), errors, logarithmic
 
 
 def _design(observations: Sequence[Observation], features: Sequence[str]) -> FloatArray:
-    """Features as columns, ``(n, p)``, each with mean 0 and, unless constant, standard deviation 1."""
+    """Return features as columns, ``(n, p)``, each with mean 0 and, unless constant, standard deviation 1."""
     columns = np.array([[one.features[name] for name in features] for one in observations], dtype=np.float64)
     for number, name in enumerate(features):
         if name in _SCALES and (columns[:, number] > 0).all():
@@ -241,7 +243,7 @@ def _design(observations: Sequence[Observation], features: Sequence[str]) -> Flo
 
 
 def _leave_one_out(rows: FloatArray, targets: FloatArray, new: FloatArray) -> tuple[float, FloatArray, FloatArray]:
-    """Predict at ``new``, once with all pairs and once without each; and by how much each left-out pair is missed."""
+    """Return the prediction at ``new`` from all pairs, those without each pair, and the errors at left-out pairs."""
     num = len(targets)
     design = np.column_stack([np.ones(num), rows])
     point = np.concatenate([[1.0], new])
@@ -249,23 +251,23 @@ def _leave_one_out(rows: FloatArray, targets: FloatArray, new: FloatArray) -> tu
     floor, ceiling = targets.min() - spread, targets.max() + spread
     whole = np.linalg.pinv(design, rcond=1e-10) @ targets
     kept = np.array([[j for j in range(num) if j != i] for i in range(num)])
-    # The shortest solution where a fit without one pair is not unique.
+    # The pseudoinverse gives the shortest solution if a fit without one pair is not unique.
     others = np.einsum("ipk,ik->ip", np.linalg.pinv(design[kept], rcond=1e-10), targets[kept])
     missed = np.abs(targets - np.clip(np.einsum("ip,ip->i", design, others), floor, ceiling))
     return float(np.clip(point @ whole, floor, ceiling)), np.clip(others @ point, floor, ceiling), missed
 
 
 class PredictionTrack:
-    r"""One predictor along a run: what it predicted, and how that compared with what came.
+    r"""Predictions of one predictor along a run, and their scores.
 
     The jackknife+ interval is stretched by a factor that starts at 1, grows after a miss and shrinks after a hit,
 
     .. math:: \ln m_{T+1} = \ln m_T + \gamma (\text{missed}_T - \alpha), \qquad
         \frac{1}{T} \sum \text{missed} - \alpha = \frac{\ln m_{T+1}}{\gamma T}
 
-    with :math:`\alpha = 1 - \text{level}`, :math:`\gamma = 0.5`. The second equation is an identity, for any series at
-    all: as long as the factor stays bounded, the share of misses tends to :math:`\alpha`. It says nothing of a single
-    interval, and little after a few: at T = 20 a factor of 3 means that 31 % were missed instead of 20 %.
+    with :math:`\alpha = 1 - \text{level}`, :math:`\gamma = 0.5`. The second equation is an identity for any series. If
+    the factor stays bounded, the share of misses tends to :math:`\alpha`. This implies nothing about a single interval,
+    and little about a few: at T = 20 a factor of 3 means that 31 % were missed instead of 20 %.
 
     Args:
         features: as in `predict_next`.
@@ -273,9 +275,9 @@ class PredictionTrack:
         logarithms: as in `predict_next`.
 
     Attributes:
-        observations: all so far.
+        observations: all observations so far.
         made_for_last: the prediction of the last observation, made at the one before; ``None`` if there was none.
-        next: the prediction of the observation to come; ``None`` if there is none.
+        next: the prediction of the next observation; ``None`` if there is none.
         stretch: the factor m.
         errors: absolute errors by the number of the observation that was predicted.
 
@@ -285,7 +287,7 @@ class PredictionTrack:
 
     Example:
         >>> track = PredictionTrack(["log_step"])
-        >>> for step in (1, 2, 4, 8, 16, 32, 64):  # a power law of the step, seen at geometric steps
+        >>> for step in (1, 2, 4, 8, 16, 32, 64):  # a power law of the step, observed at geometric steps
         ...     track.add(Observation(step**-0.5, {"log_step": math.log(step)}))
         >>> round(track.next.value * 128**0.5, 6), len(track.errors), round(track.score().mean_error, 6)
         (1.0, 2, 0.0)
@@ -300,50 +302,53 @@ class PredictionTrack:
         self.next: Prediction | None = None
         self.stretch = 1.0
         self.errors: dict[int, float] = {}
+        # Sums, so that a score costs the same after any number of predictions.
+        self._sum_of_errors = 0.0
         self._hits = 0
-        self._interval_scores = 0.0
+        self._sum_of_interval_scores = 0.0
 
     def add(self, observation: Observation) -> None:
-        """Score the prediction of this observation, if there was one, and predict the next."""
+        """Score the prediction of this observation, if there was one, and predict the next observation."""
         number = len(self.observations)
         self.observations.append(observation)
         self.made_for_last = self.next
         if self.next is not None:
             actual = observation.target
-            # Exact predictions have intervals without width, which rounding must not turn into misses.
+            # Exact predictions have intervals of zero width; rounding must not turn them into misses.
             rounding = 1e-12 * abs(actual)
             hit = self.next.low - rounding <= actual <= self.next.high + rounding
             self.errors[number] = abs(actual - self.next.value)
+            self._sum_of_errors += self.errors[number]
             self._hits += hit
-            self._interval_scores += interval_score(self.next, actual, level=self.level)
+            self._sum_of_interval_scores += interval_score(self.next, actual, level=self.level)
             self.stretch *= math.exp(_RATE * ((not hit) - (1 - self.level)))
-        # Older ones can't be among the last pairs, unless features were missing.
+        # Older observations are among the last pairs only if features were missing.
         recent = self.observations[-3 * WINDOW :]
         self.next = predict_next(
             recent, self.features, level=self.level, stretch=self.stretch, logarithms=self.logarithms
         )
 
     def score(self) -> Score | None:
-        """Return how good the predictions were so far; ``None`` before the first could be scored."""
+        """Return the score of the predictions so far; ``None`` before the first could be scored."""
         num = len(self.errors)
         if not num:
             return None
-        return Score(num, sum(self.errors.values()) / num, self._hits / num, self._interval_scores / num)
+        return Score(num, self._sum_of_errors / num, self._hits / num, self._sum_of_interval_scores / num)
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two predictors on the measurements that both predicted.
+    """Comparison of two predictors on the measurements that both predicted.
 
     Attributes:
-        num: how many those are.
-        wins: in how many the first was nearer.
-        losses: in how many the second was nearer.
-        mean_error: mean absolute error of the first.
-        baseline_error: mean absolute error of the second.
-        p_better: one-sided p-value against the first being no better.
-        p_worse: one-sided p-value against the first being no worse.
-        verdict: whether the first ``"adds"``, ``"adds nothing"``, or there are ``"too few to say"``.
+        num: number of these measurements.
+        wins: number of measurements at which the first predictor was nearer.
+        losses: number of measurements at which the second predictor was nearer.
+        mean_error: mean absolute error of the first predictor.
+        baseline_error: mean absolute error of the second predictor.
+        p_better: one-sided p-value of the hypothesis that the first predictor is no better.
+        p_worse: one-sided p-value of the hypothesis that the first predictor is no worse.
+        verdict: ``"adds"`` or ``"adds nothing"``, about the first predictor, or ``"too few to say"``.
     """
 
     num: int
@@ -357,19 +362,18 @@ class Comparison:
 
 
 def compare_errors(errors: Mapping[int, float], baseline: Mapping[int, float]) -> Comparison | None:
-    r"""Compare absolute errors in pairs, by Wilcoxon's signed-rank test.
+    r"""Compare absolute errors in pairs by Wilcoxon's signed-rank test.
 
-    The test is exact at small n, whatever the errors' sizes, if in truth each difference is as likely to have one
-    sign as the other, independently of the rest. One-step-ahead errors are nearly uncorrelated while a model fits,
-    and less so where both predictors lag behind the same trend: of three random walks that know nothing of each
-    other, one in ten is said to add after 20 comparisons (benchmarks/PREDICTION.md). "Adds" needs a p-value of at
-    most 5 % and a smaller mean error; "adds nothing" means that no gain can be told from chance in at least 10
-    comparisons, not that there is none. The level is that of one look, best at the end: who looks after every
-    measurement will see "adds" more often by chance.
+    For small n the test is exact, whatever the size of the errors, if each difference is equally likely to have either
+    sign, independently of the others. One-step-ahead errors are nearly uncorrelated if a model fits, and less so if
+    both predictors lag behind the same trend: for three independent random walks, one in ten verdicts is "adds" after
+    20 comparisons (benchmarks/PREDICTION.md). "Adds" needs a p-value of at most 5 % and a smaller mean error. "Adds
+    nothing" means that no gain can be told from chance in at least 10 comparisons, not that there is none. The level
+    holds for one look, best at the end: anyone who looks after every measurement sees "adds" more often by chance.
 
     Args:
-        errors: absolute errors of the predictor in question, by the number of the observation.
-        baseline: those of the predictor that is to be beaten.
+        errors: absolute errors of the predictor under test, by the number of the observation.
+        baseline: absolute errors of the predictor to beat.
 
     Returns:
         The comparison on the numbers that both have; ``None`` if they share none.
@@ -383,7 +387,7 @@ def compare_errors(errors: Mapping[int, float], baseline: Mapping[int, float]) -
     if not shared:
         return None
     first, second = (np.array([side[number] for number in shared]) for side in (errors, baseline))
-    # Errors of rounding alone are ties.
+    # Differences at rounding level are ties.
     gains = np.where(np.isclose(first, second, rtol=1e-9, atol=1e-12), 0.0, second - first)
     p_better = p_worse = 1.0
     if gains.any():
@@ -403,28 +407,3 @@ def compare_errors(errors: Mapping[int, float], baseline: Mapping[int, float]) -
         p_worse=p_worse,
         verdict=verdict,
     )
-
-
-def tracks_of(
-    observations: Iterable[Observation], predictors: Mapping[str, Sequence[str]] = FEATURES
-) -> dict[str, PredictionTrack]:
-    """Replay a whole series with each predictor.
-
-    Args:
-        observations: in order of time.
-        predictors: features by the predictor's name.
-
-    Returns:
-        A track by the predictor's name.
-
-    Example:
-        >>> series = [Observation(1.0 / n, {"log_step": math.log(n)}) for n in range(1, 9)]
-        >>> tracks = tracks_of(series)
-        >>> [name for name, track in tracks.items() if track.errors]
-        ['last_value', 'log_step']
-    """
-    tracks = {name: PredictionTrack(features) for name, features in predictors.items()}
-    for observation in observations:
-        for track in tracks.values():
-            track.add(observation)
-    return tracks

@@ -1,61 +1,63 @@
-r"""When a noisy slope has stopped moving: a rule on a sequence of numbers, without a trainer.
+r"""Decide whether a noisy slope has stopped improving: a rule on a sequence of numbers, without a trainer.
 
-All measurements of a run use the same samples. What these do to two slopes alike cancels in their difference, so a
-change must be judged by the noise of the *difference* :math:`D = s_t - s_r`. It has two parts.
+All measurements of a run use the same samples. An effect that these have on two slopes alike cancels in their
+difference, so a change must be judged by the noise of the *difference* :math:`D = s_t - s_r`. The noise has two parts.
 
-**Numerical.** The eigenvalues' error bounds leave an interval :math:`[l, u]` to each slope
-(`numerical_interval`). Where an increase counts as progress, it may be smaller than it looks by at most
+**Numerical.** The eigenvalues' error bounds leave an interval :math:`[l, u]` for each slope (`numerical_interval`). If
+an increase counts as progress, it may be smaller than it looks by at most
 
 .. math:: \nu = (s_t - l_t) + (u_r - s_r),
 
-where a decrease does, by :math:`(u_t - s_t) + (s_r - l_r)`. That is a bound, so it is taken once.
+if a decrease does, by at most :math:`(u_t - s_t) + (s_r - l_r)`. This is a bound, so it is counted once.
 
-**Sampling.** Where the slopes :math:`s^{(1)}, s^{(2)}` on two halves of the samples were measured (`halves`), the
+**Sampling.** If the slopes :math:`s^{(1)}, s^{(2)}` on two halves of the samples were measured (`split_half`), the
 halves are the same ones each time, and :math:`D^{(1)} - D^{(2)} = g_t - g_r` with the gap
-:math:`g = s^{(1)} - s^{(2)}`. What sets the halves apart at all times cancels. As for a single slope,
-:math:`(D^{(1)} - D^{(2)})^2 / 4` estimates the variance of D on all samples, with one degree of freedom, which is
-next to nothing. So it is averaged over all pairs of the last n measurements; by the identity between squared
-differences and variances that is
+:math:`g = s^{(1)} - s^{(2)}`. A constant difference between the halves cancels. As for a single slope,
+:math:`(D^{(1)} - D^{(2)})^2 / 4` estimates the variance of D on all samples, with one degree of freedom, which is next
+to nothing. So it is averaged over all pairs of the last n measurements; by the identity between squared differences and
+variances that is
 
 .. math:: \sigma_D^2 = \frac{1}{2 (n - 1)} \sum_{i=1}^{n} (g_i - \bar g)^2 .
 
 A change is progress if it is larger than :math:`\nu + z \sigma_D`. The standard error of a fit, :math:`s / \sqrt K`, is
-not in it: that is about other eigenvalues than these (at K = 50 it is 14 % of the slope). Nor is the wandering of the
-weights under SGD, which is a change of the Hessian and no error in measuring it: patience is for that.
+not included, because it is about other eigenvalues than these (at K = 50 it is 14 % of the slope). The wandering of the
+weights under SGD is not included either: it is a change of the Hessian, not an error, and patience covers it.
 
-The reference r is the last measurement that was progress, not the one before, so that steps too small to be seen one
-by one add up until they are.
+The reference r is the last measurement that was progress, not the one before, so that small steps add up until they
+exceed the noise.
 
-**How long to wait.** Where the noise is large, a slow trend takes long to be seen, and a patience that is shorter
-proves nothing. With w measurements since the reference, a trend of the relative size :math:`\delta` (``min_trend``)
-a measurement would have come to :math:`w \delta |s_r|`. It is time to stop when that would have been twice what is
-required, so that it would be overlooked about as rarely as noise is taken for progress:
+**Waiting.** If the noise is large, a slow trend takes long to show, and a shorter patience proves nothing. With w
+measurements since the reference, a trend of the relative size :math:`\delta` (``min_trend``) a measurement would have
+amounted to :math:`w \delta |s_r|`. The rule stops when that is twice the required change, so that such a trend is
+overlooked about as rarely as noise is taken for progress:
 
 .. math:: w \ge \text{patience} \quad\text{and}\quad w \, \delta \, |s_r| \ge 2 (\nu + z \sigma_D) .
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
-__all__ = ["Crossing", "Noise", "Plateau", "Reading", "crossing", "noise_of_change", "plateau"]
+__all__ = ["Noise", "Plateau", "PlateauRule", "Reading", "noise_of_change"]
 
-# Halves of so many measurements are pooled at the least, if there are so many: as patience + 1 may be as few as 2.
-_POOLED = 6
+# Least and largest number of readings whose halves are pooled; in between it is patience + 1.
+_MIN_POOLED = 6
+_MAX_POOLED = 1000
 
 
 @dataclass(frozen=True)
 class Reading:
-    """One measured number and what is known of its error.
+    """A measured number with its errors.
 
     Attributes:
         value: the number.
-        low: smallest value that numerical errors leave open; ``None``: the value itself.
-        high: largest, likewise.
+        low: smallest value that numerical errors allow; ``None``: the value itself.
+        high: largest value that numerical errors allow; ``None``: the value itself.
         half_gap: the number on one half of the samples minus that on the other; ``None`` if it was not measured.
 
     Raises:
@@ -72,7 +74,7 @@ class Reading:
     half_gap: float | None = None
 
     def __post_init__(self) -> None:
-        """Check the numbers."""
+        """Raise an error if a number is not finite or the value is outside its interval."""
         given = [x for x in (self.value, self.low, self.high, self.half_gap) if x is not None]
         if not np.isfinite(given).all():
             raise ValueError(f"{self} is not finite; leave out a measurement that failed")
@@ -92,13 +94,13 @@ class Reading:
 
 @dataclass(frozen=True)
 class Noise:
-    r"""What a change between two readings must exceed.
+    r"""Noise of the difference between two readings.
 
     Attributes:
         numerical: :math:`\nu`, a bound, in the readings' unit.
-        sampling: :math:`\sigma_D`, a standard error, in the same; ``None`` where fewer than two readings have halves.
+        sampling: :math:`\sigma_D`, a standard error, in the same unit; ``None`` if fewer than two readings have halves.
         num_sigmas: z.
-        num_pooled: n, how many readings' halves :math:`\sigma_D` rests on.
+        num_pooled: n, number of readings whose halves were used for :math:`\sigma_D`.
 
     Example:
         >>> Noise(numerical=0.01, sampling=0.02, num_sigmas=2.0, num_pooled=6).total
@@ -117,57 +119,54 @@ class Noise:
 
 
 def noise_of_change(
-    readings: Sequence[Reading],
-    reference: int,
-    current: int,
+    before: Reading,
+    now: Reading,
+    pooled: Sequence[Reading],
     *,
     mode: Literal["min", "max"],
     num_sigmas: float = 2.0,
-    num_pooled: int = _POOLED,
 ) -> Noise:
-    """Noise of the difference between two readings on the same samples; the module has the formula.
+    """Compute the noise of the difference between two readings on the same samples; the module has the formula.
 
     Args:
-        readings: in order of time.
-        reference: index of the earlier one.
-        current: index of the later one.
-        mode: whether a decrease or an increase is progress: numerical errors count on the side that flatters it.
-        num_sigmas: z, how many standard errors of the sampling noise count.
-        num_pooled: of how many readings up to the current one the halves are pooled, besides the reference.
+        before: the earlier reading.
+        now: the later reading.
+        pooled: readings whose halves are used for the sampling noise, these two among them.
+        mode: whether a decrease or an increase is progress. Numerical errors count on the side that makes progress look
+            larger.
+        num_sigmas: z, the number of standard errors of the sampling noise.
 
     Returns:
         The noise, in the readings' unit.
 
     Example:
-        >>> readings = [Reading(1.0, 0.99, 1.01, half_gap=0.30), Reading(0.9, 0.89, 0.92, half_gap=0.34)]
-        >>> noise = noise_of_change(readings, 0, 1, mode="min")
+        >>> before, now = Reading(1.0, 0.99, 1.01, half_gap=0.30), Reading(0.9, 0.89, 0.92, half_gap=0.34)
+        >>> noise = noise_of_change(before, now, [before, now], mode="min")
         >>> round(noise.numerical, 3), round(noise.sampling, 3), noise.num_pooled
         (0.03, 0.02, 2)
     """
-    before, now = readings[reference], readings[current]
     if mode == "max":
         numerical = (now.value - now.lowest) + (before.highest - before.value)
     else:
         numerical = (now.highest - now.value) + (before.value - before.lowest)
-    pooled = {reference, *range(max(0, current + 1 - num_pooled), current + 1)}
-    gaps = [gap for gap in (readings[i].half_gap for i in sorted(pooled)) if gap is not None]
+    gaps = [reading.half_gap for reading in pooled if reading.half_gap is not None]
     sampling = float(np.sqrt(np.var(gaps, ddof=1) / 2)) if len(gaps) > 1 else None
     return Noise(numerical, sampling, num_sigmas, len(gaps))
 
 
 @dataclass(frozen=True)
 class Plateau:
-    """Whether a sequence of readings has stopped getting better, at its last one.
+    """The verdict of `PlateauRule` at a reading.
 
     Attributes:
-        stop: whether it is time to stop.
-        wait: readings since the last progress.
-        best: index of the last progress, the first reading if there was none.
-        reference: index of the reading that the last one was compared with: ``best``, or where the last one is
-            progress itself, the one that was best before. ``None`` for a first reading.
-        change: last reading minus the reference; ``None`` for a first reading.
-        required: what the change had to exceed, towards ``mode``; ``None`` likewise.
-        noise: how that came about; ``None`` if it was a fixed number.
+        stop: whether to stop.
+        wait: number of readings since the last progress.
+        best: index of the last progress; of the first reading if there was none.
+        reference: index of the reading that this one was compared with: ``best``, or, if this one is progress, the
+            previous best. ``None`` for a first reading.
+        change: this reading minus the reference; ``None`` for a first reading.
+        required: the change that had to be exceeded in the direction of ``mode``; ``None`` for a first reading.
+        noise: the noise that ``required`` was computed from; ``None`` if it was a fixed number.
     """
 
     stop: bool
@@ -179,120 +178,76 @@ class Plateau:
     noise: Noise | None = None
 
 
-def plateau(
-    readings: Sequence[Reading],
-    *,
-    mode: Literal["min", "max"],
-    patience: int,
-    min_delta: float | Literal["noise"] = "noise",
-    num_sigmas: float = 2.0,
-    min_trend: float = 0.02,
-) -> Plateau:
-    """Judge whether a quantity that is measured with noise has stopped getting better.
+class PlateauRule:
+    """Decide reading by reading whether a quantity that is measured with noise has stopped improving.
 
-    A reading is progress if it is better than the last progress by more than ``min_delta``. Where ``patience``
-    readings in a row are not, and a trend of ``min_trend`` would have shown by now, it is time to stop. What came
-    before decides, never what comes after.
+    A reading is progress if it is better than the last progress by more than ``min_delta``. The verdict is to stop if
+    ``patience`` readings in a row are not, and a trend of ``min_trend`` would have shown by now. A verdict depends on
+    earlier readings only. Its cost does not depend on their number.
 
     Args:
-        readings: in order of time, at least one.
-        mode: ``"min"`` or ``"max"``, what is better.
-        patience: how many readings in a row may be without progress, at least 1.
+        mode: ``"min"`` or ``"max"``, the direction of progress.
+        patience: number of readings in a row without progress, at least 1.
         min_delta: ``"noise"``, or a fixed number that is at least 0.
-        num_sigmas: how many standard errors of the sampling noise count, with ``"noise"``.
-        min_trend: relative change a reading that must not be overlooked, with ``"noise"``; 0: patience alone decides.
-
-    Returns:
-        The verdict at the last reading.
-
-    Raises:
-        ValueError: if there is no reading.
-
-    Example:
-        >>> slopes = [0.60, 0.70, 0.71, 0.72, 0.72, 0.71]
-        >>> verdict = plateau([Reading(s, s - 0.015, s) for s in slopes], mode="max", patience=3)
-        >>> verdict.stop, verdict.wait, verdict.best  # 0.72 is above 0.70 by more than 0.015
-        (False, 2, 3)
-        >>> plateau([Reading(s) for s in slopes], mode="max", patience=3, min_delta=0.05).stop
-        True
-    """
-    if not readings:
-        raise ValueError("no reading; there is no verdict before the first one")
-    verdict = Plateau(stop=False, wait=0, best=0)
-    for current in range(1, len(readings)):
-        best = verdict.best
-        noise = None
-        required = min_delta
-        if required == "noise":
-            pooled = max(patience + 1, _POOLED)
-            noise = noise_of_change(readings, best, current, mode=mode, num_sigmas=num_sigmas, num_pooled=pooled)
-            required = noise.total
-        change = readings[current].value - readings[best].value
-        progress = (change if mode == "max" else -change) > required
-        wait = 0 if progress else verdict.wait + 1
-        enough = wait >= patience
-        if noise is not None and min_trend > 0:
-            enough = enough and wait * min_trend * abs(readings[best].value) >= 2 * noise.total
-        verdict = Plateau(enough, wait, current if progress else best, best, change, required, noise)
-    return verdict
-
-
-@dataclass(frozen=True)
-class Crossing:
-    """Whether fit errors have crossed their critical values for good, at the last of them.
+        num_sigmas: number of standard errors of the sampling noise, with ``"noise"``.
+        min_trend: relative change a reading that must not be overlooked, with ``"noise"``; 0: only patience decides.
 
     Attributes:
-        stop: whether they have.
-        wait: how many in a row, up to the last, lie on the side that is waited for.
-        formed: index at which they had been below for the first time for as many in a row as patience asks;
-            ``None`` if they have not.
-    """
-
-    stop: bool
-    wait: int
-    formed: int | None
-
-
-def crossing(
-    fit_errors: Sequence[float],
-    critical_values: Sequence[float],
-    *,
-    stop_when: Literal["formed", "lost"],
-    patience: int,
-) -> Crossing:
-    """Judge whether a power law has formed, or has been lost again.
-
-    Formed: ``patience`` fit errors in a row lie below their critical values, at which a power law is rejected. Lost: it
-    had formed, and ``patience`` in a row are no longer below. A single crossing proves little: of true power laws
-    one in twenty is rejected at 5 %.
-
-    Args:
-        fit_errors: Kolmogorov-Smirnov distances, in order of time.
-        critical_values: of each.
-        stop_when: ``"formed"`` or ``"lost"``.
-        patience: how many in a row it takes, at least 1.
-
-    Returns:
-        The verdict at the last one.
-
-    Raises:
-        ValueError: if there are not as many critical values as fit errors.
+        verdict: the verdict at the last reading; ``None`` before the first.
 
     Example:
-        >>> errors = [0.20, 0.12, 0.11, 0.16, 0.17, 0.18]
-        >>> crossing(errors, [0.15] * 6, stop_when="formed", patience=2).formed
-        2
-        >>> crossing(errors, [0.15] * 6, stop_when="lost", patience=2)
-        Crossing(stop=True, wait=3, formed=2)
+        >>> rule = PlateauRule(mode="max", patience=3)
+        >>> for slope in (0.60, 0.70, 0.71, 0.72, 0.72, 0.71):
+        ...     verdict = rule.add(Reading(slope, slope - 0.015, slope))
+        >>> verdict.stop, verdict.wait, verdict.best  # 0.72 exceeds 0.70 by more than 0.015
+        (False, 2, 3)
     """
-    if len(fit_errors) != len(critical_values):
-        raise ValueError(f"{len(fit_errors)} fit errors, {len(critical_values)} critical values; pass one for each")
-    below = above = 0
-    formed: int | None = None
-    for index, (fit_error, critical) in enumerate(zip(fit_errors, critical_values, strict=True)):
-        inside = fit_error < critical
-        below, above = (below + 1, 0) if inside else (0, above + 1)
-        if formed is None and below >= patience:
-            formed = index
-    wait = below if stop_when == "formed" else above if formed is not None else 0
-    return Crossing(wait >= patience, wait, formed)
+
+    def __init__(
+        self,
+        *,
+        mode: Literal["min", "max"],
+        patience: int,
+        min_delta: float | Literal["noise"] = "noise",
+        num_sigmas: float = 2.0,
+        min_trend: float = 0.02,
+    ) -> None:
+        self.mode: Literal["min", "max"] = mode
+        self.patience = patience
+        self.min_delta = min_delta
+        self.num_sigmas = num_sigmas
+        self.min_trend = min_trend
+        self.verdict: Plateau | None = None
+        self._num = 0
+        self._best: Reading | None = None
+        self._recent: deque[Reading] = deque(maxlen=min(max(patience + 1, _MIN_POOLED), _MAX_POOLED))
+
+    def add(self, reading: Reading) -> Plateau:
+        """Return the verdict at the next reading."""
+        index, self._num = self._num, self._num + 1
+        self._recent.append(reading)
+        if self.verdict is None or self._best is None:
+            self._best = reading
+            self.verdict = Plateau(stop=False, wait=0, best=0)
+            return self.verdict
+        reference = self.verdict.best
+        noise, required = self._required(reading, index - reference)
+        change = reading.value - self._best.value
+        progress = (change if self.mode == "max" else -change) > required
+        wait = 0 if progress else self.verdict.wait + 1
+        stop = wait >= self.patience
+        if noise is not None and self.min_trend > 0:
+            stop = stop and wait * self.min_trend * abs(self._best.value) >= 2 * noise.total
+        if progress:
+            self._best = reading
+        self.verdict = Plateau(stop, wait, index if progress else reference, reference, change, required, noise)
+        return self.verdict
+
+    def _required(self, reading: Reading, distance: int) -> tuple[Noise | None, float]:
+        """Return the change that counts as progress, and its noise; the reference is ``distance`` readings back."""
+        if self.min_delta != "noise":
+            return None, self.min_delta
+        assert self._best is not None
+        pooled = list(self._recent) if distance < len(self._recent) else [self._best, *self._recent]
+        noise = noise_of_change(self._best, reading, pooled, mode=self.mode, num_sigmas=self.num_sigmas)
+        return noise, noise.total

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+from hessian_callback._options import check_choice
 from hessian_callback.linalg.distributed import PeerError, RankLostError, Ranks
-from hessian_callback.measurement.options import check_choice
 
 __all__ = ["FailurePolicy", "Outcome", "SigtermReceived"]
 

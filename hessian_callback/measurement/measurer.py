@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from hessian_callback._options import check_int
 from hessian_callback.algorithms.density import SpectralDensity
 from hessian_callback.algorithms.solver_checkpoint import CheckpointError, delete_files
 from hessian_callback.algorithms.spectrum import Spectrum
@@ -20,7 +21,6 @@ from hessian_callback.measurement.extras.registry import expected_hvps, make_ext
 from hessian_callback.measurement.failure_policy import FailurePolicy, SigtermReceived
 from hessian_callback.measurement.measurement import Measurement
 from hessian_callback.measurement.observer import CostEstimate, Observer
-from hessian_callback.measurement.options import check_int
 from hessian_callback.measurement.place import Place
 from hessian_callback.measurement.problem import Problem
 from hessian_callback.measurement.solvers import Lanczos, Solver

@@ -11,12 +11,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from hessian_callback._options import check_bool, check_choice, check_int, check_number, check_path, optional
 from hessian_callback.algorithms.lanczos import LanczosProgress, top_eigenvalues
 from hessian_callback.algorithms.pooled_ritz import pooled_ritz_values
 from hessian_callback.algorithms.spectrum import Spectrum
 from hessian_callback.linalg.linear_operator import SymmetricOperator
 from hessian_callback.measurement.measurement import Mode
-from hessian_callback.measurement.options import check_bool, check_choice, check_int, check_number, check_path, optional
 from hessian_callback.operators.memory import device_with_room
 from hessian_callback.power_law.fit import PowerLawFit, fit_power_law
 from hessian_callback.power_law.uncertainty import slope_numerical_interval

@@ -1,4 +1,4 @@
-"""Rank correlations of a few measurements, with intervals that stay honest at small n."""
+"""Rank correlations of a few pairs, with confidence intervals that keep their level for small n."""
 
 from __future__ import annotations
 
@@ -7,25 +7,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from scipy import stats
-from torchmetrics.functional.regression import kendall_rank_corrcoef, spearman_corrcoef
 
 __all__ = ["MIN_OBSERVATIONS", "RankCorrelation", "rank_correlation"]
 
-# Kendall's standard error below divides by n - 4.
+# The standard error of Kendall's tau below divides by n - 4.
 MIN_OBSERVATIONS = 5
 
 
 @dataclass(frozen=True)
 class RankCorrelation:
-    """A rank correlation with its interval.
+    """A rank correlation with its confidence interval.
 
     Attributes:
-        value: the coefficient, between -1 and 1.
+        value: coefficient, between -1 and 1.
         low: lower end of the interval.
         high: upper end of the interval.
-        num_observations: n.
+        num_observations: number n of pairs.
     """
 
     value: float
@@ -41,28 +39,30 @@ def rank_correlation(
     kind: Literal["kendall", "spearman"] = "kendall",
     level: float = 0.95,
 ) -> RankCorrelation:
-    r"""Correlate ranks, with an interval on Fisher's scale.
+    r"""Compute a rank correlation and its confidence interval on Fisher's scale.
 
     .. math:: \tanh\!\big(\operatorname{artanh} r \pm z \, \sigma_r\big), \qquad
         \sigma_\tau^2 = \frac{0.437}{n - 4}, \qquad \sigma_\rho^2 = \frac{1 + \rho^2 / 2}{n - 3}
 
-    The interval is for independent pairs. A training run's are not independent: two series that merely drift
-    correlate, and then the interval covers far less than its level (benchmarks/PREDICTION.md has the figures). So it
-    must be read beside that of log(step), which drifts as well. At :math:`|r| = 1`, where Fisher's scale is infinite,
-    the interval is that of a value half of the smallest possible step nearer to 0, extended to r.
+    The interval supposes independent pairs. Measurements of one training run are not independent: two series that
+    merely drift correlate, and the interval then covers far less than its level (benchmarks/PREDICTION.md has figures).
+    Compare the coefficient with that of log(step), which drifts as well. At :math:`|r| = 1`, where Fisher's scale is
+    infinite, the interval is computed for a value nearer to 0 by half of the smallest possible step, and extended to r.
+
+    The cost is :math:`O(n \log n)`.
 
     Args:
         x: ``(n,)``, finite, n at least 5.
         y: ``(n,)``, finite.
-        kind: ``"kendall"`` (tau-b) or ``"spearman"`` (rho), both of torchmetrics.
+        kind: ``"kendall"`` (tau-b) or ``"spearman"`` (rho).
         level: nominal coverage, between 0 and 1.
 
     Returns:
         Coefficient and interval.
 
     Raises:
-        ValueError: if lengths differ, there are fewer than 5 pairs, a value is not finite, a series is constant
-            (no correlation is defined then), or an option is out of range.
+        ValueError: if the lengths differ, there are fewer than 5 pairs, a value is not finite, a series is constant
+            (then no correlation is defined), or an option is out of range.
 
     Source:
         Fieller, Hartley and Pearson (1957) for tau; Bonett and Wright (2000) for rho.
@@ -72,6 +72,22 @@ def rank_correlation(
         >>> round(found.value, 3), round(found.low, 2), round(found.high, 2)
         (0.733, 0.02, 0.95)
     """
+    _check(x, y, kind, level)
+    num = len(x)
+    if kind == "kendall":
+        # The p-value is not used; its exact computation would be slow.
+        value, step = float(stats.kendalltau(x, y, method="asymptotic").statistic), 4 / (num * (num - 1))
+    else:
+        value, step = float(stats.spearmanr(x, y).statistic), 12 / (num * (num**2 - 1))
+    value = min(1.0, max(-1.0, value))
+    inner = math.copysign(min(abs(value), 1 - step / 2), value)
+    variance = 0.437 / (num - 4) if kind == "kendall" else (1 + inner**2 / 2) / (num - 3)
+    reach = float(stats.norm.ppf((1 + level) / 2)) * math.sqrt(variance)
+    low, high = math.tanh(math.atanh(inner) - reach), math.tanh(math.atanh(inner) + reach)
+    return RankCorrelation(value, min(low, value), max(high, value), num)
+
+
+def _check(x: Sequence[float], y: Sequence[float], kind: str, level: float) -> None:
     if len(x) != len(y) or len(x) < MIN_OBSERVATIONS:
         raise ValueError(f"{len(x)} and {len(y)} values; a rank correlation needs at least {MIN_OBSERVATIONS} pairs")
     if kind not in ("kendall", "spearman"):
@@ -82,18 +98,3 @@ def rank_correlation(
         raise ValueError("values must be finite; leave out the pairs that are not")
     if len(set(x)) == 1 or len(set(y)) == 1:
         raise ValueError("a constant series has no rank correlation; wait until its values differ")
-    # Ranks first: they are exact in any precision, values that differ in their last digits are not.
-    first, second = (torch.from_numpy(stats.rankdata(values)) for values in (x, y))
-    num = len(x)
-    if kind == "kendall":
-        tau = kendall_rank_corrcoef(first, second)
-        assert isinstance(tau, torch.Tensor)  # A tuple only with a test, which was not asked for.
-        value, step = float(tau), 4 / (num * (num - 1))
-    else:
-        value, step = float(spearman_corrcoef(first, second)), 12 / (num * (num**2 - 1))
-    value = min(1.0, max(-1.0, value))
-    inner = math.copysign(min(abs(value), 1 - step / 2), value)
-    variance = 0.437 / (num - 4) if kind == "kendall" else (1 + inner**2 / 2) / (num - 3)
-    reach = float(stats.norm.ppf((1 + level) / 2)) * math.sqrt(variance)
-    low, high = math.tanh(math.atanh(inner) - reach), math.tanh(math.atanh(inner) + reach)
-    return RankCorrelation(value, min(low, value), max(high, value), num)

@@ -46,6 +46,17 @@ _CALLBACKS = ("KeepRandomState", "EndWhenTold")
 TAKEN = 75
 
 
+def _with_solver_checkpoint(options: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Let the solver of a measuring callback save its state, if it can."""
+    solver = options.get("solver") or {"class_path": "hessian_callback.Lanczos"}
+    if isinstance(solver, str):
+        solver = {"class_path": solver}
+    if solver["class_path"].rpartition(".")[2] != "Lanczos":
+        return dict(options)
+    saved = {"checkpoint": str(folder / SOLVER), **(solver.get("init_args") or {})}
+    return {**options, "solver": {**solver, "init_args": saved}}
+
+
 def complete_config(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """Add to a run's configuration what makes it write into its folder, and go on there after it was killed."""
     trainer = dict(config.get("trainer") or {})
@@ -67,10 +78,7 @@ def complete_config(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         if isinstance(callback, str):
             callback = {"class_path": callback}
         if callback["class_path"].rpartition(".")[2] == "PowerLawHessianCallback":
-            options = dict(callback.get("init_args") or {})
-            if options.get("mode") != "paper":  # Its runs are short, and can't be saved.
-                options.setdefault("solver_checkpoint", str(folder / SOLVER))
-            callback = {**callback, "init_args": options}
+            callback = {**callback, "init_args": _with_solver_checkpoint(callback.get("init_args") or {}, folder)}
         measuring.append(callback)
     trainer |= {
         "default_root_dir": str(folder),

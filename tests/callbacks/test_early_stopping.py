@@ -1,10 +1,11 @@
-"""Stopping in real training runs: cadences, order, failures, resume, ranks, the command line."""
+"""Stopping in training runs: schedules, order of callbacks, failures, resume, options, long histories."""
 
 from __future__ import annotations
 
 import math
 import re
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -21,17 +22,20 @@ from hessian_callback import (
     Subspace,
     Trace,
 )
+from hessian_callback.callbacks import early_stopping
 from hessian_callback.callbacks.early_stopping import _ALWAYS
 from hessian_callback.measurement.extras.registry import EXTRAS
-from tests.helpers.toy_runs import loader, measure, seeded, trainer
+from hessian_callback.power_law.fit import critical_distance
+from tests.helpers.calls import count_calls
+from tests.helpers.toy_runs import NUM_EIGENVALUES, loader, measure, seeded, trainer
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:a measurement of the Hessian took"),
     pytest.mark.filterwarnings("ignore:the noise of"),
-    pytest.mark.filterwarnings("ignore:32 samples are few"),
+    pytest.mark.filterwarnings("ignore:32 held-out samples are few"),
 ]
 
-NEVER = 1e6  # No change is that large, so patience alone decides.
+NEVER = 1e6  # No change is that large, so only patience decides.
 
 # Trainer options, the callback's options, when a patience of 2 ends a run of at most 9 epochs: epoch and step.
 CADENCES = {
@@ -102,7 +106,7 @@ def test_resuming_decides_as_if_never_interrupted(tmp_path: Any) -> None:
     assert longer[1].stopped_epoch == 6
 
 
-def test_noise_is_of_the_difference_and_named(tmp_path: Any) -> None:
+def test_noise_is_that_of_the_difference(tmp_path: Any) -> None:
     callback = measure(extras=["split_half"], num_samples=40)
     stopper = PowerLawEarlyStopping(mode="min", num_sigmas=1.5)
     run(tmp_path, callback, stopper, max_epochs=3)
@@ -115,17 +119,35 @@ def test_noise_is_of_the_difference_and_named(tmp_path: Any) -> None:
     assert noise.total == pytest.approx(noise.numerical + 1.5 * noise.sampling)
 
 
-@pytest.mark.parametrize("critical_value", ["fitted", "paper"])
-def test_a_formed_power_law_stops_with_its_critical_value(critical_value: str, tmp_path: Any) -> None:
+def test_the_remedy_for_the_removed_formed_stops_at_the_first_power_law(tmp_path: Any) -> None:
+    with pytest.raises(ValueError, match="stop_when='formed' was removed") as raised:
+        PowerLawEarlyStopping(stop_when="formed", critical_value="fitted")
+    (call,) = re.findall(r"use (EarlyStopping\(.*\)) of Lightning", str(raised.value))
+    names = {"EarlyStopping": EarlyStopping, "critical_distance": critical_distance, "num_eigenvalues": NUM_EIGENVALUES}
     callback = measure()
-    stopper = PowerLawEarlyStopping(stop_when="formed", patience=2, critical_value=critical_value)
-    run(tmp_path, callback, stopper)
-    fit = callback.history[-1].fit
-    expected = fit.critical_distance_fitted if critical_value == "fitted" else fit.critical_distance_paper
-    assert f"critical value {expected:.4g} (critical_value={critical_value!r}" in str(stopper.stopping_reason_message)
-    inside = [m.fit_error < expected for m in callback.history[1:]]
-    assert inside[-2:] == [True, True]
-    assert not any(inside[i] and inside[i + 1] for i in range(len(inside) - 2))
+    run(tmp_path, callback, eval(call, names))
+    below = [m.fit_error < critical_distance(NUM_EIGENVALUES) for m in callback.history[1:]]
+    assert below == [False] * (len(below) - 1) + [True]
+    assert len(below) < 9
+
+
+@pytest.mark.parametrize(
+    ("options", "remedy"),
+    [
+        ({"stop_when": "lost"}, r"on_hessian_measured\(trainer, pl_module, source\) instead$"),
+        ({"stop_when": "never"}, r"on_hessian_measured\(trainer, pl_module, source\) instead$"),
+        ({"critical_value": "paper", "mode": "min"}, "leave it out$"),
+    ],
+    ids=str,
+)
+def test_removed_options_raise_one_sentence_with_the_remedy(options: dict[str, Any], remedy: str) -> None:
+    with pytest.raises(ValueError, match=remedy) as raised:
+        PowerLawEarlyStopping(**options)
+    assert "was removed" in str(raised.value)
+    assert "\n" not in str(raised.value)
+    assert PowerLawEarlyStopping(mode="min", stop_when="plateau").state_key == (
+        "PowerLawEarlyStopping{'monitor': 'hessian/slope', 'mode': 'min', 'stop_when': 'plateau'}"
+    )
 
 
 WRONG = {
@@ -139,7 +161,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_what_cannot_work_is_refused_before_training(case: str, tmp_path: Any) -> None:
+def test_wrong_monitors_are_refused_before_training(case: str, tmp_path: Any) -> None:
     make, options, message = WRONG[case]
     with pytest.raises(MisconfigurationException, match=message):
         run(tmp_path, *make(), PowerLawEarlyStopping(mode="max", **options))
@@ -151,14 +173,20 @@ def test_what_cannot_work_is_refused_before_training(case: str, tmp_path: Any) -
         ({}, "has no default"),
         ({"mode": "up"}, "'min' or 'max'"),
         ({"mode": "min", "patience": 0}, "at least 1"),
-        ({"mode": "min", "min_delta": -1.0}, "not negative"),
-        ({"mode": "min", "min_delta": "little"}, "'noise' or a number"),
-        ({"mode": "min", "num_sigmas": -1.0}, "must not be negative"),
+        ({"mode": "min", "patience": 1.5}, "an integer"),
+        ({"mode": "min", "patience": math.nan}, "an integer"),
+        ({"mode": "min", "patience": "4"}, "an integer"),
+        ({"mode": "min", "patience": True}, "an integer"),
+        ({"mode": "min", "min_delta": -1.0}, "'noise' or a finite number of at least 0"),
+        ({"mode": "min", "min_delta": math.nan}, "'noise' or a finite number"),
+        ({"mode": "min", "min_delta": "little"}, "'noise' or a finite number"),
+        ({"mode": "min", "num_sigmas": -1.0}, "num_sigmas must be a finite number of at least 0"),
+        ({"mode": "min", "num_sigmas": math.inf}, "num_sigmas must be a finite number"),
+        ({"mode": "min", "min_trend": math.nan}, "min_trend must be a finite number"),
+        ({"mode": "min", "verbose": "no"}, "verbose must be True or False"),
+        ({"mode": "min", "monitor": ""}, "monitor must be a string"),
+        ({"mode": "min", "monitor": None}, "monitor must be a string"),
         ({"mode": "min", "monitor": "hessian/fit_error"}, "give min_delta as a number"),
-        ({"stop_when": "never"}, "'plateau', 'formed' or 'lost'"),
-        ({"stop_when": "formed", "mode": "min"}, "leave it out"),
-        ({"stop_when": "lost", "monitor": "hessian/slope"}, "judges the fit error"),
-        ({"stop_when": "lost", "critical_value": "mine"}, "'fitted' or 'paper'"),
     ],
     ids=str,
 )
@@ -167,7 +195,7 @@ def test_options_are_checked(options: dict[str, Any], message: str) -> None:
         PowerLawEarlyStopping(**options)
 
 
-def test_known_keys_are_those_that_are_logged(tmp_path: Any) -> None:
+def test_known_keys_are_the_logged_ones(tmp_path: Any) -> None:
     given = [Trace(num_hvps=8), FrobeniusNorm(num_hvps=8), Density(num_hvps=16), Subspace(dimension=2)]
     given.append(OutlierRatio(num_classes=2))
     chosen = EXTRAS.keys() - {extra.name for extra in given}
@@ -179,7 +207,7 @@ def test_known_keys_are_those_that_are_logged(tmp_path: Any) -> None:
     assert set(_ALWAYS) <= logged.keys()
 
 
-def test_lightnings_own_burns_patience_and_is_warned_of(tmp_path: Any) -> None:
+def test_lightnings_own_counts_unmeasured_epochs_and_is_warned_of(tmp_path: Any) -> None:
     def text(*stoppers: Any) -> str:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
@@ -192,3 +220,67 @@ def test_lightnings_own_burns_patience_and_is_warned_of(tmp_path: Any) -> None:
     ours = PowerLawEarlyStopping(mode="max", min_delta=NEVER, patience=2)
     assert "counts measurements instead" not in text(ours)
     assert ours.stopped_epoch == 6
+
+
+def stopper_after(num: int, tmp_path: Any, **options: Any) -> tuple[Any, Any, Any]:
+    """Return a stopper whose callback has a history of some measurements, the callback, and the trainer."""
+    source = measure(extras=["split_half"], num_samples=40)
+    stopper = PowerLawEarlyStopping(mode="max", **options)
+    fitted = run(tmp_path, source, stopper, max_epochs=1)
+    (last,) = source.history[1:]
+    source.history = [replace(last, epoch=n, step=6 * (n + 1)) for n in range(num)]
+    return stopper, source, fitted
+
+
+def test_only_new_measurements_are_processed(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    stopper, source, fitted = stopper_after(150, tmp_path, patience=10**6)
+    computed: list[Any] = []
+    interval = early_stopping.numerical_interval_of
+    monkeypatch.setattr(early_stopping, "numerical_interval_of", lambda *a: computed.append(a) or interval(*a))
+    calls = []
+    for num in (50, 149):
+        history, source.history = source.history, source.history[:num]
+        stopper.on_hessian_measured(fitted, None, source)
+        computed.clear()
+        source.history = history[: num + 1]
+        calls.append(count_calls(lambda: stopper.on_hessian_measured(fitted, None, source)))
+        assert len(computed) == 1
+        source.history = history
+    assert calls[1] == pytest.approx(calls[0], rel=0.02)
+    assert stopper.verdict.wait == 149
+
+
+def test_another_history_is_judged_from_its_beginning(tmp_path: Any) -> None:
+    stopper, source, fitted = stopper_after(9, tmp_path, patience=20)
+    for history in (source.history, source.history[:5], [replace(one) for one in source.history]):
+        source.history = history
+        stopper.on_hessian_measured(fitted, None, source)
+        assert stopper.verdict.wait == len(history) - 1
+    stopper.setup(fitted, None, "fit")
+    stopper.on_hessian_measured(fitted, None, source)
+    assert stopper.verdict.wait == 8
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"wait_count": "2"},
+        {"wait_count": -1},
+        {"best_score": "low"},
+        {"best_score": None},
+        {"stopped_epoch": 1.5},
+        {"stopping_reason_message": 3},
+    ],
+    ids=str,
+)
+def test_a_damaged_state_is_refused_when_it_is_loaded(change: dict[str, Any]) -> None:
+    state = PowerLawEarlyStopping(mode="min").state_dict()
+    stopper = PowerLawEarlyStopping(mode="min")
+    with pytest.raises(ValueError, match=f"cannot be used: {next(iter(change))} must be .*; remove its entry"):
+        stopper.load_state_dict({**state, **change})
+    with pytest.raises(ValueError, match="cannot be used: wait_count"):
+        stopper.load_state_dict({})
+    stopper.load_state_dict(state)
+    del state["stopping_reason_message"]  # As in checkpoints of earlier versions.
+    stopper.load_state_dict(state)
+    assert stopper.state_dict() == PowerLawEarlyStopping(mode="min").state_dict()

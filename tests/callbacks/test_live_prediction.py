@@ -1,4 +1,4 @@
-"""Predictions in real runs: what is logged and when, resumed runs, ranks, and runs that lack what is predicted."""
+"""Predictions in training runs: logged values, resumed runs, ranks, missing losses, long histories."""
 
 from __future__ import annotations
 
@@ -6,17 +6,21 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
+from scipy.stats import kendalltau, spearmanr
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from hessian_callback.callbacks import live_prediction
 from hessian_callback.callbacks.live_prediction import LivePrediction
 from hessian_callback.linalg.distributed import PeerError
 from hessian_callback.measurement.measurement import Measurement
+from tests.helpers.calls import count_calls
 from tests.helpers.losses_on_rank import losses_on_rank
 from tests.helpers.ranks import run_ranks
 from tests.helpers.toy_runs import loader, measure, seeded, trainer
@@ -28,7 +32,7 @@ EPOCHS = 9
 
 
 class Seen(Callback):
-    """Notes the losses that Lightning ends each epoch with."""
+    """Record the losses that Lightning has at the end of each epoch."""
 
     def __init__(self) -> None:
         self.rows: list[dict[str, float]] = []
@@ -62,7 +66,7 @@ def whole(tmp_path_factory: Any) -> Any:
     return folder, callback, seen, run
 
 
-def test_the_losses_kept_are_those_of_the_run(whole: Any) -> None:
+def test_the_history_has_the_losses_of_the_run(whole: Any) -> None:
     _, callback, seen, _ = whole
     kept = [{"val_loss": one.val_loss, "train_loss": one.train_loss} for one in callback.history[1:]]
     assert kept == [pytest.approx(row, rel=1e-6) for row in seen.rows]
@@ -70,7 +74,7 @@ def test_the_losses_kept_are_those_of_the_run(whole: Any) -> None:
     assert callback.history[0].val_loss is callback.history[0].train_loss is None
 
 
-def test_nothing_is_logged_before_the_fifth_and_then_beside_what_came(whole: Any) -> None:
+def test_predictions_are_logged_from_the_fifth_measurement_beside_the_loss(whole: Any) -> None:
     folder, callback, seen, run = whole
     curves = EventAccumulator(str(folder / "run"))
     curves.Reload()
@@ -96,7 +100,7 @@ def test_nothing_is_logged_before_the_fifth_and_then_beside_what_came(whole: Any
     assert float(run.callback_metrics["hessian/next_loss"]) == pytest.approx(callback.prediction.scalars()["next_loss"])
 
 
-def test_it_says_in_a_line_how_it_went(whole: Any, capsys: Any, tmp_path: Path) -> None:
+def test_a_line_of_text_summarises_the_predictions(whole: Any, capsys: Any, tmp_path: Path) -> None:
     callback = whole[1]
     found = callback.prediction.comparison()
     assert found.num == EPOCHS - 5
@@ -111,7 +115,7 @@ def test_it_says_in_a_line_how_it_went(whole: Any, capsys: Any, tmp_path: Path) 
     assert text.count("; next loss") == 3
 
 
-def test_a_resumed_run_predicts_as_if_nothing_had_been(whole: Any, tmp_path: Path) -> None:
+def test_a_resumed_run_predicts_as_an_uninterrupted_one(whole: Any, tmp_path: Path) -> None:
     folder, callback, *_ = whole
     resumed = measure(predict="val_loss")
     fit(tmp_path, resumed, path=folder / "epoch=5.ckpt")
@@ -134,7 +138,7 @@ def test_weights_are_those_of_a_run_without_predictions(tmp_path: Path) -> None:
     assert not any("loss_" in name or "predict" in name for name in other.callback_metrics if "hessian" in name)
 
 
-def test_the_loss_on_the_hessians_own_samples_is_the_default_at_any_cadence(tmp_path: Path) -> None:
+def test_the_loss_on_the_hessians_own_samples_is_the_default_for_any_schedule(tmp_path: Path) -> None:
     callback = measure(every_n_train_steps=4, train_loss=None)
     run = fit(tmp_path, callback, epochs=4)
     values = callback.prediction.scalars()
@@ -144,7 +148,7 @@ def test_the_loss_on_the_hessians_own_samples_is_the_default_at_any_cadence(tmp_
     assert float(run.callback_metrics["hessian/next_loss"]) == pytest.approx(values["next_loss"])
 
 
-def test_on_training_samples_they_are_the_training_loss_of_the_gap(tmp_path: Path) -> None:
+def test_on_training_samples_the_gap_uses_their_loss(tmp_path: Path) -> None:
     assert measure(dataloader="train").prediction is None
     callback = measure(dataloader="train", predict="val_loss")
     fit(tmp_path, callback, epochs=5)
@@ -152,7 +156,7 @@ def test_on_training_samples_they_are_the_training_loss_of_the_gap(tmp_path: Pat
     assert callback.prediction.scalars()["gap"] == pytest.approx(last.val_loss - last.loss)
 
 
-def test_a_validation_loss_of_other_weights_is_not_taken(tmp_path: Path) -> None:
+def test_a_validation_loss_of_other_weights_is_not_used(tmp_path: Path) -> None:
     callback = measure(predict="val_loss")
     fit(tmp_path, callback, epochs=4, check_val_every_n_epoch=2)
     assert [one.val_loss is None for one in callback.history] == [True, False, False]
@@ -160,7 +164,7 @@ def test_a_validation_loss_of_other_weights_is_not_taken(tmp_path: Path) -> None
         fit(tmp_path, measure(predict="val_loss", every_n_train_steps=2), epochs=1)
 
 
-def test_a_name_that_nothing_logs_is_said_once_and_training_goes_on(tmp_path: Path) -> None:
+def test_a_metric_that_nothing_logs_is_warned_of_once(tmp_path: Path) -> None:
     callback = measure(predict="no_such_loss")
     with pytest.warns(UserWarning, match="no finite metric of that name") as caught:
         fit(tmp_path, callback, epochs=6)
@@ -177,11 +181,21 @@ def test_ranks_agree_on_the_losses_and_fail_together() -> None:
     assert (one[1], other[1]) == (PeerError.__name__, "RuntimeError")
 
 
-def test_what_is_no_part_of_the_series_is_left_out() -> None:
-    def entry(number: int, **options: Any) -> Measurement:
-        defaults = {"when": "epoch", "loss": 0.5**number, "reason": "no fit"}
-        return Measurement(epoch=number, step=number, spectrum=None, fit=None, seconds=0.1, **{**defaults, **options})
+def entry(number: int, **options: Any) -> Measurement:
+    defaults = {"when": "epoch", "loss": 0.5**number, "reason": "no fit"}
+    return Measurement(epoch=number, step=number, spectrum=None, fit=None, seconds=0.1, **{**defaults, **options})
 
+
+def noisy(num: int) -> list[Measurement]:
+    """Measurements with a loss, a training loss and a trace that are drawn without a trend."""
+    draws = np.random.default_rng(0).uniform(0.5, 1.5, (num, 3))
+    return [
+        entry(n, loss=loss, train_loss=train_loss, comparisons={"trace": trace})
+        for n, (loss, train_loss, trace) in enumerate(draws.tolist(), 1)
+    ]
+
+
+def test_measurements_outside_the_series_are_left_out() -> None:
     plain = [entry(number) for number in range(1, 9)]
     disturbed = [entry(0, when="fit_start", loss=9.0), *plain[:3], entry(4, when="validate"), entry(4, loss=None)]
     disturbed += [entry(4, loss=math.nan), *plain[3:]]
@@ -191,6 +205,65 @@ def test_what_is_no_part_of_the_series_is_left_out() -> None:
     assert one.scalars() == other.scalars() != {}
     other.follow([*disturbed, entry(10, loss=None)])
     assert other.scalars() == {}
-    # Another history begins anew.
-    other.follow(plain)
+
+
+@pytest.mark.parametrize("change", ["shorter", "longer", "same length", "first removed", "empty"])
+def test_another_history_is_followed_from_its_beginning(change: str) -> None:
+    history = noisy(12)
+    live, expected = LivePrediction(), LivePrediction()
+    live.follow(history[:9])
+    others = {
+        "shorter": history[:6],
+        "longer": noisy(11),
+        "same length": noisy(9),
+        "first removed": history[1:10],
+        "empty": [],
+    }
+    live.follow(others[change])
+    expected.follow(others[change])
+    assert live.scalars() == expected.scalars()
+    assert (live.scalars() == {}) == (change == "empty")
+
+
+def test_the_order_of_calls_does_not_matter() -> None:
+    history = noisy(12)
+    one, other = LivePrediction(), LivePrediction()
+    one.follow(history)
+    for num in (0, 3, 3, 7, 12):
+        other.follow(history[:num])
     assert one.scalars() == other.scalars()
+
+
+def test_rank_correlations_are_those_of_the_latest_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(live_prediction, "CORRELATION_WINDOW", 20)
+    history = noisy(50)
+    live = LivePrediction()
+    for num in (20, 21, 50):
+        live.follow(history[:num])
+        latest = history[num - 20 : num]
+        for name, values in {
+            "trace": [one.comparisons["trace"] for one in latest],
+            "train_loss": [one.train_loss for one in latest],
+            "log_step": [one.step for one in latest],
+        }.items():
+            tau = kendalltau(values, [one.loss for one in latest]).statistic
+            rho = spearmanr(values, [one.loss for one in latest]).statistic
+            assert live.scalars()[f"rank_correlation/{name}"] == pytest.approx(tau, abs=1e-12)
+            assert live.scalars()[f"spearman/{name}"] == pytest.approx(rho, abs=1e-12)
+
+
+def test_a_measurement_costs_the_same_after_any_number_of_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(live_prediction, "CORRELATION_WINDOW", 20)
+    history = noisy(242)
+    live = LivePrediction()
+
+    def one_more(num: int) -> None:
+        live.follow(history[:num])
+        live.scalars()
+
+    calls = []
+    for num in (80, 240):
+        one_more(num)
+        calls.append(count_calls(lambda num=num: one_more(num + 1)))
+        one_more(num + 2)
+    assert calls[1] == pytest.approx(calls[0], rel=0.02)

@@ -1,8 +1,10 @@
-"""Predictors on series whose truth is known: closed forms, coverage, verdicts."""
+"""Predictors of series with known truth: closed forms, coverage, verdicts."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 
 from benchmarks.prediction_report import decaying, exchangeable, leading, wandering
 from hessian_callback.callbacks.prediction import (
+    FEATURES,
     LEVEL,
     WINDOW,
     Observation,
@@ -19,24 +22,29 @@ from hessian_callback.callbacks.prediction import (
     compare_errors,
     interval_score,
     predict_next,
-    tracks_of,
 )
 
 targets = st.lists(st.floats(-5, 5), min_size=5, max_size=12)
 
 
-def joint_verdict(series: list[Observation]) -> str:
-    tracks = {"both": PredictionTrack(["log_step", "slope", "fit_error"]), "step": PredictionTrack(["log_step"])}
+def tracks_of(series: list[Observation], predictors: Mapping[str, Sequence[str]] = FEATURES) -> dict[str, Any]:
+    """Replay a whole series with each predictor."""
+    tracks = {name: PredictionTrack(features) for name, features in predictors.items()}
     for observation in series:
         for track in tracks.values():
             track.add(observation)
+    return tracks
+
+
+def joint_verdict(series: list[Observation]) -> str:
+    tracks = tracks_of(series, {"both": ["log_step", "slope", "fit_error"], "step": ["log_step"]})
     found = compare_errors(tracks["both"].errors, tracks["step"].errors)
     assert found is not None
     return found.verdict
 
 
 @pytest.mark.parametrize("shift", [0.0, -10.0], ids=["positive: a power law", "of any sign: a line"])
-def test_what_the_features_determine_is_predicted_exactly(shift: float) -> None:
+def test_targets_that_the_features_determine_are_predicted_exactly(shift: float) -> None:
     rng = np.random.default_rng(0)
     x = rng.standard_normal((12, 2))
     goals = [1.0, *(1.5 + 0.2 * x[:-1, 0] - 0.1 * x[:-1, 1])]
@@ -48,7 +56,7 @@ def test_what_the_features_determine_is_predicted_exactly(shift: float) -> None:
     assert list(track.errors.values())[2:] == pytest.approx([0.0] * 5, abs=1e-9)
 
 
-def test_nothing_before_five_and_then_all_that_have_pairs_enough() -> None:
+def test_predictions_begin_at_five_observations_with_enough_pairs() -> None:
     series = decaying(np.random.default_rng(0), 8)
     for num in range(1, 9):
         known = {name for name, track in tracks_of(series[:num]).items() if track.next is not None}
@@ -56,7 +64,7 @@ def test_nothing_before_five_and_then_all_that_have_pairs_enough() -> None:
         assert known == expected | ({"log_step_and_spectrum"} if num >= 6 else set())
 
 
-def test_the_last_value_is_repeated_with_the_changes_as_its_interval() -> None:
+def test_without_features_the_last_value_is_repeated_with_the_changes_as_interval() -> None:
     found = predict_next([Observation(y) for y in (-1.0, 0.0, 2.0, 1.5, 4.5)], [])
     # Absolute changes are 1, 2, .5 and 3; four of four are needed for 80 %.
     assert found is not None
@@ -119,7 +127,7 @@ def test_only_the_last_pairs_count() -> None:
     assert tracks_of(series)["log_step"].made_for_last is not None
 
 
-def test_what_is_not_known_is_not_guessed() -> None:
+def test_pairs_without_a_feature_are_left_out() -> None:
     series = exchangeable(np.random.default_rng(0), 12)
     gone = [*series[:-1], Observation(series[-1].target, {})]
     assert predict_next(gone, ["log_step"]) is None
@@ -129,7 +137,7 @@ def test_what_is_not_known_is_not_guessed() -> None:
     assert predict_next(holed, ["log_step"]) != predict_next(series, ["log_step"])
 
 
-def test_constant_features_and_targets_are_no_trouble() -> None:
+def test_constant_features_and_targets_are_predicted() -> None:
     found = predict_next([Observation(0.5, {"slope": 1.0, "fit_error": 0.1})] * 9, ["slope", "fit_error"])
     assert found is not None
     assert (found.low, found.value, found.high) == pytest.approx((0.5, 0.5, 0.5))
@@ -151,15 +159,15 @@ def test_intervals_cover_exchangeable_pairs(stretched: bool, least: float) -> No
 
 
 @pytest.mark.parametrize("make", [exchangeable, decaying, wandering])
-def test_the_share_of_misses_is_what_the_stretch_says(make: object) -> None:
-    track = tracks_of(make(np.random.default_rng(3), 60), {"one": ["log_step"]})["one"]  # type: ignore[operator]
+def test_the_stretch_determines_the_share_of_misses(make: Any) -> None:
+    track = tracks_of(make(np.random.default_rng(3), 60), {"one": ["log_step"]})["one"]
     score = track.score()
     assert score is not None
     assert score.num == 55
     assert (1 - score.coverage) - (1 - LEVEL) == pytest.approx(math.log(track.stretch) / (0.5 * score.num))
 
 
-def test_without_drift_bounds_a_long_series_has_its_coverage() -> None:
+def test_long_series_have_the_nominal_coverage() -> None:
     for make in (decaying, wandering):
         score = tracks_of(make(np.random.default_rng(5), 120), {"one": ["log_step"]})["one"].score()
         assert score is not None
@@ -176,7 +184,7 @@ def test_the_interval_score_is_proper() -> None:
     assert min(means, key=means.__getitem__) == reach
 
 
-def test_the_verdict_can_say_all_three() -> None:
+def test_all_three_verdicts_occur() -> None:
     noise = [joint_verdict(decaying(np.random.default_rng(seed), 26)) for seed in range(12)]
     ahead = [joint_verdict(leading(np.random.default_rng(seed), 26)) for seed in range(12)]
     assert noise.count("adds nothing") >= 10
@@ -184,7 +192,7 @@ def test_the_verdict_can_say_all_three() -> None:
     assert joint_verdict(leading(np.random.default_rng(0), 12)) == "too few to say"
 
 
-def test_ties_and_losses_are_no_gain() -> None:
+def test_ties_and_losses_are_not_counted_as_gains() -> None:
     same = dict.fromkeys(range(12), 0.1)
     tied = compare_errors(same, same)
     assert tied is not None
@@ -195,7 +203,7 @@ def test_ties_and_losses_are_no_gain() -> None:
     assert compare_errors({1: 0.1}, {2: 0.1}) is None
 
 
-def test_bad_input_is_named() -> None:
+def test_bad_input_raises_an_error_that_names_it() -> None:
     with pytest.raises(ValueError, match="slope"):
         Observation(0.1, {"slope": math.nan})
     with pytest.raises(ValueError, match="target"):

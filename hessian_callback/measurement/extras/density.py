@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from hessian_callback._options import check_int
 from hessian_callback.algorithms.density import spectral_density
 from hessian_callback.measurement.extras.base import Examination, Extra, Finding
-from hessian_callback.measurement.options import check_int
 
 __all__ = ["Density"]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from hessian_callback._options import check_int
 from hessian_callback.measurement.extras.base import Examination, Extra, Finding
-from hessian_callback.measurement.options import check_int
 from hessian_callback.power_law.effective_rank import outlier_ratio
 
 __all__ = ["OutlierRatio"]

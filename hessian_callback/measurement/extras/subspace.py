@@ -7,12 +7,12 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from hessian_callback._options import check_int, optional
 from hessian_callback.algorithms.spectrum import Spectrum
 from hessian_callback.algorithms.subspace import subspace_rotation
 from hessian_callback.algorithms.subspace_history import SubspaceHistory
 from hessian_callback.linalg.linear_operator import SymmetricOperator
 from hessian_callback.measurement.extras.base import Examination, Extra, Finding
-from hessian_callback.measurement.options import check_int, optional
 
 __all__ = ["Subspace", "SubspaceState"]
 

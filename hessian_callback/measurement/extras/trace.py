@@ -6,9 +6,9 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import ClassVar
 
+from hessian_callback._options import check_int
 from hessian_callback.algorithms.trace import Moments, moments
 from hessian_callback.measurement.extras.base import Examination, Extra, Finding
-from hessian_callback.measurement.options import check_int
 
 __all__ = ["FrobeniusNorm", "Trace"]
 

@@ -84,7 +84,7 @@ def check_int(name: str, value: object, *, at_least: int | None = None, at_most:
         2
         >>> check_int("patience", 1.5, at_least=1)
         Traceback (most recent call last):
-        hessian_callback.measurement.options.OptionError: patience must be an integer of at least 1, got 1.5
+        hessian_callback._options.OptionError: patience must be an integer of at least 1, got 1.5
     """
     number = _unwrapped(value)
     if not isinstance(number, bool) and isinstance(number, numbers.Integral):
@@ -128,7 +128,7 @@ def check_number(
         inf
         >>> check_number("rtol", float("nan"), above=0, below=1)
         Traceback (most recent call last):
-        hessian_callback.measurement.options.OptionError: rtol must be a finite number above 0 and below 1, got nan
+        hessian_callback._options.OptionError: rtol must be a finite number above 0 and below 1, got nan
     """
     number = _unwrapped(value)
     if not isinstance(number, bool) and isinstance(number, numbers.Real):
@@ -155,7 +155,7 @@ def check_bool(name: str, value: object) -> bool:
     Example:
         >>> check_bool("verbose", "no")
         Traceback (most recent call last):
-        hessian_callback.measurement.options.OptionError: verbose must be True or False, got 'no'
+        hessian_callback._options.OptionError: verbose must be True or False, got 'no'
     """
     found = _unwrapped(value)
     if isinstance(found, bool):
@@ -181,7 +181,7 @@ def check_choice(name: str, value: object, choices: Collection[str]) -> str:
     Example:
         >>> check_choice("mode", "up", ["min", "max"])
         Traceback (most recent call last):
-        hessian_callback.measurement.options.OptionError: mode must be 'min' or 'max', got 'up'
+        hessian_callback._options.OptionError: mode must be 'min' or 'max', got 'up'
     """
     if isinstance(value, str) and value in choices:
         return value
@@ -195,7 +195,7 @@ def check_callable(name: str, value: T) -> T:
     Example:
         >>> check_callable("loss_fn", "cross_entropy")
         Traceback (most recent call last):
-        hessian_callback.measurement.options.OptionError: loss_fn must be callable, got 'cross_entropy'
+        hessian_callback._options.OptionError: loss_fn must be callable, got 'cross_entropy'
     """
     if callable(value):
         return value
@@ -237,10 +237,10 @@ def check_each(
     Example:
         >>> check_each(check_int, "at_steps", [0, 50, -1], at_least=0)
         Traceback (most recent call last):
-        hessian_callback.measurement.options.OptionError: at_steps[2] must be an integer of at least 0, got -1
+        hessian_callback._options.OptionError: at_steps[2] must be an integer of at least 0, got -1
         >>> check_each(check_choice, "extras", "trace", ["trace", "density"])
         Traceback (most recent call last):
-        hessian_callback.measurement.options.OptionError: extras must be a list, got 'trace'
+        hessian_callback._options.OptionError: extras must be a list, got 'trace'
     """
     scalar = isinstance(value, (str, bytes, Mapping)) or getattr(value, "ndim", 1) == 0
     if scalar or not isinstance(value, Iterable):
@@ -271,7 +271,7 @@ def optional(
         True
         >>> optional(check_int, "batch_size", 0, at_least=1)
         Traceback (most recent call last):
-        hessian_callback.measurement.options.OptionError: batch_size must be None or an integer of at least 1, got 0
+        hessian_callback._options.OptionError: batch_size must be None or an integer of at least 1, got 0
     """
     if value is None:
         return None
