@@ -58,8 +58,8 @@ class PowerLawEarlyStopping(EarlyStopping):
     with the numerical uncertainty :math:`\nu` from the eigenvalues' error bounds, and ``num_sigmas`` times the standard
     error :math:`\sigma_D` of the difference due to the choice of the samples, from paired halves. The standard error
     needs ``extras=["split_half"]`` of the callback. Without it only the numerical part is known, which was a tenth or
-    less of the whole on a small network, and a warning is given. The run is stopped after ``patience`` measurements without
-    progress, and not before a trend of ``min_trend`` would have shown. `stopping_rule` has the formulas.
+    less of the whole on a small network, and a warning is given. The run is stopped after ``patience`` measurements
+    without progress, and not before a trend of ``min_trend`` would have shown. `stopping_rule` has the formulas.
 
     The slope has no universally good direction. In the paper it falls with the epochs and with the test error of a
     LeNet on MNIST (``mode="min"``); on the digits of the examples it rises while the loss falls (``mode="max"``). So
@@ -188,8 +188,8 @@ class PowerLawEarlyStopping(EarlyStopping):
             which = "of a group" if self._group is not None else "without extras=['split_half']"
             rank_zero_warn(
                 f"the noise of {self.monitor!r} {which} contains only the eigenvalues' error bounds. The choice of the "
-                "samples usually adds more; PowerLawHessianCallback(extras=['split_half']) measures that for the Hessian "
-                "as a whole and doubles the cost, and min_delta=0.05 would set a fixed change instead"
+                "samples usually adds more; extras=['split_half'] of the callback measures that for the Hessian as a "
+                "whole and doubles the cost, and min_delta=0.05 would set a fixed change instead"
             )
 
     def _find_source(self, trainer: Trainer) -> PowerLawHessianCallback:

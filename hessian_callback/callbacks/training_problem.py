@@ -54,7 +54,7 @@ def training_problem(
     """
     counted = samples.counted
     with ranks.propagate_errors("preparing the loss and the samples"):
-        loss = as_in_a_step(trainer, pl_module, resolve_loss(pl_module, loss_fn))
+        loss = as_in_a_step(trainer, pl_module, resolve_loss(pl_module, loss_fn, origin=source.description))
         batches = source.batches_on_device(trainer, pl_module, counted)
         model, precision = in_full_precision(trainer, pl_module)
     return Problem(

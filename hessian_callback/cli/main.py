@@ -17,7 +17,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from hessian_callback._version import __version__
 from hessian_callback.callbacks.power_law import PowerLawHessianCallback
-from hessian_callback.cli.spectrum import MeasuringTrainer
+from hessian_callback.cli.spectrum import check_output, measure_module, write_spectrum
 from hessian_callback.measurement.measurement import Measurement
 
 __all__ = ["HessianCLI", "main", "print_report", "stop_messages", "table_row"]
@@ -74,8 +74,7 @@ class HessianCLI(LightningCLI):
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """The trainer's methods that measure; ``test`` and ``predict`` do not."""
-        usual = {name: skip for name, skip in LightningCLI.subcommands().items() if name in ("fit", "validate")}
-        return {**usual, "spectrum": {"model", "datamodule"}}
+        return {name: skip for name, skip in LightningCLI.subcommands().items() if name in ("fit", "validate")}
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """Make a parser whose errors say what to do."""
@@ -101,10 +100,6 @@ class HessianCLI(LightningCLI):
         path = self._get(self.config, "ckpt_path")
         if path is not None and path not in ("best", "last", "hpc") and "://" not in path and not Path(path).exists():
             self.parser.error(f"ckpt_path: File does not exist: '{path}'")
-        if self.subcommand == "spectrum":
-            # What is measured is printed, and written where it is asked for: a folder of logs would be empty.
-            self.save_config_callback = None
-            self.config["spectrum.trainer.logger"] = False
         threads = self._get(self.config, "num_threads")
         if threads is not None:
             torch.set_num_threads(threads)
@@ -113,20 +108,70 @@ class HessianCLI(LightningCLI):
         """Report the measurements of the run."""
         print_report(self.trainer)
 
-    def after_spectrum(self) -> None:
-        """Report the one measurement."""
-        if not self.trainer.is_global_zero:
-            return
-        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, PowerLawHessianCallback):
-                _print_history(callback, callback.history[-1:])
-        output = self._get(self.config, "output")
-        if output is not None:
-            print(f"Eigenvalues with error bounds: {_shown(output)}")
-
     def after_validate(self) -> None:
         """Report the measurement of the checkpoint."""
         print_report(self.trainer)
+
+
+class SpectrumCLI(HessianCLI):
+    """Measures a model or a checkpoint, without training or validating."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the checkpoint, the output file, and the measurement's size."""
+        from jsonargparse.typing import PositiveInt
+
+        super().add_arguments_to_parser(parser)
+        parser.add_argument("--ckpt_path", type=str | None, default=None, help="The checkpoint; default: none.")
+        parser.add_argument(
+            "--output",
+            type=str | None,
+            default=None,
+            help="A .csv or .json file for the eigenvalues with their error bounds.",
+        )
+        parser.add_argument(
+            "--num_eigenvalues",
+            type=PositiveInt,
+            default=50,
+            help="How many eigenvalues, if no PowerLawHessianCallback is configured.",
+        )
+        parser.add_argument(
+            "--num_samples",
+            type=PositiveInt,
+            default=1024,
+            help="How many samples, if no PowerLawHessianCallback is configured.",
+        )
+
+    def before_instantiate_classes(self) -> None:
+        """Open the output before the work."""
+        super().before_instantiate_classes()
+        # The measurement is printed, and written to the output: a folder of logs would be empty.
+        self.config["trainer.logger"] = False
+        output = self._get(self.config, "output")
+        if output is not None:
+            try:
+                check_output(output)
+            except (OSError, ValueError) as error:
+                self.parser.error(str(error))
+
+    def run(self) -> None:
+        """Measure once for each configured callback, print and write the result."""
+        callbacks = [one for one in self.trainer.callbacks if isinstance(one, PowerLawHessianCallback)]  # type: ignore[attr-defined]
+        output = self._get(self.config, "output")
+        if output is not None and len(callbacks) > 1:
+            self.parser.error(
+                f"output={output!r} holds one spectrum, and {len(callbacks)} callbacks are configured; keep one"
+            )
+        if not callbacks:
+            chosen = {name: self._get(self.config, name) for name in ("num_eigenvalues", "num_samples")}
+            callbacks = [PowerLawHessianCallback(**chosen)]
+        for callback in callbacks:
+            measurement = measure_module(
+                self.trainer, self.model, self.datamodule, callback, self._get(self.config, "ckpt_path")
+            )
+            _print_history(callback, [measurement])
+        if output is not None:
+            write_spectrum(measurement, output)
+            print(f"Eigenvalues with error bounds: {_shown(output)}")
 
 
 class _HelpfulParser(LightningArgumentParser):
@@ -199,18 +244,23 @@ def main(args: Sequence[str] | None = None) -> None:
     if args is None and len(sys.argv) == 1:
         # Without a sub-command there is nothing to do but to explain them.
         args = ["--help"]
-    HessianCLI(
-        trainer_class=MeasuringTrainer,
-        # A run's folder is new for each run, but not where a logger is told its version.
-        save_config_kwargs={"overwrite": True},
-        parser_kwargs={
+    options: dict[str, Any] = {
+        "parser_kwargs": {
             "prog": "hessian-callback",
             "version": __version__,
             "description": _DESCRIPTION,
             "epilog": _EPILOG,
             "formatter_class": Formatter,
         },
+    }
+    if given[:1] == ["spectrum"]:
+        SpectrumCLI(run=False, save_config_callback=None, args=given[1:], **options).run()
+        return
+    HessianCLI(
+        # A run's folder is new for each run, but not where a logger is told its version.
+        save_config_kwargs={"overwrite": True},
         args=None if args is None else list(args),
+        **options,
     )
 
 

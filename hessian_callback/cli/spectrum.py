@@ -1,120 +1,151 @@
-"""Measuring a model or a checkpoint without training, for ``hessian-callback spectrum``."""
+"""The command ``hessian-callback spectrum``: measure a model or a checkpoint, without training or validating."""
 
 from __future__ import annotations
 
 import csv
+import io
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.utilities.model_helpers import is_overridden
 
+from hessian_callback.callbacks.full_precision import batch_in_full_precision, in_full_precision
+from hessian_callback.callbacks.module_loss import resolve_loss
 from hessian_callback.callbacks.power_law import PowerLawHessianCallback
+from hessian_callback.callbacks.sample_source import missing_loader
+from hessian_callback.linalg.distributed import Ranks
+from hessian_callback.measurement.atomic_files import write_atomically
 from hessian_callback.measurement.measurement import Measurement
+from hessian_callback.measurement.place import Place
+from hessian_callback.measurement.problem import Problem
+from hessian_callback.measurement.samples import collect
 
-__all__ = ["MeasuringTrainer", "write_spectrum"]
+__all__ = ["check_output", "measure_module", "write_spectrum"]
 
-# What a module does on validation, and what a spectrum does not need.
-_HOOKS = (
-    "validation_step",
-    "on_validation_start",
-    "on_validation_epoch_start",
-    "on_validation_batch_start",
-    "on_validation_batch_end",
-    "on_validation_epoch_end",
-    "on_validation_end",
-)
+_TRANSFER_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
 
 
-class MeasuringTrainer(Trainer):
-    """A Trainer that can also measure without training or validating."""
+def measure_module(
+    trainer: Trainer,
+    module: LightningModule,
+    datamodule: LightningDataModule | None,
+    callback: PowerLawHessianCallback,
+    ckpt_path: str | Path | None = None,
+) -> Measurement:
+    """Measure a module in this process, with the options of a callback.
 
-    def spectrum(
-        self,
-        model: LightningModule,
-        datamodule: LightningDataModule | None = None,
-        ckpt_path: str | None = None,
-        output: str | None = None,
-        num_eigenvalues: int = 50,
-        num_samples: int = 1024,
-    ) -> list[Measurement]:
-        """Measure the largest eigenvalues of a checkpoint's Hessian, without training.
+    The module's validation step and its hooks of training and validation are not called.
 
-        The module's validation step and validation hooks are not called. With a PowerLawHessianCallback among the
-        trainer's callbacks its options hold; without one, one is added.
+    Args:
+        trainer: gives the device.
+        module: the module.
+        datamodule: the data; ``None`` for the module's own loaders.
+        callback: its samples, loss, parameters, solver, extras and groups count.
+        ckpt_path: the checkpoint of the module; ``None`` to measure the module as it is.
 
-        Args:
-            model: the module, with a loader for validation, its own or the data module's.
-            datamodule: the data.
-            ckpt_path: the checkpoint; without one the module is measured as it is.
-            output: file for the eigenvalues with their error bounds, .csv or .json.
-            num_eigenvalues: how many, if no callback is configured.
-            num_samples: held-out samples, if no callback is configured.
-
-        Returns:
-            The new measurement of each callback.
-
-        Raises:
-            ValueError: if the output's name has another ending, or there are several callbacks for one output.
-        """
-        callbacks: list[Any] = self.callbacks  # type: ignore[attr-defined]
-        measuring = [callback for callback in callbacks if isinstance(callback, PowerLawHessianCallback)]
-        if output is not None:
-            _check(output, len(measuring))
-        if not measuring:
-            measuring = [PowerLawHessianCallback(num_eigenvalues=num_eigenvalues, num_samples=num_samples)]
-            callbacks += measuring
-        self.limit_val_batches = 1
-        with _without_hooks(model):
-            self.validate(model, ckpt_path=ckpt_path, datamodule=datamodule, verbose=False)
-        measurements = [callback.history[-1] for callback in measuring if callback.history]
-        if output is not None and self.is_global_zero:
-            write_spectrum(measurements[0], output)
-        return measurements
-
-
-def _check(output: str, num_callbacks: int) -> None:
-    if Path(output).suffix.lower() not in (".csv", ".json"):
-        raise ValueError(f"output={output!r} must end in .csv or .json")
-    if num_callbacks > 1:
-        raise ValueError(
-            f"output={output!r} holds one spectrum, and {num_callbacks} callbacks are configured; keep one"
-        )
+    Raises:
+        MisconfigurationException: if there is no loader or no loss.
+    """
+    epoch, step = _load(module, ckpt_path)
+    device = trainer.strategy.root_device
+    module.to(device).eval()
+    source = callback.source
+    samples = collect(
+        _loader(module, datamodule, source.dataloader),
+        num_samples=source.num_samples,
+        seed=source.seed,
+        batch_size=source.batch_size,
+        batch_weight=source.batch_weight,
+    ).counted
+    model, precision = in_full_precision(trainer, module)
+    batches = [_on_device(module, datamodule, batch, device) for batch in samples.batches]
+    if model is not module:
+        batches = [batch_in_full_precision(batch) for batch in batches]
+    problem = Problem(
+        model=model,
+        loss_fn=resolve_loss(module, callback.loss_fn, origin=source.description),
+        batches=batches,
+        weights=samples.weights,
+        keys=samples.keys,
+        num_samples=samples.num_samples,
+        num_batches=samples.num_batches,
+        ranks=Ranks(),
+        batch_weight=source.batch_weight,
+        parameters=callback.parameters,
+        precision=precision,
+    )
+    return callback.measurer.measure(problem, Place(epoch, step, "validate")).measurement
 
 
-@contextmanager
-def _without_hooks(model: LightningModule) -> Iterator[None]:
-    """Let a module do nothing on validation while the context is open."""
-    before = {name: vars(model)[name] for name in _HOOKS if name in vars(model)}
+def _load(module: LightningModule, ckpt_path: str | Path | None) -> tuple[int, int]:
+    """Load the weights of a checkpoint; return its epoch and step."""
+    if ckpt_path is None:
+        return 0, 0
+    checkpoint: dict[str, Any] = torch.load(ckpt_path, map_location="cpu", weights_only=True)
+    module.on_load_checkpoint(checkpoint)
+    module.load_state_dict(checkpoint["state_dict"], strict=module.strict_loading)
+    return int(checkpoint.get("epoch", 0)), int(checkpoint.get("global_step", 0))
 
-    def nothing(*args: Any, **kwargs: Any) -> None:
-        return None
 
-    try:
-        for name in _HOOKS:
-            setattr(model, name, nothing)
-        yield
-    finally:
-        for name in _HOOKS:
-            delattr(model, name)
-        for name, hook in before.items():
-            setattr(model, name, hook)
+def _loader(module: LightningModule, datamodule: LightningDataModule | None, dataloader: Any) -> Any:
+    if not isinstance(dataloader, str):
+        return dataloader
+    owner = module if datamodule is None else datamodule
+    if datamodule is not None:
+        datamodule.prepare_data()
+        datamodule.setup("fit" if dataloader == "train" else "validate")
+    name = f"{dataloader}_dataloader"
+    if not is_overridden(name, owner):
+        raise MisconfigurationException(missing_loader(dataloader))
+    return getattr(owner, name)()
+
+
+def _on_device(
+    module: LightningModule, datamodule: LightningDataModule | None, batch: Any, device: torch.device
+) -> Any:
+    """Move a batch with the hooks of the module or, if it overrides them, of the data module."""
+    for name in _TRANSFER_HOOKS:
+        owner: Any = datamodule if datamodule is not None and is_overridden(name, datamodule) else module
+        hook = getattr(owner, name)
+        batch = hook(batch, device, 0) if name == "transfer_batch_to_device" else hook(batch, 0)
+    return batch
+
+
+def check_output(output: str | Path) -> None:
+    """Check before the work that a spectrum can be written to a file.
+
+    Raises:
+        ValueError: if the name has another ending than ``.csv`` or ``.json``.
+        OSError: if no file can be made there.
+    """
+    path = Path(output)
+    if path.suffix.lower() not in (".csv", ".json"):
+        raise ValueError(f"output={str(output)!r} must end in .csv or .json")
+    if path.is_dir():
+        raise IsADirectoryError(f"output={str(output)!r} is a folder; name a file")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    probe = path.with_name(f".{path.name}.writable")
+    probe.touch()
+    probe.unlink()
 
 
 def write_spectrum(measurement: Measurement, path: str | Path) -> None:
     """Write the eigenvalues of a measurement to a file.
 
     Args:
-        measurement: what was measured.
+        measurement: the measurement.
         path: a ``.csv`` (one row an eigenvalue) or ``.json`` file (the same, and the fit and the cost).
 
     Raises:
         ValueError: if the measurement has no spectrum, or the file another ending.
+        OSError: if the file cannot be written.
     """
     path = Path(path)
-    _check(str(path), 1)
+    check_output(path)
     spectrum = measurement.spectrum
     if spectrum is None:
         raise ValueError(f"there is no spectrum to write: {measurement.reason}")
@@ -125,16 +156,14 @@ def write_spectrum(measurement: Measurement, path: str | Path) -> None:
         {"rank": n + 1, "eigenvalue": value, "error_bound": bound, "converged": converged, "fitted": n in fitted}
         for n, (value, bound, converged) in enumerate(zip(*columns, strict=True))
     ]
-    path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix.lower() == ".csv":
-        with path.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, fieldnames=["rank", "eigenvalue", "error_bound", "converged", "fitted"])
-            writer.writeheader()
-            writer.writerows(rows)
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, fieldnames=["rank", "eigenvalue", "error_bound", "converged", "fitted"])
+        writer.writeheader()
+        writer.writerows(rows)
+        write_atomically(path, text.getvalue())
         return
     names = ["slope", "slope_stderr", "fit_error", "critical_distance", "num_fitted", "loss", "reason"]
     names += ["num_parameters", "num_samples", "num_hvps", "seconds", "epoch", "step", "mode", "precision"]
-    path.write_text(
-        json.dumps({**{name: getattr(measurement, name) for name in names}, "eigenvalues": rows}, indent=1) + "\n",
-        encoding="utf-8",
-    )
+    numbers = {name: getattr(measurement, name) for name in names}
+    write_atomically(path, json.dumps({**numbers, "eigenvalues": rows}, indent=1) + "\n")

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningDataModule, Trainer
 
 from hessian_callback.cli import main as cli
-from hessian_callback.cli.spectrum import MeasuringTrainer
+from hessian_callback.cli.spectrum import measure_module, write_spectrum
 from tests.helpers.toy_runs import Net, loader, measure, seeded, trainer
 
 
@@ -24,13 +26,16 @@ class NoValidation(Net):
     def on_validation_epoch_end(self) -> None:
         raise AssertionError("the validation hook was called")
 
+    def on_validation_start(self) -> None:
+        raise AssertionError("the validation hook was called")
+
     def val_dataloader(self) -> Any:
         return loader(seed=3)
 
 
-def measuring(tmp_path: Path, *callbacks: Any) -> MeasuringTrainer:
-    quiet = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing"), False)
-    return MeasuringTrainer(callbacks=list(callbacks), accelerator="cpu", default_root_dir=tmp_path, **quiet)
+def quiet(tmp_path: Path) -> Trainer:
+    off = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing"), False)
+    return Trainer(accelerator="cpu", default_root_dir=tmp_path, **off)
 
 
 @pytest.mark.parametrize("ending", ["csv", "json"])
@@ -40,28 +45,55 @@ def test_checkpoint_has_the_spectrum_that_training_measured(tmp_path: Path, endi
     trained.fit(seeded(), loader(), loader(seed=3))
     trained.save_checkpoint(tmp_path / "a.ckpt")
     model, output = seeded(NoValidation, seed=5), tmp_path / "new" / f"out.{ending}"
-    (found,) = measuring(tmp_path, measure()).spectrum(model, ckpt_path=str(tmp_path / "a.ckpt"), output=str(output))
+    found = measure_module(quiet(tmp_path), model, None, measure(), tmp_path / "a.ckpt")
+    write_spectrum(found, output)
     last = callback.history[-1]
     assert found.slope == pytest.approx(last.slope, rel=1e-4)
+    assert (found.epoch, found.step, found.when) == (1, 6, "validate")
     assert found.spectrum is not None
     text = output.read_text()
     rows = json.loads(text)["eigenvalues"] if ending == "json" else list(csv.DictReader(text.splitlines()))
     assert [float(row["eigenvalue"]) for row in rows] == found.spectrum.eigenvalues.tolist()
     assert [float(row["error_bound"]) for row in rows] == found.spectrum.error_bounds.tolist()
-    assert not [name for name in vars(model) if name.startswith(("validation_step", "on_validation"))]
 
 
-def test_no_callback_is_needed(tmp_path: Path) -> None:
-    (found,) = measuring(tmp_path).spectrum(seeded(NoValidation), num_eigenvalues=3, num_samples=32)
-    assert found.spectrum is not None
-    assert (len(found.spectrum.eigenvalues), found.num_samples, found.when) == (3, 32, "validate")
+class Halved(LightningDataModule):
+    """Halves the inputs on their way to the device."""
+
+    def val_dataloader(self) -> Any:
+        return loader(seed=3)
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        x, y = batch
+        return x / 2, y
 
 
-def test_output_is_checked_before_the_work(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"must end in \.csv or \.json"):
-        measuring(tmp_path).spectrum(seeded(NoValidation), output="out.xlsx")
-    with pytest.raises(ValueError, match="2 callbacks are configured"):
-        measuring(tmp_path, measure(), measure(prefix="b")).spectrum(seeded(NoValidation), output="out.csv")
+def test_transfer_hooks_of_the_data_module_run(tmp_path: Path) -> None:
+    plain = measure_module(quiet(tmp_path), seeded(NoValidation), None, measure(num_samples=48))
+    halved = measure_module(quiet(tmp_path), seeded(NoValidation), Halved(), measure(num_samples=48))
+    run = trainer(tmp_path, callback := measure(num_samples=48))
+    run.validate(seeded(), datamodule=Halved(), verbose=False)
+    assert halved.slope == pytest.approx(callback.history[-1].slope, rel=1e-4)
+    assert halved.slope != pytest.approx(plain.slope, rel=1e-4)
+
+
+def test_a_module_without_a_loader_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(MisconfigurationException, match=r"no validation loader.*Define val_dataloader"):
+        measure_module(quiet(tmp_path), seeded(), None, measure())
+
+
+@pytest.mark.parametrize("name", ["out.xlsx", "folder.csv", "file/out.csv"])
+def test_an_output_that_cannot_be_written_is_refused_before_the_work(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "folder.csv").mkdir()
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr("hessian_callback.cli.main.measure_module", lambda *_: pytest.fail("the work began"))
+    model = ("--model", "hessian_callback.demos.DigitsCNN", "--data", "hessian_callback.demos.DigitsData")
+    with pytest.raises(SystemExit) as ended:
+        run(monkeypatch, "spectrum", *model, "--output", str(tmp_path / name))
+    assert ended.value.code == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 2
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *args: str) -> None:
@@ -105,6 +137,10 @@ def test_errors_say_what_to_do(
     assert "usage:" not in shown
 
 
-def test_report_is_a_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match="no such folder"):
+def test_report_is_a_command(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
         run(monkeypatch, "report", str(tmp_path / "nowhere"))
+    assert stopped.value.code == 2
+    assert "no such folder" in capsys.readouterr().err
