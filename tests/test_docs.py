@@ -19,7 +19,7 @@ from tests.helpers.toy_runs import Net, loader, measure, seeded, trainer
 ROOT = Path(__file__).parents[1]
 # statistics.md and distributed.md speak of an operator that the reader has: their blocks are only compiled.
 EXCERPTS = {"statistics.md", "distributed.md"}
-COMMAND = re.compile(r"hessian-callback |-m hessian_callback\.cli ")
+COMMAND = re.compile(r"hessian-callback |-m hessian_callback\.cli\.main ")
 
 
 def examples(page: Path) -> list[Example]:

@@ -258,7 +258,7 @@ def test_the_cost_is_said_beforehand(tmp_path: Any, capsys: Any) -> None:
 
 BAD_OPTIONS: dict[str, dict[str, Any]] = {
     r"Subspace\(dimension=50\) must be below": {"extras": [Subspace(dimension=50)]},
-    "without slashes": {"groups": {"a/b": "net"}},
+    "must not be empty or contain slashes": {"groups": {"a/b": "net"}},
     "groups\\['a'\\].*not a valid regular expression": {"groups": {"a": "net("}},
 }
 

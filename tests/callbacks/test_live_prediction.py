@@ -171,7 +171,7 @@ def test_a_metric_that_nothing_logs_is_warned_of_once(tmp_path: Path) -> None:
     assert sum("no finite metric" in str(one.message) for one in caught) == 1
     assert all(one.logged for one in callback.history)
     assert callback.prediction.scalars() == {}
-    with pytest.raises(ValueError, match="names of metrics"):
+    with pytest.raises(ValueError, match="a string that is not empty"):
         measure(predict="")
 
 
