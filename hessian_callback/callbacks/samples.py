@@ -211,7 +211,7 @@ def collect(
 
     # Were the choices different, the ranks would hold other batches than they were dealt.
     choice = zlib.crc32(repr([group.indices for group in groups]).encode())
-    choices = _agreed(ranks, torch.tensor([float(len(groups)), float(choice)], dtype=torch.float64))
+    choices = ranks.gather([len(groups), choice])
     if bool((choices != choices[0]).any()):
         raise MisconfigurationException(
             "the ranks would choose different held-out samples, because their data sets differ or a sampler "
@@ -463,7 +463,7 @@ def _collect_stream(
             batches.append(batch)
             weights.append(_checked_weight(weigh, batch))
             count += _sample_count(batch, getattr(stream, "batch_size", None))
-    counts = _agreed(ranks, torch.tensor([float(count), float(len(batches)), sum(weights)], dtype=torch.float64))
+    counts = ranks.gather([count, len(batches), sum(weights)])
     return _checked(
         SampleSet(
             batches=batches,
@@ -499,13 +499,6 @@ def _sample_count(batch: Any, batch_size: int | None) -> int:
 
 
 # -- small things ------------------------------------------------------------------------------------
-
-
-def _agreed(ranks: Ranks, values: Tensor) -> Tensor:
-    """Return every rank's values, ``(n,) -> (W, n)``."""
-    table = torch.zeros(ranks.world_size, len(values), dtype=torch.float64, device=ranks.control_device)
-    table[ranks.rank] = values.to(table)
-    return ranks.all_reduce(table).cpu()
 
 
 def _checked(held_out: SampleSet, loader: Any) -> SampleSet:
