@@ -146,20 +146,16 @@ def assign_halves(keys: Sequence[int], weights: Sequence[float], ranks: Ranks, *
         >>> sorted(halves)
         [0, 0, 1, 1]
     """
-    counts = torch.zeros(ranks.world_size, dtype=torch.float64, device=ranks.control_device)
-    counts[ranks.rank] = len(keys)
-    numbers = [int(count) for count in ranks.all_reduce(counts).tolist()]
+    numbers = [int(count) for count in ranks.gather([len(keys)])[:, 0].tolist()]
     if sum(numbers) < 2:
         raise ValueError(
             f"{sum(numbers)} batch(es) can't be divided into halves; give the loader a smaller batch size, so that "
             "the held-out samples come in several batches, or batches whose tensors share a leading dimension"
         )
-    table = torch.zeros(2, ranks.world_size, max(numbers), dtype=torch.float64)
-    table[0, ranks.rank, : len(keys)] = torch.tensor(list(keys), dtype=torch.float64)
-    table[1, ranks.rank, : len(keys)] = torch.tensor(list(weights), dtype=torch.float64)
-    table = ranks.all_reduce(table.to(ranks.control_device)).cpu()
+    padding = [0.0] * (max(numbers) - len(keys))
+    tables = [ranks.gather([*own, *padding]).tolist() for own in (keys, weights)]
     every = [
-        (int(table[0, rank, number]), float(table[1, rank, number]))
+        (int(tables[0][rank][number]), tables[1][rank][number])
         for rank in range(ranks.world_size)
         for number in range(numbers[rank])
     ]

@@ -100,9 +100,7 @@ class ShardedFiniteDifference(FiniteDifference):
                     "rank; pass more batches than there are ranks"
                 )
             self._rows = [_rows(parameter, ranks) for parameter in loss.parameters]
-        counts = torch.zeros(ranks.world_size, dtype=torch.float64, device=ranks.control_device)
-        counts[ranks.rank] = len(batches)
-        missing = int(ranks.all_reduce(counts).max()) - len(batches)
+        missing = int(ranks.gather([len(batches)]).max()) - len(batches)
         batches = [*batches, *[batches[0]] * missing]
         scaled = [weight * ranks.world_size for weight in weights]
         super().__init__(loss, batches, [*scaled, *[0.0] * missing])

@@ -525,9 +525,7 @@ class HessianOperator:
 
     def _largest(self, *values: float) -> list[float]:
         """Return the largest of the ranks' values, each; one exchange."""
-        table = torch.zeros(self.ranks.world_size, len(values), dtype=torch.float64, device=self.ranks.control_device)
-        table[self.ranks.rank] = torch.tensor(values, dtype=torch.float64)
-        largest: list[float] = self.ranks.all_reduce(table).amax(dim=0).tolist()
+        largest: list[float] = self.ranks.gather(values).amax(dim=0).tolist()
         return largest
 
     def _now(self) -> float:

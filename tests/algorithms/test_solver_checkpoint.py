@@ -1,4 +1,4 @@
-"""Killed Lanczos runs go on where they were saved, to the same bits; and what they must not go on with is refused."""
+"""Killed Lanczos runs continue from their last save to the same bits; other runs and damaged files are refused."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import errno
 import io
 import os
 import signal
-import warnings
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import fields, replace
+from dataclasses import fields
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -24,30 +24,13 @@ from hessian_callback import HessianOperator, Spectrum
 from hessian_callback.algorithms import solver_checkpoint
 from hessian_callback.algorithms.lanczos import LanczosProgress, top_eigenvalues
 from hessian_callback.algorithms.solver_checkpoint import CheckpointError, SolverCheckpoint
-from hessian_callback.measurement import solvers as protocol
 from tests.algorithms.test_lanczos import SPECTRA, operator_of
 from tests.helpers.cases import CASES, rotated
-from tests.helpers.launched import finish, launch
-from tests.helpers.ranks import run_ranks
-from tests.linalg.test_distributed import DiagonalOperator
+from tests.helpers.faults import Killed, dying, full_disk
+from tests.helpers.ranks import DiagonalOperator, run_ranks
 
 DTYPES = [torch.float64, torch.float32]
 POWER_LAW = rotated(SPECTRA["power law"]())
-
-
-class Killed(BaseException):
-    """Ends a run as a signal would: nobody catches it."""
-
-
-def dying(after: int) -> Callable[[LanczosProgress], None]:
-    """Progress that ends the run when this process has formed so many products."""
-    left = count(after - 1, -1)
-
-    def progress(_: LanczosProgress) -> None:
-        if next(left) == 0:
-            raise Killed
-
-    return progress
 
 
 def killed_after(products: int, operator: Any, folder: Path, k: int = 10, **options: Any) -> None:
@@ -73,7 +56,7 @@ def assert_same_state(one: Any, other: Any) -> None:
 
 @pytest.fixture
 def saved(monkeypatch: pytest.MonkeyPatch) -> dict[int, Any]:
-    """What is saved, by the number of products; at the same number it has to be the same in every run."""
+    """Return the saved states by number of products; at the same number they must be equal in every run."""
     states: dict[int, Any] = {}
     save = SolverCheckpoint.save
 
@@ -101,10 +84,10 @@ def saved(monkeypatch: pytest.MonkeyPatch) -> dict[int, Any]:
     ],
     ids=str,
 )
-def test_a_run_that_is_killed_again_and_again(
+def test_a_run_that_is_killed_repeatedly(
     name: str, k: int, dtype: torch.dtype, saved: dict[int, Any], tmp_path: Path
 ) -> None:
-    """At ever other places: between checks, after probes that were in vain, within those that found something."""
+    """Kills fall between checks, after probes that found nothing, and within probes that found something."""
     matrix = rotated(SPECTRA[name]())
     solve = partial(
         top_eigenvalues, operator_of(matrix, dtype), k, max_matvecs=min(len(matrix), 250), checkpoint_every=0
@@ -134,7 +117,7 @@ def test_a_run_that_is_killed_again_and_again(
 
 @pytest.mark.parametrize("state", [(2, None), (2, 0), (2, 1)], ids=str)
 def test_several_chains(state: tuple[int, int | None], saved: dict[int, Any], tmp_path: Path) -> None:
-    """A copy joins by a probe and brings a chain of its own; killed while there are two, and either is expanded."""
+    """A probe adds a copy with a chain of its own; the run is killed while either of the two chains is expanded."""
     operator = operator_of(rotated(SPECTRA["five times"]()))
     whole = top_eigenvalues(operator, 10, checkpoint=tmp_path / "run", checkpoint_every=0, return_eigenvectors=True)
     chains = {n: (len(solver["decomposition"]["chains"]), solver["chain"]) for n, solver in saved.items()}
@@ -168,7 +151,7 @@ def test_the_hessian_of_a_network(hvp: str, dtype: torch.dtype, tmp_path: Path) 
     assert_same(top_eigenvalues(operator(), 8, checkpoint=tmp_path / "run"), whole)
 
 
-# -- what is written, and when ---------------------------------------------------------------------
+# -- files, and when they are written -------------------------------------------------------------------
 
 
 def test_nothing_is_saved_in_the_first_seconds_nor_left_at_the_end(
@@ -181,9 +164,10 @@ def test_nothing_is_saved_in_the_first_seconds_nor_left_at_the_end(
         sizes.append({path.name: path.stat().st_size for path in (tmp_path / "run").iterdir()})
 
     top_eigenvalues(operator, 10, checkpoint=tmp_path / "run", progress=look)
-    assert sizes == [{"rank0.basis": 0}] * len(sizes)
+    assert {tuple(sorted(one)) for one in sizes} == {("rank0.basis", "rank0.state0")}
+    assert {one["rank0.basis"] for one in sizes} == {0}
     assert list(tmp_path.iterdir()) == []
-    # By a clock on which a product takes a minute.
+    # With a clock on which a product takes a minute.
     sizes.clear()
     ticks = count(0, 60)
     monkeypatch.setattr(solver_checkpoint.time, "monotonic", lambda: next(ticks))
@@ -227,7 +211,7 @@ def test_without_a_folder_nothing_is_written(tmp_path: Path, monkeypatch: pytest
 
 def test_seconds_must_not_be_negative(tmp_path: Path) -> None:
     for every in (-1.0, float("nan")):
-        with pytest.raises(ValueError, match="checkpoint_every must be a number of seconds from 0 on"):
+        with pytest.raises(ValueError, match="checkpoint_every must be a number of seconds, at least 0"):
             top_eigenvalues(operator_of(POWER_LAW), 3, checkpoint=tmp_path, checkpoint_every=every)
 
 
@@ -235,7 +219,7 @@ def test_seconds_must_not_be_negative(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("remains", ["vectors", "half a vector", "a new state"])
-def test_what_a_save_left_behind_that_was_not_completed(remains: str, tmp_path: Path) -> None:
+def test_leftovers_of_an_unfinished_save_are_overwritten(remains: str, tmp_path: Path) -> None:
     operator, folder = operator_of(POWER_LAW), tmp_path / "run"
     whole = top_eigenvalues(operator, 10)
     killed_after(20, operator, folder)
@@ -251,8 +235,8 @@ def test_what_a_save_left_behind_that_was_not_completed(remains: str, tmp_path: 
     assert not folder.exists()
 
 
-def test_the_state_before_serves_where_the_last_is_gone(tmp_path: Path) -> None:
-    """A rank whose last save the others don't have goes back by one; here by hand."""
+def test_the_previous_state_is_used_if_the_last_is_missing(tmp_path: Path) -> None:
+    """A rank goes back by one save if the others lack its last one; here the file is deleted."""
     operator, folder = operator_of(POWER_LAW), tmp_path / "run"
     whole = top_eigenvalues(operator, 10)
     killed_after(30, operator, folder)
@@ -286,16 +270,11 @@ def test_after_a_save_that_fails_the_run_goes_on_and_the_save_before_stays(
     assert not folder.exists()
 
 
-def full_disk(left: Iterator[int], _: int) -> None:
-    if next(left) <= 0:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
-def test_runs_that_share_a_folder_are_told_so(tmp_path: Path) -> None:
+def test_runs_that_share_a_folder_are_warned(tmp_path: Path) -> None:
     operator, folder = operator_of(POWER_LAW), tmp_path / "run"
 
     def look(now: LanczosProgress) -> None:
-        if now.num_matvecs == 20:  # The other run is through.
+        if now.num_matvecs == 20:  # The other run ends.
             solver_checkpoint.delete_files(folder, 0)
 
     with pytest.warns(UserWarning, match=r"rank0\.basis\): do two runs share this folder\? Give each its own"):
@@ -319,13 +298,13 @@ def test_a_folder_that_cannot_be_written_is_found_before_the_first_product(tmp_p
     (tmp_path / "file").write_text("")
     products: list[LanczosProgress] = []
     with pytest.raises(
-        CheckpointError, match=r"can't be used for the .*: Not a directory \(.*\); make it one that can"
+        CheckpointError, match=r"can't be used for the .*: Not a directory \(.*\); make it readable and"
     ):
         top_eigenvalues(operator_of(POWER_LAW), 3, checkpoint=tmp_path / "file" / "run", progress=products.append)
     assert not products
 
 
-# -- what must not be gone on with -----------------------------------------------------------------
+# -- runs that must be refused ------------------------------------------------------------------------
 
 
 def stepped(case: Any, lr: float) -> None:
@@ -358,14 +337,14 @@ def test_another_hessian_is_refused(change: str, dtype: torch.dtype, tmp_path: P
         case.loss_fn = lambda model, batch: 1.0001 * loss_fn(model, batch)
     with pytest.raises(ValueError, match=r"another matrix.*restore the weights and the data.*or delete the folder"):
         solve()
-    # Nothing is lost, so the right ones can still go on.
+    # Nothing is lost, so the original run can still be continued.
     assert {path: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
     case.batches, case.weights, case.loss_fn = batches, weights, loss_fn
     case.model.load_state_dict(own)
     assert_same(solve(), top_eigenvalues(HessianOperator(case.model, loss_fn, batches, weights=weights), 8))
 
 
-def test_the_same_hessian_by_another_engine_is_none_other(tmp_path: Path) -> None:
+def test_the_same_hessian_by_another_engine_is_accepted(tmp_path: Path) -> None:
     case = CASES["attention"](torch.float32)
     first, second = (
         HessianOperator(case.model, case.loss_fn, case.batches, weights=case.weights, hvp=hvp)
@@ -398,7 +377,9 @@ def test_another_run_is_refused(
     if version := options.pop("version", None):
         monkeypatch.setattr(solver_checkpoint, "__version__", version)
     defaults: dict[str, Any] = {"operator": operator_of(POWER_LAW), "k": 10, "max_matvecs": 100}
-    with pytest.raises(CheckpointError, match=rf"{named}.*run it as it was begun, or delete the folder to start over"):
+    with pytest.raises(
+        CheckpointError, match=rf"{named}.*run it with the original arguments, or delete the folder to start over"
+    ):
         top_eigenvalues(checkpoint=tmp_path / "run", **{**defaults, **options})
 
 
@@ -424,6 +405,132 @@ def test_damaged_files_are_refused(name: str, damage: Callable[[Path], Any], tmp
         top_eigenvalues(operator_of(POWER_LAW), 10, checkpoint=folder)
 
 
+# -- files of others -------------------------------------------------------------------------------
+
+FOREIGN = [
+    "rankings.basis", "rank.basis", "rank0.basis.bak", "rank00.basis", "rank-1.basis", "rank0basis", "Rank0.basis",
+    "rank1a.state0", "ranked.state1", "rank0.news", "mine.basis", "rank0.state2", "rank\u0663.basis",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("finished", [True, False], ids=["finished", "killed"])
+def test_foreign_files_survive(finished: bool, tmp_path: Path) -> None:
+    for name in FOREIGN:
+        (tmp_path / name).write_bytes(name.encode())
+    (tmp_path / "rank0.folder").mkdir()
+    if not finished:
+        killed_after(12, operator_of(POWER_LAW), tmp_path)
+    top_eigenvalues(operator_of(POWER_LAW), 10, checkpoint=tmp_path, checkpoint_every=0)
+    assert {path.name for path in tmp_path.iterdir()} == {*FOREIGN, "rank0.folder"}
+    assert all((tmp_path / name).read_bytes() == name.encode() for name in FOREIGN)
+
+
+def test_a_foreign_basis_of_the_same_name_is_refused_and_never_deleted(tmp_path: Path) -> None:
+    path = tmp_path / "rank0.basis"
+    path.write_text("mine")
+    with pytest.raises(CheckpointError, match=r"rank0\.basis is not a solver's checkpoint: .*; move it elsewhere, or"):
+        top_eigenvalues(operator_of(POWER_LAW), 10, checkpoint=tmp_path)
+    solver_checkpoint.delete_files(tmp_path, 0)
+    assert [one.name for one in tmp_path.iterdir()] == ["rank0.basis"]
+    assert path.read_text() == "mine"
+
+
+def test_a_basis_of_the_first_unfinished_save_is_overwritten(tmp_path: Path) -> None:
+    """A kill within the first save leaves vectors and the state without vectors."""
+    operator = operator_of(POWER_LAW)
+    with pytest.raises(Killed):
+        top_eigenvalues(operator, 10, checkpoint=tmp_path / "run", progress=dying(3))
+    with (tmp_path / "run" / "rank0.basis").open("ab") as file:
+        file.write(os.urandom(5000))
+    # Nothing was saved, so other arguments are accepted.
+    assert_same(
+        top_eigenvalues(operator, 9, checkpoint=tmp_path / "run", checkpoint_every=0), top_eigenvalues(operator, 9)
+    )
+    assert not (tmp_path / "run").exists()
+
+
+def linked(path: Path, victim: Path) -> None:
+    path.unlink(missing_ok=True)
+    path.symlink_to(victim)
+
+
+@pytest.mark.parametrize("name", ["rank0.basis", "rank0.state0", "rank0.state1", "rank0.new"])
+@pytest.mark.parametrize("dangling", [False, True])
+@pytest.mark.parametrize("resumed", [False, True], ids=["new", "resumed"])
+def test_symbolic_links_are_not_followed(name: str, dangling: bool, resumed: bool, tmp_path: Path) -> None:
+    folder, victim, operator = tmp_path / "run", tmp_path / "victim", operator_of(POWER_LAW)
+    folder.mkdir()
+    if resumed:
+        killed_after(15, operator, folder)
+    if not dangling:
+        victim.write_text("mine")
+    linked(folder / name, victim)
+    error: CheckpointError | None = None
+    try:
+        top_eigenvalues(operator, 10, checkpoint=folder, checkpoint_every=0)
+    except CheckpointError as exception:
+        error = exception
+    assert victim.exists() != dangling
+    assert dangling or victim.read_text() == "mine"
+    # Only a leftover of an unfinished save is replaced without an error.
+    assert (error is None) == (name == "rank0.new")
+    assert error is None or "symbolic link" in str(error) or "is not a solver's checkpoint" in str(error)
+    solver_checkpoint.delete_files(folder, 0)
+    assert victim.exists() != dangling
+
+
+def test_a_link_put_in_place_during_a_run_is_not_written_through(tmp_path: Path) -> None:
+    operator, folder, victim = operator_of(POWER_LAW), tmp_path / "run", tmp_path / "victim"
+    victim.write_text("mine")
+
+    def swap(now: LanczosProgress) -> None:
+        if now.num_matvecs == 20:
+            linked(folder / "rank0.basis", victim)
+
+    with pytest.warns(UserWarning, match=r"could not be saved: .*rank0\.basis is a symbolic link"):
+        spectrum = top_eigenvalues(operator, 10, checkpoint=folder, checkpoint_every=0, progress=swap)
+    assert victim.read_text() == "mine"
+    assert_same(spectrum, top_eigenvalues(operator, 10))
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="makes named pipes")
+@pytest.mark.parametrize("name", ["rank0.basis", "rank0.state0"])
+def test_a_pipe_is_refused_without_waiting(name: str, tmp_path: Path) -> None:
+    killed_after(15, operator_of(POWER_LAW), tmp_path)
+    (tmp_path / name).unlink()
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(CheckpointError, match=r"can't be used .*: not a regular file"):
+        top_eigenvalues(operator_of(POWER_LAW), 10, checkpoint=tmp_path)
+
+
+def forged(content: Any) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return zlib.crc32(buffer.getvalue()).to_bytes(4, "big") + buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        forged([1, 2]),
+        forged({}),
+        forged({"number": "1", "run": {}, "vectors": 1, "checksum": 0, "solver": {}}),
+        forged({"number": 1, "run": [], "vectors": 1, "checksum": 0, "solver": {}}),
+        forged({"number": -1, "run": {}, "vectors": 1, "checksum": 0, "solver": {}}),
+        forged({"number": 1, "run": {}, "vectors": 1.5, "checksum": 0, "solver": {}}),
+        forged({"number": 1, "run": {}, "vectors": 1, "checksum": 0}),
+        zlib.crc32(b"text").to_bytes(4, "big") + b"text",
+        b"\0\0\0\0",
+        forged(Path("object")),
+    ],
+    ids=count(),
+)
+def test_a_state_of_other_content_is_refused(data: bytes, tmp_path: Path) -> None:
+    (tmp_path / "rank0.state0").write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"rank0\.state0 is cut off or damaged; delete the folder"):
+        top_eigenvalues(operator_of(POWER_LAW), 10, checkpoint=tmp_path)
+
+
 # -- several ranks ---------------------------------------------------------------------------------
 
 
@@ -433,14 +540,14 @@ def spectrum_on(rank: int, folder: Path | None, killed: int | None = None) -> tu
     With ``killed``, rank 1 dies within the save after so many products.
     """
     if killed is not None:
-        own = SolverCheckpoint._replace_state
+        own = SolverCheckpoint._write_state
 
-        def replace_state(self: SolverCheckpoint, solver: Any) -> None:
+        def write_state(self: SolverCheckpoint, number: int, solver: Any) -> None:
             if rank == 1 and self._vectors >= killed:
                 os.kill(os.getpid(), signal.SIGKILL)
-            own(self, solver)
+            own(self, number, solver)
 
-        SolverCheckpoint._replace_state = replace_state  # type: ignore[method-assign]
+        SolverCheckpoint._write_state = write_state  # type: ignore[method-assign]
     seen: list[tuple[int, int]] = []
 
     def progress(now: LanczosProgress) -> None:
@@ -464,13 +571,13 @@ def test_ranks_that_were_killed_between_their_saves_go_back_to_the_same(tmp_path
     assert last_save(folder, rank=0) == last_save(folder, rank=1) + 1
     for outcome, (expected, _) in zip(run_ranks(spectrum_on, 2, folder), whole, strict=True):
         spectrum, first = outcome.value
-        assert first == (17, 16)  # of the save before; what rank 0 had beyond it is gone
+        assert first == (17, 16)  # from the previous save; rank 0's later one is discarded
         assert_same(spectrum, expected)
     assert not folder.exists()
 
 
 def refusals_on(rank: int, folder: Path) -> list[str]:
-    """What is said where rank 1 has no files, where one is damaged, and where its disk is full."""
+    """Return the messages if rank 1 has no files, if one is damaged, and if its disk is full."""
     said = []
     for fault in ("lost", "damaged"):
         with pytest.raises(CheckpointError) as refused:
@@ -497,8 +604,9 @@ def test_ranks_refuse_and_give_up_saving_together(tmp_path: Path) -> None:
     flip(tmp_path / "damaged" / "rank1.basis")
     first, second = (outcome.value for outcome in run_ranks(refusals_on, 2, tmp_path))
     assert first[0] == second[0]
-    assert "lacks files of rank 1; put them back, or delete the folder" in first[0]
-    assert "by the error of rank 1; do as it says there" in first[1]
+    assert "lacks files of rank 1; restore them, or delete the folder" in first[0]
+    assert "rank 1 could not load the solver's checkpoint in" in first[1]
+    assert "see the error message of rank 1" in first[1]
     assert "rank1.basis is cut off or damaged; delete the folder" in second[1]
     assert len(first) == len(second) == 3
     assert "could not be saved: see rank 1. The computation goes on without further saves" in first[2]
@@ -506,7 +614,9 @@ def test_ranks_refuse_and_give_up_saving_together(tmp_path: Path) -> None:
     # The states of the survivor are those of two ranks, and one rank alone holds half of the vectors.
     (alone,) = run_ranks(spectrum_on, 1, tmp_path / "ranks", expect_errors=True)
     assert alone.error == "CheckpointError"
-    assert "ranks=2, and this one has ranks=1; run it as it was begun, or delete the folder" in alone.message
+    assert (
+        "ranks=2, and this one has ranks=1; run it with the original arguments, or delete the folder" in alone.message
+    )
 
 
 def saves_by_clocks(rank: int, folder: Path) -> list[int]:
@@ -526,99 +636,3 @@ def test_one_clock_decides_for_all_ranks(tmp_path: Path) -> None:
     first, second = (outcome.value for outcome in run_ranks(saves_by_clocks, 2, tmp_path / "run"))
     assert len(set(first)) > 3
     assert first == second
-
-
-# -- the callback ----------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def often(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Save at every opportunity, not every five minutes."""
-    monkeypatch.setattr(protocol, "top_eigenvalues", partial(top_eigenvalues, checkpoint_every=0))
-
-
-def fitted(*args: Any, **options: Any) -> Any:
-    from tests.helpers.killed_measurement import fit  # Lightning, which ranks do without.
-
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "(?!.*(starts over|saved|saves))")
-        return fit(*args, **options)
-
-
-def die() -> None:
-    raise Killed
-
-
-def without_times(callback: Any) -> list[Any]:
-    return [
-        replace(entry, seconds=0.0, groups={name: replace(group, seconds=0.0) for name, group in entry.groups.items()})
-        for entry in callback.history
-    ]
-
-
-def test_a_measurement_whose_process_was_killed_goes_on(
-    tmp_path: Path, often: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Killed at the twelfth product of step 4; the run that is started again comes to the same weights."""
-    process = launch("tests.helpers.killed_measurement", tmp_path / "solver")
-    whole = fitted(tmp_path / "other")
-    output = finish(process)
-    assert process.returncode == -signal.SIGKILL, output
-    assert [path.name for path in (tmp_path / "solver").iterdir()] == ["hessian-step=4"]
-    lines: list[str] = []
-    monkeypatch.setattr("hessian_callback.callbacks.power_law.announce", lambda _, line: lines.append(line))
-    resumed = fitted(tmp_path / "solver", verbose=True)
-    assert f"hessian: goes on with product 12, by {tmp_path / 'solver' / 'hessian-step=4'}" in lines
-    assert [resumed.steps.count(step) for step in (0, 4)] == [whole.steps.count(0), whole.steps.count(4) - 11]
-    assert without_times(resumed) == without_times(whole)
-    assert list((tmp_path / "solver").iterdir()) == []
-
-
-def test_a_measurement_of_other_weights_warns_and_starts_over(tmp_path: Path, often: None) -> None:
-    with pytest.raises(Killed):
-        fitted(tmp_path / "solver", (4, 12), die)
-    with pytest.warns(UserWarning, match=r"hessian: the measurement starts over: .* is of another matrix") as caught:
-        other = fitted(tmp_path / "solver", weights=2)
-    assert sum("starts over" in str(warning.message) for warning in caught) == 1
-    assert without_times(other) == without_times(fitted(tmp_path / "other", weights=2))
-    assert list((tmp_path / "solver").iterdir()) == []
-
-
-def test_parts_have_folders_of_their_own(tmp_path: Path, often: None) -> None:
-    options: dict[str, Any] = {"groups": {"last": r"^net\.4"}, "prefix": "curvature/hessian"}
-    whole = fitted(tmp_path / "other", **options)
-    for product in (12, whole.history[-1].num_hvps):
-        with pytest.raises(Killed):
-            fitted(tmp_path / "solver", (4, product), die, **options)
-        names = [path.name for path in (tmp_path / "solver").iterdir()]
-        assert names == ["curvature%2Fhessian-step=4" + ("" if product == 12 else "-group=last")]
-    assert without_times(fitted(tmp_path / "solver", **options)) == without_times(whole)
-    assert list((tmp_path / "solver").iterdir()) == []
-
-
-def test_a_measurement_that_fails_leaves_nothing_unless_the_run_ends_with_it(tmp_path: Path, often: None) -> None:
-    def fail() -> None:
-        raise OSError("no reading")
-
-    callback = fitted(tmp_path, (4, 12), fail)
-    assert callback.history[1].reason == "OSError: no reading"
-    assert list(tmp_path.iterdir()) == []
-    with pytest.raises(OSError, match="no reading"):
-        fitted(tmp_path, (4, 12), fail, on_error="raise")
-    assert [path.name for path in tmp_path.iterdir()] == ["hessian-step=4"]
-
-
-def test_a_measurement_that_cannot_be_saved_is_made(
-    tmp_path: Path, often: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole = without_times(fitted(tmp_path / "other"))
-    with monkeypatch.context() as patch:
-        patch.setattr(solver_checkpoint.os, "fsync", partial(full_disk, count(5, -1)))
-        with pytest.warns(UserWarning, match="could not be saved") as caught:
-            callback = fitted(tmp_path / "full")
-    assert sum("goes on without further saves" in str(warning.message) for warning in caught) == 2  # one for each
-    assert without_times(callback) == whole
-    assert list((tmp_path / "full").iterdir()) == []
-    (tmp_path / "file").write_text("")
-    with pytest.warns(UserWarning, match=r"the measurement is not saved: the folder .* can't be used"):
-        assert without_times(fitted(tmp_path / "file" / "solver", root=tmp_path / "other")) == whole

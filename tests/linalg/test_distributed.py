@@ -1,9 +1,11 @@
-"""The distributed engine in real process groups: the same Hessian for any W, what it costs, and failing together."""
+"""Real process groups: the same Hessian for any W, the number of collectives, and errors on all ranks together."""
 
 from __future__ import annotations
 
+import datetime
 import os
 import signal
+import subprocess
 from collections import Counter
 from typing import Any
 
@@ -13,10 +15,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hessian_callback import HessianOperator, top_eigenvalues
-from hessian_callback.linalg import distributed as parallel
-from hessian_callback.linalg.distributed import Partition, PeerError, Ranks
+from hessian_callback.linalg import distributed
+from hessian_callback.linalg.distributed import Partition, PeerError, RankLostError, Ranks, _cause
 from tests.helpers.cases import CASES
-from tests.helpers.ranks import run_ranks
+from tests.helpers.ranks import DiagonalOperator, run_ranks
 
 # -- partitions ------------------------------------------------------------------------------------
 
@@ -38,13 +40,73 @@ def test_a_single_process_fails_with_its_own_error() -> None:
         _ = 1 / 0
 
 
+# -- tables and flags ------------------------------------------------------------------------------
+
+
+def gathered(rank: int) -> tuple[Any, ...]:
+    ranks = Ranks(dist.group.WORLD)
+    values = [float(rank), -0.5 * rank, float("nan") if rank == 1 else float("inf"), 1e-300 * (rank + 1)]
+    return (
+        ranks.gather(values),
+        ranks.gather(torch.tensor(values[:1])),
+        ranks.gather([]),
+        [ranks.failed_ranks(rank in failing) for failing in ([], [1], [0, 2])],
+        [ranks.any(rank in flagged) for flagged in ([], [0], [2], [0, 1, 2])],
+    )
+
+
+def test_every_rank_gathers_the_same_table_and_flags() -> None:
+    nan, inf = float("nan"), float("inf")
+    expected = [[0.0, 0.0, inf, 1e-300], [1.0, -0.5, nan, 2e-300], [2.0, -1.0, inf, 3e-300]]
+    for outcome in run_ranks(gathered, 3):
+        table, column, empty, failed, flags = outcome.value
+        torch.testing.assert_close(table, torch.tensor(expected, dtype=torch.float64), rtol=0, atol=0, equal_nan=True)
+        assert (column.tolist(), column.dtype) == ([[0.0], [1.0], [2.0]], torch.float64)
+        assert empty.shape == (3, 0)
+        assert failed == [[], [1], [0, 2]]
+        assert flags == [False, True, True, True]
+
+
+def test_a_single_process_gathers_one_row() -> None:
+    assert Ranks().gather([1.0, 2.0]).tolist() == [[1.0, 2.0]]
+    assert Ranks().failed_ranks(False) == []
+    assert (Ranks().any(False), Ranks().any(True)) == (False, True)
+
+
+class Interrupted(Exception):
+    """Ends a computation on all ranks."""
+
+
+def signalled(rank: int) -> int:
+    """Return the product at which a rank leaves a computation; the ranks receive SIGTERM at different products."""
+    received: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, _: received.append(number))
+    operator, products = DiagonalOperator(300), 0
+
+    def progress(_: Any) -> None:
+        nonlocal products
+        products += 1
+        if products == 4 + 5 * rank:
+            os.kill(os.getpid(), signal.SIGTERM)
+        if operator.ranks.any(bool(received)):
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        top_eigenvalues(operator, 8, progress=progress)
+    return products
+
+
+def test_ranks_that_are_signalled_at_different_products_leave_at_the_same() -> None:
+    assert [outcome.value for outcome in run_ranks(signalled, 3)] == [4, 4, 4]
+
+
 # -- the same Hessian for any W --------------------------------------------------------------------
 
 
 def assign_to_ranks(
     case_name: str, dtype: torch.dtype, rank: int, world_size: int, holders: int
 ) -> tuple[Any, list[Any], list]:
-    """The samples of a case one by one, so that shares can be ragged; only the first ``holders`` ranks get any."""
+    """Split a case into single samples, so that shares can be ragged; only the first ``holders`` ranks get any."""
     case = CASES[case_name](dtype)
     singles, weights = [], []
     for batch in case.batches:
@@ -93,7 +155,7 @@ def test_other_engines_on_two_ranks(hvp: str) -> None:
     torch.testing.assert_close(together, alone, rtol=1e-10 if hvp == "linearize" else 1e-6, atol=0)
 
 
-# -- what it costs ---------------------------------------------------------------------------------
+# -- number of collectives ---------------------------------------------------------------------------------
 
 
 def count_collectives(rank: int) -> tuple[Counter[str], Counter[str], int, int, int]:
@@ -101,7 +163,7 @@ def count_collectives(rank: int) -> tuple[Counter[str], Counter[str], int, int, 
     volume: Counter[str] = Counter()
 
     def counted(name: str) -> None:
-        home = parallel if hasattr(parallel, name) else dist
+        home = distributed if hasattr(distributed, name) else dist
         original = getattr(home, name)
 
         def call(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -138,19 +200,6 @@ def test_one_reduce_scatter_and_one_all_gather_a_product() -> None:
         assert volume["all_reduce"] <= 8 * calls["all_reduce"] * (num_matvecs + 1)
 
 
-class DiagonalOperator:
-    """A large diagonal matrix, cut over the ranks, whose products cost and hold next to nothing."""
-
-    def __init__(self, size: int) -> None:
-        self.ranks = Ranks(dist.group.WORLD)
-        self.partition = self.ranks.partition(size)
-        self.dtype, self.device, self.relative_error = torch.float32, torch.device("cpu"), 1e-6
-        self._diagonal = self.partition.cut(torch.arange(1.0, size + 1) ** -0.2)
-
-    def matvec_slice(self, vector: Tensor) -> Tensor:
-        return self._diagonal * vector
-
-
 def resident_growth(rank: int, size: int) -> int:
     def resident() -> int:
         with open("/proc/self/statm") as statm:
@@ -179,7 +228,7 @@ def test_the_krylov_basis_is_cut_over_the_ranks() -> None:
         assert 0.45 * basis < half < 0.6 * basis
 
 
-# -- failing together ------------------------------------------------------------------------------
+# -- errors on all ranks together ------------------------------------------------------------------------------
 
 
 def failing_product(rank: int, failing: int, fault: str) -> None:
@@ -221,7 +270,7 @@ def test_nan_on_one_rank_fails_all() -> None:
         assert "check the loss" in outcome.message
 
 
-def test_the_survivors_of_a_killed_rank_end_soon_and_say_why() -> None:
+def test_the_survivors_of_a_killed_rank_end_soon_and_name_the_cause() -> None:
     survivor, killed = run_ranks(failing_product, 2, 1, "kill", expect_errors=True)
     assert (killed.error, killed.exitcode) == ("Killed", -signal.SIGKILL)
     assert survivor.error == "RankLostError"
@@ -260,7 +309,7 @@ def no_group(rank: int) -> str:
     return str(caught.value)
 
 
-def test_the_group_must_be_named_where_there_are_several_ranks() -> None:
+def test_the_group_must_be_passed_if_there_are_several_ranks() -> None:
     for outcome in run_ranks(no_group, 2):
         assert "torch.distributed.group.WORLD" in outcome.value
         assert "a group of one" in outcome.value
@@ -278,5 +327,44 @@ def test_a_group_of_one_is_a_hessian_of_its_own() -> None:
     assert not torch.allclose(first, second)
 
 
-def test_the_error_of_a_peer_names_all_that_failed() -> None:
+def test_the_error_of_a_peer_names_all_failed_ranks() -> None:
     assert "ranks 1, 3 failed while testing" in str(PeerError("testing", [1, 3]))
+
+
+# -- lost ranks ------------------------------------------------------------------------------------
+
+
+def stopped_rank(rank: int) -> str:
+    group = dist.new_group([0, 1], timeout=datetime.timedelta(seconds=2))
+    ranks = Ranks(group)
+    ranks.all_reduce(torch.ones(1))
+    if rank == 1:
+        # SIGSTOP, as a scheduler sends it; another process continues this one after the group's timeout.
+        subprocess.Popen(["/bin/sh", "-c", f"sleep 6; kill -CONT {os.getpid()}"])
+        os.kill(os.getpid(), signal.SIGSTOP)
+        return ""
+    with pytest.raises(RankLostError) as caught:
+        ranks.all_reduce(torch.ones(1))
+    return str(caught.value)
+
+
+def test_a_stopped_rank_is_not_reported_as_ended() -> None:
+    message = run_ranks(stopped_rank, 2)[0].value
+    assert "did not take part in it before the process group's timeout. Its process may be stopped" in message
+    assert "has ended" not in message
+
+
+@pytest.mark.parametrize(
+    ("message", "cause"),
+    [
+        ("[pair.cc:534] Connection closed by peer [127.0.0.1]:9", "process has ended"),
+        ("writev: Broken pipe", "process has ended"),
+        ("NCCL communicator was aborted on rank 1", "process has ended"),
+        ("Timed out waiting 2000ms for recv operation to complete", "may be stopped"),
+        ("Watchdog caught collective operation timeout: WorkNCCL(SeqNum=3)", "may be stopped"),
+        ("op.preamble.length <= op.nbytes. 16 vs 8", "with different data"),
+    ],
+)
+def test_the_cause_follows_from_the_backend_s_message(message: str, cause: str) -> None:
+    found = [name for name in ("process has ended", "may be stopped", "with different data") if name in _cause(message)]
+    assert found == [cause]
