@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import yaml
-from hessian_callback.algorithms.sharpness import SpectralDensity
+from hessian_callback.algorithms.density import SpectralDensity
 from hypothesis import strategies as st
 
 from benchmarks.fuzz.inputs import changed_state, mutated

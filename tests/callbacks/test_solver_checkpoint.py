@@ -17,7 +17,6 @@ from hessian_callback.algorithms import solver_checkpoint
 from hessian_callback.algorithms.lanczos import top_eigenvalues
 from hessian_callback.linalg.linear_operator import MatvecOperator
 from hessian_callback.measurement import solvers
-from hessian_callback.measurement.solvers import Protocol
 from tests.helpers.faults import Killed, full_disk
 from tests.helpers.killed_measurement import fit
 from tests.helpers.launched import finish, launch
@@ -56,7 +55,7 @@ def test_a_measurement_whose_process_was_killed_goes_on(
     assert process.returncode == -signal.SIGKILL, output
     assert [path.name for path in (tmp_path / "solver").iterdir()] == ["hessian-step=4"]
     lines: list[str] = []
-    monkeypatch.setattr("hessian_callback.callbacks.power_law.announce", lambda _, line: lines.append(line))
+    monkeypatch.setattr("hessian_callback.callbacks.trainer_observer.announce", lambda _, line: lines.append(line))
     resumed = fitted(tmp_path / "solver", verbose=True)
     assert f"hessian: goes on with product 12, by {tmp_path / 'solver' / 'hessian-step=4'}" in lines
     assert [resumed.steps.count(step) for step in (0, 4)] == [whole.steps.count(0), whole.steps.count(4) - 11]
@@ -115,10 +114,3 @@ def test_a_measurement_that_cannot_be_saved_is_made(
     (tmp_path / "file").write_text("")
     with pytest.warns(UserWarning, match=r"the measurement is not saved: the folder .* can't be used"):
         assert without_times(fitted(tmp_path / "file" / "solver", root=tmp_path / "other")) == whole
-
-
-def test_the_paper_s_runs_have_no_checkpoint(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"mode='paper' have no checkpoint of the solver; use mode='strict'"):
-        PowerLawHessianCallback(mode="paper", solver_checkpoint=tmp_path)
-    with pytest.raises(ValueError, match="no checkpoint of the solver"):
-        Protocol(3, "paper").solve(MatvecOperator(lambda v: v, 9), checkpoint=tmp_path)
