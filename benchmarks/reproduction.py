@@ -1,4 +1,4 @@
-"""The tables of docs/reproduction.md, from the results that the studies of the paper left.
+"""The tables of docs/reproduction.md, from the saved results of the studies of the paper.
 
     python -m benchmarks.reproduction
 
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hessian_callback.studies import results
-from hessian_callback.studies.definition import Printed, load_study
+from hessian_callback.studies.definition import Published, load_study
 from hessian_callback.studies.results import UNKNOWN, agreement, markdown_table
 
 ROOT = Path(__file__).parents[1]
@@ -36,7 +36,7 @@ def rows_of(name: str) -> tuple[list[str], list[dict[str, str]]]:
 
 
 def table(name: str, numbers: Sequence[str]) -> str:
-    """A line for each setting and K beside the printed figures; numbers over seeds as mean and range."""
+    """A line for each setting and K beside the published figures; numbers over seeds as mean and range."""
     factors, rows = rows_of(name)
     study = load_study(STUDIES / f"{name}.yaml")
     groups: dict[tuple[str, ...], list[dict[str, str]]] = {}
@@ -46,7 +46,7 @@ def table(name: str, numbers: Sequence[str]) -> str:
     lines = []
     for place, members in groups.items():
         labels = dict(zip(factors, place, strict=False))
-        printed = study.printed_for(labels) or Printed({})
+        published = study.published_for(labels) or Published({})
         fitted = [row for row in members if row["d_ks"]]
         num = len(fitted)
         holds = sum(row["holds_paper"] == "True" for row in fitted)
@@ -61,9 +61,9 @@ def table(name: str, numbers: Sequence[str]) -> str:
         line["accepted by 1.36/√K"] = f"{holds} of {num}" if num else UNKNOWN
         line["by the fitted value"] = f"{strict} of {num}" if num else UNKNOWN
         line["test error"] = spread([row["test_error"] for row in members], 3)
-        line["printed d_ks"] = UNKNOWN if printed.fit_error is None else str(printed.fit_error)
-        line["printed s_hat"] = UNKNOWN if printed.slope is None else str(printed.slope)
-        line["verdict"] = agreement(printed, holds, num)
+        line["published d_ks"] = UNKNOWN if published.fit_error is None else str(published.fit_error)
+        line["published s_hat"] = UNKNOWN if published.slope is None else str(published.slope)
+        line["verdict"] = agreement(published, holds, num)
         lines.append(line)
     return markdown_table(lines)
 

@@ -6,7 +6,7 @@ import csv
 import math
 import re
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -239,17 +239,17 @@ def losses_at(history: Sequence[Measurement], values: Sequence[LoggedValue]) -> 
     found: list[float | None] = []
     before = -1
     for measurement in history:
-        until = values[: bisect_right(steps, measurement.step)]
+        latest = (values[index] for index in range(bisect_right(steps, measurement.step) - 1, -1, -1))
         if measurement.when == "epoch" and has_epochs:
-            found.append(_last_in_epoch(until, measurement.epoch))
+            found.append(_first_in_epoch(latest, measurement.epoch))
         else:
-            found.append(_last_after(until, before, measurement.epoch))
+            found.append(_first_after(latest, before, measurement.epoch))
         before = measurement.step
     return found
 
 
-def _last_in_epoch(values: Sequence[LoggedValue], epoch: int) -> float | None:
-    for value in reversed(values):
+def _first_in_epoch(latest_first: Iterable[LoggedValue], epoch: int) -> float | None:
+    for value in latest_first:
         if value.epoch == epoch:
             return value.value
         if value.epoch is not None and value.epoch < epoch:  # Epochs ascend.
@@ -257,8 +257,8 @@ def _last_in_epoch(values: Sequence[LoggedValue], epoch: int) -> float | None:
     return None
 
 
-def _last_after(values: Sequence[LoggedValue], step: int, epoch: int) -> float | None:
-    for value in reversed(values):
+def _first_after(latest_first: Iterable[LoggedValue], step: int, epoch: int) -> float | None:
+    for value in latest_first:
         if value.step <= step:
             return None
         if value.epoch is None or value.epoch <= epoch:

@@ -8,21 +8,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from hessian_callback.measurement.atomic_files import write_atomically
 from hessian_callback.measurement.history import HistoryError
+from hessian_callback.measurement.stored_state import shortened
 from hessian_callback.studies.correlations import correlation_report
 from hessian_callback.studies.definition import PlannedRun, Study, StudyError, load_study
-from hessian_callback.studies.one_run import finished, write_whole
+from hessian_callback.studies.one_run import finished
 from hessian_callback.studies.results import csv_of, markdown_table, rows_of, setting_table
 from hessian_callback.studies.runner import LOG, Outcome, check_folders, run_all
+from hessian_callback.studies.safe_yaml import read_yaml
 
 __all__ = ["main", "write_tables"]
 
 _DESCRIPTION = """\
-Run a grid of trainings that are measured, and write a table of what was found beside the figures that were printed.
-Each run is a process with a folder of its own. What is finished is not run again, and what was killed goes on from its
-checkpoint: give the same command once more.
+Run a grid of trainings, measure each, and write a table of the results beside published figures. Each run is a process
+with a folder of its own. Finished runs are not run again, and killed ones resume from their checkpoints if the same
+command is given again.
 """
 
 _EPILOG = """\
@@ -30,9 +31,9 @@ examples:
   hessian-callback study example_configs/studies/mnist_width.yaml --list
   hessian-callback study example_configs/studies/mnist_width.yaml --processes 2
   hessian-callback study example_configs/studies/mnist_width.yaml --seeds 0 --set trainer.max_epochs=2 --output runs/try
-  hessian-callback study example_configs/studies/mnist_width.yaml --tables     # of what is there, without running
+  hessian-callback study example_configs/studies/mnist_width.yaml --tables     # of the finished runs, without running
 
-several machines that share a folder, each taking what no other is at:
+several machines that share a folder, each taking runs that no other one runs:
   srun --ntasks 8 hessian-callback study STUDY.yaml --output SHARED/FOLDER
 or a job for each run, by its name:
   hessian-callback study STUDY.yaml --list | parallel --sshloginfile HOSTS hessian-callback study STUDY.yaml --only {}
@@ -47,6 +48,10 @@ def main(args: Sequence[str] | None = None) -> None:
 
     Args:
         args: the arguments behind ``study``; ``None`` for those of the process.
+
+    Raises:
+        SystemExit: with status 0 if all runs are complete, 1 if one failed, 2 and one sentence if the arguments or
+            files are not usable, and 130 if the study was interrupted.
     """
     parser = argparse.ArgumentParser(
         prog="hessian-callback study",
@@ -69,19 +74,19 @@ def main(args: Sequence[str] | None = None) -> None:
         help="a setting of all runs by its dotted key, unless a level sets it too",
     )
     parser.add_argument("--list", action="store_true", help="print the names of the runs, and run nothing")
-    parser.add_argument("--tables", action="store_true", help="write the tables of what is finished, and run nothing")
+    parser.add_argument("--tables", action="store_true", help="write the tables of the finished runs, and run nothing")
     chosen = parser.parse_args(args)
     try:
         sys.exit(_study(chosen))
     except (StudyError, HistoryError, OSError) as error:
-        sys.exit(f"hessian-callback study: {error}")
+        parser.exit(2, f"{parser.prog}: {error}\n")
     except KeyboardInterrupt:
-        sys.exit("hessian-callback study: interrupted. The same command goes on where this one ended.")
+        parser.exit(130, f"{parser.prog}: interrupted. The same command resumes the runs.\n")
 
 
 def _study(chosen: argparse.Namespace) -> int:
     if chosen.processes < 1:
-        raise StudyError(f"--processes must be at least 1, got {chosen.processes}")
+        raise StudyError(f"--processes must be at least 1, got {shortened(chosen.processes)}")
     study = load_study(chosen.study, dict(map(_setting, chosen.set)))
     seeds = _seeds(chosen.seeds)
     runs = study.runs(chosen.only, seeds)
@@ -93,10 +98,10 @@ def _study(chosen: argparse.Namespace) -> int:
     failed = 0
     if not chosen.tables:
         folder.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / "study.yaml", chosen.study.read_text(encoding="utf-8"))
+        write_atomically(folder / "study.yaml", chosen.study.read_text(encoding="utf-8"))
         outcomes = run_all(runs, folder, processes=chosen.processes, report=_Reporter(len(runs)))
         failed = sum(outcome.status == "failed" for outcome in outcomes)
-    # Of all that is there: one of several jobs that each make a run would leave its own alone.
+    # Of all runs, since several jobs may each run a part of the study.
     every = study.runs(seeds=seeds)
     check_folders(every, folder)
     print(write_tables(study, folder, every))
@@ -125,18 +130,18 @@ class _Reporter:
 def _setting(text: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     if not equals or not key:
-        raise StudyError(f"--set takes KEY=VALUE, as in trainer.max_epochs=2; got {text!r}")
+        raise StudyError(f"--set takes KEY=VALUE, as in trainer.max_epochs=2; got {shortened(text)}")
     try:
-        return key, yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise StudyError(f"--set {text}: the value is no YAML: {' '.join(str(error).split())}") from error
+        return key, read_yaml(value)
+    except ValueError as error:
+        raise StudyError(f"--set {text:.200}: the value can't be read: {error}") from error
 
 
 def _seeds(text: str | None) -> list[int] | None:
     if text is None:
         return None
-    if not all(part.strip().isdecimal() for part in text.split(",")):
-        raise StudyError(f"--seeds takes whole numbers with commas between, as in 0,1,2; got {text!r}")
+    if not all(part.strip().isdecimal() and len(part) < 20 for part in text.split(",")):
+        raise StudyError(f"--seeds takes whole numbers with commas between, as in 0,1,2; got {shortened(text)}")
     return list(dict.fromkeys(int(part) for part in text.split(",")))
 
 
@@ -149,22 +154,22 @@ def write_tables(study: Study, folder: Path, runs: Sequence[PlannedRun]) -> str:
         runs: the runs to read.
 
     Returns:
-        What to tell the user: the table, and where the files are.
+        Text for the user: the table, and the paths of the files.
     """
     rows = rows_of(study, folder, runs)
     num_finished = sum(finished(folder / run.name) is not None for run in runs)
-    told = f"{num_finished} of {len(runs)} runs are finished"
+    message = f"{num_finished} of {len(runs)} runs are finished"
     if missing := len({(row.run, row.step, row.part) for row in rows if row.num_hvps is None}):
-        told += f"; {missing} of their measurements failed, and results.csv has the reasons"
+        message += f"; {missing} of their measurements failed, and results.csv has the reasons"
     if not rows:
-        return f"{told}; there is no table yet"
-    write_whole(folder / "results.csv", csv_of(row.as_dict() for row in rows))
+        return f"{message}; there is no table yet"
+    write_atomically(folder / "results.csv", csv_of(row.as_dict() for row in rows))
     table = markdown_table(setting_table(study, rows))
-    write_whole(folder / "results.md", f"# {study.title}\n\n{told}.\n\n{table}\n")
+    write_atomically(folder / "results.md", f"# {study.title}\n\n{message}.\n\n{table}\n")
     files = ["results.md", "results.csv"]
     if study.predict:
         text, lines = correlation_report(rows)
-        write_whole(folder / "correlations.md", f"# {study.title}: correlations with the test loss\n\n{text}")
-        write_whole(folder / "correlations.csv", csv_of(lines))
+        write_atomically(folder / "correlations.md", f"# {study.title}: correlations with the test loss\n\n{text}")
+        write_atomically(folder / "correlations.csv", csv_of(lines))
         files += ["correlations.md", "correlations.csv"]
-    return f"\n{table}\n\n{told}. Tables: {', '.join(str(folder / name) for name in files)}"
+    return f"\n{table}\n\n{message}. Tables: {', '.join(str(folder / name) for name in files)}"

@@ -1,7 +1,7 @@
 """One run of a study, in a process of its own: ``python -m hessian_callback.studies.one_run FOLDER SETTINGS``.
 
-It holds the folder's lock while it runs, refuses to go on with other settings than the folder's, goes on from the
-folder's checkpoint if there is one, and says at the end, by a file, that the run is complete.
+The process holds the folder's lock, refuses other settings than the folder's, resumes from the folder's checkpoint if
+there is one, and writes a file at the end that marks the run as complete.
 """
 
 from __future__ import annotations
@@ -11,13 +11,15 @@ import os
 import platform
 import sys
 import time
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 from filelock import FileLock, Timeout
+
+from hessian_callback.measurement.atomic_files import write_atomically
+from hessian_callback.studies.definition import StudyError
 
 __all__ = [
     "CHECKPOINT",
@@ -28,7 +30,6 @@ __all__ = [
     "finished",
     "main",
     "settings_text",
-    "write_whole",
 ]
 
 SETTINGS = "settings.yaml"
@@ -42,7 +43,7 @@ _DIGEST = "# digest: "
 _RESUMING = "hessian_callback.studies.resuming"
 _CALLBACKS = ("KeepRandomState", "EndWhenTold")
 
-#: Exit status where another process is at the same run.
+#: Exit status if another process runs the same settings.
 TAKEN = 75
 
 
@@ -58,7 +59,7 @@ def _with_solver_checkpoint(options: Mapping[str, Any], folder: Path) -> dict[st
 
 
 def complete_config(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """Add to a run's configuration what makes it write into its folder, and go on there after it was killed."""
+    """Add the settings with which a run writes into its folder, and resumes there after it was killed."""
     trainer = dict(config.get("trainer") or {})
     keeping = {
         "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
@@ -77,7 +78,7 @@ def complete_config(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     for callback in listed if isinstance(listed, list) else [listed]:
         if isinstance(callback, str):
             callback = {"class_path": callback}
-        if callback["class_path"].rpartition(".")[2] == "PowerLawHessianCallback":
+        if str(callback.get("class_path")).rpartition(".")[2] == "PowerLawHessianCallback":
             callback = {**callback, "init_args": _with_solver_checkpoint(callback.get("init_args") or {}, folder)}
         measuring.append(callback)
     trainer |= {
@@ -92,38 +93,38 @@ def complete_config(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def finished(folder: Path) -> dict[str, Any] | None:
-    """What a run left at its end; ``None`` if it has not come to it."""
+    """Return the content of the file that a complete run has; ``None`` if it is not complete.
+
+    Raises:
+        StudyError: if the file is damaged.
+    """
     path = folder / FINISHED
     if not path.is_file():
         return None
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise StudyError(f"{path} is damaged ({error}); move it away to have the run continued") from error
+    seconds = content.get("seconds") if isinstance(content, dict) else None
+    if not isinstance(content, dict) or not isinstance(seconds, int | float) or "device" not in content:
+        raise StudyError(f"{path} lacks the run's seconds and device; move it away to have the run continued")
     return content
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file so that it is never there in part, whoever else writes it."""
-    beside = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
-    with beside.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
-
-
 def settings_text(config: Mapping[str, Any], digest: str) -> str:
-    """A run's settings as a file, which begins with the digest that tells them from others."""
+    """Return the content of a file of settings, which begins with their digest."""
     return f"{_DIGEST}{digest}\n{yaml.safe_dump(dict(config), sort_keys=False)}"
 
 
 def digest_in(path: Path) -> str | None:
-    """The digest that a file of settings begins with; ``None`` if there is no such file."""
+    """Return the digest that a file of settings begins with; ``None`` if there is no such file."""
     if not path.exists():
         return None
-    return path.read_text(encoding="utf-8").partition("\n")[0].removeprefix(_DIGEST)
+    return path.read_text(encoding="utf-8", errors="replace").partition("\n")[0].removeprefix(_DIGEST)
 
 
 def main(folder: Path, wanted: Path) -> int:
-    """Run some settings in a folder, unless that is done or being done.
+    """Run some settings in a folder, unless the run is complete or another process runs it.
 
     Args:
         folder: the run's folder.
@@ -138,7 +139,7 @@ def main(folder: Path, wanted: Path) -> int:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        print(f"another process is at {folder}")
+        print(f"another process runs in {folder}")
         return TAKEN
     with lock:
         if digest_in(folder / SETTINGS) not in (None, digest_in(wanted)):
@@ -156,12 +157,12 @@ def main(folder: Path, wanted: Path) -> int:
 
         command(arguments)
         ending = {"seconds": round(time.time() - began, 1), "resumed": resumed, **_circumstances(settings)}
-        write_whole(folder / FINISHED, json.dumps(ending, indent=1) + "\n")
+        write_atomically(folder / FINISHED, json.dumps(ending, indent=1) + "\n")
     return 0
 
 
 def _circumstances(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """On what a run was made."""
+    """The device and the versions of a run."""
     import lightning
     import torch
 

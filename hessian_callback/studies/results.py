@@ -1,4 +1,4 @@
-"""What the finished runs of a study measured: one row a fit, and a table beside the printed figures."""
+"""What the finished runs of a study measured: one row a fit, and a table beside the published figures."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from hessian_callback.power_law.fit import PowerLawFit, fit_power_law
 from hessian_callback.reports.logged_scalars import losses_at
 from hessian_callback.reports.run_files import Run, find_runs
 from hessian_callback.reports.run_tables import RunTable, csv_of, tabulate
-from hessian_callback.studies.definition import PlannedRun, Printed, Study
+from hessian_callback.studies.definition import PlannedRun, Published, Study
 from hessian_callback.studies.one_run import finished
 
 __all__ = [
@@ -173,7 +173,7 @@ def _rows_of_run(study: Study, planned: PlannedRun, run: Run, prefix: str, devic
             continue
         for group, member in {"": measurement, **measurement.groups}.items():
             spectrum = member.spectrum
-            values = _fitted(member, study.known_to)
+            values = _fitted(member, study.fit_rtol)
             for wanted in study.fitted or [_asked(run.history, group)]:
                 fit, reason = _fit(member, values, wanted)
                 yield Row(
@@ -218,14 +218,14 @@ def _asked(history: Sequence[Measurement], group: str) -> int:
     return max((len(spectrum.eigenvalues) for spectrum in spectra if spectrum is not None), default=0)
 
 
-def _fitted(measurement: Measurement, known_to: float | None) -> Tensor:
+def _fitted(measurement: Measurement, fit_rtol: float | None) -> Tensor:
     """The eigenvalues that a law may be fitted to; in paper mode those that are positive, known or not."""
     spectrum = measurement.spectrum
     if spectrum is None:
         return torch.zeros(0, dtype=torch.float64)
     if measurement.mode == "paper":
         return spectrum.eigenvalues[spectrum.eigenvalues > 0]
-    return replace(spectrum, rtol=known_to or spectrum.rtol).positive_converged
+    return replace(spectrum, rtol=fit_rtol or spectrum.rtol).positive_converged
 
 
 def _fit(measurement: Measurement, values: Tensor, wanted: int) -> tuple[PowerLawFit | None, str | None]:
@@ -268,11 +268,11 @@ def _test_errors(table: RunTable) -> list[float | None]:
 
 
 def setting_table(study: Study, rows: Sequence[Row]) -> list[dict[str, str]]:
-    """Put the seeds of each setting into one line, beside the printed figures.
+    """Put the seeds of each setting into one line, beside the published figures.
 
     A number is the mean over the seeds, with the smallest and the largest in brackets. ``seeds`` counts those with a
     fit, of all where some have none. A verdict counts the seeds for which the law is not rejected at 5 %, by the
-    paper's critical value and by the one for a fitted exponent. The last column compares with the printed verdict, by
+    paper's critical value and by the one for a fitted exponent. The last column compares with the published verdict, by
     the paper's critical value: ``same``, ``different``, or ``mixed`` where the seeds differ.
     """
     groups: dict[tuple[object, ...], list[Row]] = {}
@@ -284,7 +284,7 @@ def setting_table(study: Study, rows: Sequence[Row]) -> list[dict[str, str]]:
 def _line(study: Study, members: Sequence[Row]) -> dict[str, str]:
     first = members[0]
     fits = [row.fit for row in members if row.fit is not None]
-    printed = study.printed_for(first.labels) or Printed({})
+    published = study.published_for(first.labels) or Published({})
     num = len(fits)
     holds = sum(fit.within_critical_distance_paper for fit in fits)
     line = dict(first.labels)
@@ -305,26 +305,26 @@ def _line(study: Study, members: Sequence[Row]) -> dict[str, str]:
         "samples": "/".join(map(str, sorted({row.num_samples for row in members if row.num_samples is not None}))),
         "products": spread([row.num_hvps for row in members], ".0f"),
         "seconds": spread([row.seconds for row in members], ".1f"),
-        "printed d_ks": UNKNOWN if printed.fit_error is None else f"{printed.fit_error:.4f}",
-        "printed s_hat": UNKNOWN if printed.slope is None else f"{printed.slope:.3f}",
-        "printed gap exponent": UNKNOWN if printed.gap_exponent is None else f"{printed.gap_exponent:.3f}",
-        "printed verdict": UNKNOWN if printed.holds is None else ("holds" if printed.holds else "rejected"),
+        "published d_ks": UNKNOWN if published.fit_error is None else f"{published.fit_error:.4f}",
+        "published s_hat": UNKNOWN if published.slope is None else f"{published.slope:.3f}",
+        "published gap exponent": UNKNOWN if published.gap_exponent is None else f"{published.gap_exponent:.3f}",
+        "published verdict": UNKNOWN if published.holds is None else ("holds" if published.holds else "rejected"),
     }
-    if printed.holds is not None:
-        line["verdict"] = agreement(printed, holds, num)
+    if published.holds is not None:
+        line["verdict"] = agreement(published, holds, num)
     return line
 
 
-def agreement(printed: Printed, holds: int, num: int) -> str:
-    """Whether the law holding in some of a number of seeds is the printed verdict; unknown without either.
+def agreement(published: Published, holds: int, num: int) -> str:
+    """Whether the law holding in some of a number of seeds is the published verdict; unknown without either.
 
     Example:
-        >>> agreement(Printed({}, holds=False), 0, 3), agreement(Printed({}, holds=False), 1, 3)
+        >>> agreement(Published({}, holds=False), 0, 3), agreement(Published({}, holds=False), 1, 3)
         ('same', 'mixed')
     """
-    if printed.holds is None or not num:
+    if published.holds is None or not num:
         return UNKNOWN
-    agreeing = holds if printed.holds else num - holds
+    agreeing = holds if published.holds else num - holds
     return {num: "same", 0: "different"}.get(agreeing, "mixed")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,141 @@ def test_a_line_that_was_cut_off_is_left_out_and_said(tmp_path: Path, cut: int) 
     assert [m.step for m in stored.histories["h"]][-1] == (2 if whole else 1)
     assert [m.step for m in stored.histories["other"]] == [7]
     assert ("cut off" in " ".join(stored.notes)) is not whole
+
+
+def test_a_file_that_was_deleted_in_a_run_is_written_whole_again(tmp_path: Path) -> None:
+    writer, history = HistoryWriter("h"), [measurement(1)]
+    path = tmp_path / "run" / FILE_NAME
+    writer.write([path.parent], history)
+    for step, harm in enumerate((path.unlink, lambda: shutil.rmtree(path.parent), lambda: path.write_bytes(b"")), 2):
+        harm()
+        history.append(measurement(step))
+        writer.write([path.parent], history)
+        assert histories(path.parent) == {"h": history}
+    assert list(read_histories(path).notes) == []
+
+
+def test_every_line_has_the_id_of_its_run(tmp_path: Path) -> None:
+    one, two = HistoryWriter("h"), HistoryWriter("h")
+    one.write([tmp_path], [measurement(1)])
+    two.write([tmp_path], [measurement(2)])
+    runs = [json.loads(line)["run"] for line in (tmp_path / FILE_NAME).read_text().splitlines()]
+    assert runs == [one.run, one.run, two.run, two.run]
+    assert one.run != two.run
+
+
+def test_two_runs_at_the_same_time_are_told_apart(tmp_path: Path) -> None:
+    one, two = HistoryWriter("h"), HistoryWriter("h")
+    first, second = [measurement(1)], [measurement(1, reason="failed")]
+    for step in (2, 3, 4):
+        one.write([tmp_path], first)
+        two.write([tmp_path], second)
+        first, second = [*first, measurement(step)], [*second, measurement(step, reason="failed")]
+    stored = read_histories(tmp_path / FILE_NAME)
+    assert dict(stored.histories) == {"h": second[:-1]}
+    (note,) = stored.notes
+    assert "two runs wrote into this folder at the same time" in note
+
+
+def test_an_earlier_run_in_the_folder_is_mentioned(tmp_path: Path) -> None:
+    earlier = [measurement(step) for step in (1, 2, 3)]
+    writer = HistoryWriter("h")
+    for length in (1, 2, 3):
+        writer.write([tmp_path], earlier[:length])
+    HistoryWriter("h").write([tmp_path], [measurement(1, seconds=7.0)])
+    stored = read_histories(tmp_path / FILE_NAME)
+    assert [m.seconds for m in stored.histories["h"]] == [7.0]
+    (note,) = stored.notes
+    assert "the folder also holds 1 earlier run(s), with 3 measurement(s), and the last run is shown" in note
+
+
+def test_measurements_that_a_resumed_run_has_not_made_again_are_mentioned(tmp_path: Path) -> None:
+    history = [measurement(step) for step in (1, 2, 3)]
+    writer = HistoryWriter("h")
+    for length in (1, 2, 3):
+        writer.write([tmp_path], history[:length])
+    resumed = HistoryWriter("h")
+    resumed.write([tmp_path], [history[0], measurement(2)])
+    (note,) = read_histories(tmp_path / FILE_NAME).notes
+    assert "an earlier process of this run made 3 measurements" in note
+    resumed.write([tmp_path], [history[0], measurement(2), measurement(3)])
+    assert list(read_histories(tmp_path / FILE_NAME).notes) == []
+
+
+def test_repeated_lines_are_mentioned(tmp_path: Path) -> None:
+    HistoryWriter("h").write([tmp_path], [measurement(1)])
+    path = tmp_path / FILE_NAME
+    path.write_bytes(path.read_bytes() + path.read_bytes().splitlines(keepends=True)[-1])
+    (note,) = read_histories(path).notes
+    assert "1 measurement(s) are at the same place of the run as another one" in note
+
+
+def test_a_file_of_a_release_without_run_ids_is_read(tmp_path: Path) -> None:
+    history = [measurement(1), measurement(2)]
+    HistoryWriter("h").write([tmp_path], history)
+    path = tmp_path / FILE_NAME
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    for line in lines:
+        del line["run"]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    stored = read_histories(path)
+    assert (dict(stored.histories), list(stored.notes)) == ({"h": history}, [])
+    # Resumed by this release, in the same file.
+    HistoryWriter("h").write([tmp_path], [*history, measurement(3)])
+    assert [m.step for m in histories(tmp_path)["h"]] == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"{",
+        b"9" * 5000,
+        b"[" * 100_000,
+        b'{"version": 1}',
+        b'{"version": 1, "prefix": 3}',
+        b'{"version": 1, "prefix": "h", "run": 3}',
+        b'{"version": 1, "prefix": "h\xff',
+    ],
+)
+def test_damaged_lines_are_counted(line: bytes, tmp_path: Path) -> None:
+    HistoryWriter("h").write([tmp_path], [measurement(1)])
+    path = tmp_path / FILE_NAME
+    path.write_bytes(line + b"\n" + path.read_bytes() + (line + b"\n") * 9)
+    stored = read_histories(path)
+    assert [m.step for m in stored.histories["h"]] == [1]
+    (note,) = stored.notes
+    assert note == f"10 lines of {FILE_NAME} are cut off or damaged, and were left out: 1, 4, 5, 6, 7 and 5 more"
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        (("spectrum", "mapping", "eigenvalues"), {"tensor": [1.0], "dtype": "load"}),
+        (("spectrum", "mapping", "eigenvalues"), {"tensor": [1.0], "dtype": ["float64"]}),
+        (("spectrum", "mapping", "eigenvalues"), {"tensor": [[1.0], 2.0], "dtype": "float64"}),
+        (("spectrum", "mapping", "eigenvalues"), {"tensor": "text", "dtype": "float64"}),
+        (("spectrum", "mapping", "eigenvalues"), {"tensor": [10**400], "dtype": "int64"}),
+        (("spectrum", "mapping", "eigenvalues"), {"tensor": [1.0]}),
+        (("step",), {"float": "1_0"}),
+        (("step",), {"other": 1}),
+        (("step",), 10**400),
+        (("comparisons",), [1]),
+    ],
+)
+def test_a_value_that_no_release_writes_is_refused(place: tuple[str, ...], value: Any, tmp_path: Path) -> None:
+    HistoryWriter("h").write([tmp_path], [measurement(1)])
+    path = tmp_path / FILE_NAME
+    head, line = path.read_text().splitlines()
+    entry = json.loads(line)
+    *parents, last = place
+    inner = entry["measurement"]["mapping"]
+    for name in parents:
+        inner = inner[name]
+    inner[last] = value
+    path.write_text(f"{head}\n{json.dumps(entry)}\n")
+    with pytest.raises(HistoryError, match="line 2 is not a measurement as this release reads it") as refused:
+        read_histories(path)
+    assert len(str(refused.value)) < 500
 
 
 def test_a_full_disk_is_made_up_for_by_the_next_write(tmp_path: Path) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import io
+import re
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ import torch
 
 from hessian_callback.algorithms.density import SpectralDensity
 from hessian_callback.algorithms.spectrum import Spectrum
+from hessian_callback.measurement.history import history_from_state
 from hessian_callback.measurement.measurement import Measurement
 from hessian_callback.power_law.fit import fit_power_law
 
@@ -168,3 +171,130 @@ def test_equality_is_of_values() -> None:
     assert one != dataclasses.replace(one, step=31)
     assert one != dataclasses.replace(one, spectrum=dataclasses.replace(one.spectrum, num_matvecs=71))
     assert one != "a measurement"
+
+
+@pytest.mark.parametrize(
+    ("where", "words"),
+    [
+        ({"when": "fit_start", "step": 0}, "before training"),
+        ({"when": "fit_start", "step": 7}, "resumed at step 7"),
+        ({"when": "epoch"}, "epoch 2"),
+        ({"when": "step"}, "step 30"),
+        ({"when": "fit_end"}, "end of training"),
+        ({"when": "validate"}, "validation"),
+    ],
+)
+def test_location(where: dict[str, Any], words: str) -> None:
+    assert measurement(**where).location == words
+
+
+# -- states that no release wrote ----------------------------------------------------------------------
+
+INF, NAN = float("inf"), float("nan")
+STATE = CASES["compared"].to_state()
+
+
+def changed(place: str, value: Any) -> dict[str, Any]:
+    """The state of a measurement with one entry replaced, or removed by ``...``."""
+    state = copy.deepcopy(STATE)
+    *parents, last = place.split(".")
+    inner = state
+    for name in parents:
+        inner = inner[name]
+    if value is ...:
+        del inner[last]
+    else:
+        inner[last] = value
+    return state
+
+
+WRONG = [
+    ("epoch", "3", "epoch must be int, got '3'"),
+    ("epoch", True, "epoch must be int, got True"),
+    ("epoch", -1, "epoch must be at least 0, got -1"),
+    ("epoch", 2**63, "epoch must be int, got"),
+    ("step", 1.5, "step must be int, got 1.5"),
+    ("step", 10**5000, "step must be int, got a value of type int"),
+    ("step", ..., "lacks step"),
+    ("when", "later", "when must be Literal"),
+    ("when", ["epoch"], "when must be Literal"),
+    ("seconds", NAN, "seconds must be at least 0, got nan"),
+    ("seconds", INF, "seconds must be finite, got inf"),
+    ("seconds", None, "seconds must be float, got None"),
+    ("world_size", 0, "world_size must be at least 1, got 0"),
+    ("reason", 3, "reason must be str | None, got 3"),
+    ("mode", "other", "mode must be Literal"),
+    ("comparisons", {"trace": "7"}, "comparisons must be"),
+    ("comparisons", {3: 7.0}, "comparisons must be"),
+    ("comparisons", None, "comparisons must be"),
+    ("not_compared", {"a": 3}, "not_compared must be"),
+    ("groups", [1], "groups must be a mapping to measurements without groups"),
+    ("groups", {"a": 3}, "the state of a measurement must be a mapping, got 3"),
+    ("groups", {"a": STATE}, "groups must be a mapping to measurements without groups"),
+    ("num_fitted", "20", "num_fitted must be None or lie between 1 and 20"),
+    ("num_fitted", 21, "num_fitted must be None or lie between 1 and 20, the number of eigenvalues, got 21"),
+    ("num_fitted", -3, "num_fitted must be None or lie between 1 and 20"),
+    ("num_fitted", ..., "lacks num_fitted"),
+    ("spectrum", [1], "the state of a Spectrum must be a mapping"),
+    ("spectrum", None, "num_fitted must be None or lie between 1 and 0"),
+    ("spectrum.eigenvalues", [1.0], "eigenvalues must be Tensor"),
+    ("spectrum.eigenvalues", torch.ones(2, 2), "eigenvalues must be a vector of floats, got a tensor of shape (2, 2)"),
+    ("spectrum.eigenvalues", torch.arange(20), "eigenvalues must be a vector of floats"),
+    ("spectrum.eigenvalues", torch.arange(20.0), "eigenvalues must descend"),
+    ("spectrum.eigenvalues", torch.full((20,), NAN), "eigenvalues must not hold NaN"),
+    ("spectrum.eigenvalues", torch.full((20,), INF), "eigenvalues must be finite"),
+    ("spectrum.eigenvalues", torch.full((20,), -1.0), "positive"),
+    ("spectrum.error_bounds", torch.ones(19), "error_bounds must have the shape (20,)"),
+    ("spectrum.error_bounds", -torch.ones(20), "error_bounds must not be negative"),
+    ("spectrum.converged", torch.ones(20), "converged must hold truth values"),
+    ("spectrum.converged", torch.ones(3, dtype=torch.bool), "converged must have the shape (20,)"),
+    ("spectrum.stopped", "tired", "stopped must be Literal"),
+    ("spectrum.num_hvps", "9", "num_matvecs must be int, got '9'"),
+    ("spectrum.rtol", ..., "lacks rtol"),
+    ("spectrum.colour", 3, "a Spectrum has no 'colour'"),
+    ("density.nodes", torch.ones(3), "nodes must be a matrix of floats"),
+    ("density.weights", torch.ones(3, 2), "weights must have the shape (2, 2)"),
+    ("density.size", 0, "size must be at least 1, got 0"),
+    ("colour", 3, "a Measurement has no 'colour'"),
+]
+
+
+@pytest.mark.parametrize(("place", "value", "words"), WRONG, ids=[f"{place}-{words[:40]}" for place, _, words in WRONG])
+def test_a_state_with_a_wrong_type_shape_or_range_is_refused(place: str, value: Any, words: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(words)):
+        Measurement.from_state(changed(place, value))
+    state = {"version": 1, "history": [STATE, changed(place, value)], "time": {}}
+    with pytest.raises(ValueError, match="holds a history that cannot be read \\(measurement 1: ") as refused:
+        history_from_state(state)
+    text = str(refused.value)
+    assert text.endswith("; resume with another prefix, which starts a new history")
+    assert len(text.splitlines()) == 1
+    assert len(text) < 400
+
+
+@pytest.mark.parametrize(
+    ("state", "words"),
+    [
+        (None, "version None"),
+        ({}, "version None"),
+        ({"version": True, "history": []}, "version True"),
+        ({"version": "1", "history": []}, "version '1'"),
+        ({"version": 2, "history": []}, "version 2, this release reads 1"),
+        ({"version": 1}, "history must be a list, got None"),
+        ({"version": 1, "history": "abc"}, "history must be a list, got 'abc'"),
+        ({"version": 1, "history": [3]}, "measurement 0: the state of a measurement must be a mapping, got 3"),
+    ],
+)
+def test_a_state_that_is_no_history_is_refused(state: Any, words: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(words)) as refused:
+        history_from_state(state)
+    assert "resume with" in str(refused.value)
+
+
+def test_values_that_a_release_may_have_written_are_read() -> None:
+    state = changed("loss", NAN)
+    state["comparisons"]["trace"] = INF
+    state["seconds"] = 3
+    read = Measurement.from_state(state)
+    assert isinstance(read.seconds, float)
+    assert (read.comparisons["trace"], read.seconds) == (INF, 3.0)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import csv
+import html
 import os
 import re
 import shutil
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -17,7 +20,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from hessian_callback.measurement.history import FILE_NAME, HistoryError, HistoryWriter, read_histories
 from hessian_callback.measurement.measurement import Measurement
-from hessian_callback.reports.logged_scalars import LoggedValue, losses_at, read_scalars
 from hessian_callback.reports.report import ReportFiles, main, write_report
 from hessian_callback.reports.run_files import find_runs
 from hessian_callback.reports.run_tables import correlations, tabulate
@@ -48,6 +50,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def fit(root: Path, *callbacks: Any, ckpt_path: Any = None, seed: int = 1, **options: Any) -> None:
     trainer(root, *callbacks, **options).fit(seeded(seed=seed), loader(), loader(seed=3), ckpt_path=ckpt_path)
+
+
+def at(step: int, epoch: int, when: Any = "epoch") -> Measurement:
+    return Measurement(epoch, step, when, None, None, "not needed", 0.1)
 
 
 def report(tmp_path: Path, *folders: Path, **options: Any) -> tuple[ReportFiles, str]:
@@ -184,6 +190,170 @@ def test_runs_of_one_k_are_compared_and_another_k_is_not(runs: Path, tmp_path: P
     assert not _REFERENCE.search(page)
 
 
+# -- hostile folders -------------------------------------------------------------------------------------
+
+
+class Foreign:
+    """A class that a checkpoint must not be able to load."""
+
+
+@pytest.fixture
+def whole(tmp_path: Path) -> Path:
+    """A folder of runs with one that can be read."""
+    HistoryWriter("hessian").write([tmp_path / "runs" / "whole"], [at(5, 0), at(10, 1)])
+    return tmp_path / "runs"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"callbacks": {"x": np.float64(1.0)}},
+        {"callbacks": {"x": Foreign()}},
+        b"",
+        b"PK\x03\x04 cut off",
+        os.urandom(1000),
+    ],
+    ids=["numpy", "object", "empty", "cut", "random"],
+)
+def test_an_unreadable_checkpoint_leaves_the_other_runs(content: Any, whole: Path, tmp_path: Path) -> None:
+    broken = whole / "broken" / "checkpoints"
+    broken.mkdir(parents=True)
+    if isinstance(content, bytes):
+        (broken / "a.ckpt").write_bytes(content)
+    else:
+        torch.save(content, broken / "a.ckpt")
+    written, page = report(tmp_path, whole)
+    (reason,) = written.left_out
+    assert written.num_runs == 1
+    assert "a.ckpt can&#39;t be read as a checkpoint" in page
+    assert "a.ckpt can't be read as a checkpoint" in reason
+    with pytest.raises(HistoryError, match=r"a\.ckpt can't be read"):
+        find_runs([whole])
+
+
+@pytest.mark.parametrize(
+    "content",
+    [[1], {"callbacks": [1]}, {"callbacks": {3: {"version": 1}}}, {"callbacks": {"PowerLaw{'": {"version": 1}}}],
+)
+def test_a_checkpoint_of_another_kind_is_no_run(content: Any, whole: Path, tmp_path: Path) -> None:
+    (whole / "other").mkdir()
+    torch.save(content, whole / "other" / "a.ckpt")
+    written, _ = report(tmp_path, whole)
+    assert (written.num_runs, list(written.left_out)) == (1, [])
+
+
+def test_an_older_checkpoint_takes_the_place_of_one_that_was_cut_off(runs: Path, tmp_path: Path) -> None:
+    source = runs / "board" / "version_0" / "checkpoints" / "epoch=1.ckpt"
+    shutil.copy(source, tmp_path / "old.ckpt")
+    os.utime(tmp_path / "old.ckpt", (1, 1))
+    (tmp_path / "new.ckpt").write_bytes(source.read_bytes()[:1000])
+    (run,) = find_runs([tmp_path])
+    assert run.source.name == "old.ckpt"
+
+
+@pytest.mark.parametrize("line", ['{"version": 2}', "[]", '{"version": 1, "prefix": "h", "measurement": 3}'])
+def test_a_bad_history_leaves_the_other_runs(line: str, whole: Path, tmp_path: Path) -> None:
+    (whole / "bad").mkdir()
+    (whole / "bad" / FILE_NAME).write_text(line + "\n")
+    written, page = report(tmp_path, whole)
+    assert (written.num_runs, len(written.left_out)) == (1, 1)
+    assert "left out: " in page
+    # Alone, it is an error.
+    with pytest.raises(HistoryError, match="read the folder with the release that wrote it"):
+        report(tmp_path, whole / "bad")
+
+
+def test_a_million_damaged_lines_make_one_note(whole: Path, tmp_path: Path) -> None:
+    with (whole / "whole" / FILE_NAME).open("ab") as file:
+        file.write(b"{\n" * 1_000_000)
+    _, page = report(tmp_path, whole / "whole")
+    assert "1000000 lines of hessian_history.jsonl are cut off or damaged, and were left out: 4, 5, 6, 7, 8 and" in page
+    assert len(page) < 100_000
+
+
+def test_a_long_reason_is_cut(tmp_path: Path) -> None:
+    HistoryWriter("hessian").write([tmp_path], [Measurement(1, 5, "epoch", None, None, "x" * 1_000_000, 0.1)] * 3)
+    _, page = report(tmp_path, tmp_path)
+    assert "… (1000000 characters)" in page
+    assert len(page) < 100_000
+
+
+def test_a_long_history_shows_its_last_rows(tmp_path: Path) -> None:
+    HistoryWriter("hessian").write([tmp_path], [at(step, step) for step in range(1, 3001)])
+    written, page = report(tmp_path, tmp_path)
+    assert len(rows_of(written)) == 3000
+    assert "The last measurements; 2500 earlier ones are in report.csv" in page
+    assert "<td>epoch 3000</td>" in page
+    assert "<td>epoch 2500</td>" not in page
+
+
+@pytest.mark.parametrize("name", ["$\\frac$", "$x", "a & <b>", "_hidden", 'quo"te', "ü\u202e"])
+def test_names_of_runs_and_curves_are_shown_as_they_are(name: str, runs: Path, tmp_path: Path) -> None:
+    for folder in (name, "other"):
+        shutil.copytree(runs / "sheet" / "version_0", tmp_path / "all" / folder)
+        table = (tmp_path / "all" / folder / "metrics.csv").read_text()
+        quoted = '"' + name.replace('"', '""') + '"'
+        (tmp_path / "all" / folder / "metrics.csv").write_text(table.replace("val_loss", quoted))
+    _, page = report(tmp_path, tmp_path / "all", val_loss=name)
+    assert not _REFERENCE.search(page)
+    assert f"{html.escape(name)} of several runs over the optimizer steps" in html.unescape(page).replace(
+        name, html.escape(name)
+    )
+    assert "<b>" not in re.sub(r"<b>[\d.]+( s)?</b>|<b>none</b>", "", page)
+    Attributes(page)
+
+
+class Attributes(HTMLParser):
+    """Checks that no attribute begins within another one's value."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.labels: list[str] = []
+        self.feed(page)
+        assert self.labels
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag == "svg":
+            found = dict(attrs)
+            assert found.keys() <= {"role", "aria-label", "xmlns", "xmlns:xlink", "version", "viewbox"}, found
+            self.labels.append(found["aria-label"] or "")
+
+
+def test_a_folder_whose_name_is_no_text(tmp_path: Path) -> None:
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/run\xff"))
+    try:
+        HistoryWriter("hessian").write([folder], [at(5, 0)])
+    except OSError:
+        pytest.skip("this file system takes UTF-8 only")
+    written, page = report(tmp_path, folder)
+    assert "run\ufffd" in page
+    assert rows_of(written)[0]["run"].endswith("run\ufffd")
+
+
+def test_the_output_replaces_links_and_does_not_follow_them(whole: Path, tmp_path: Path) -> None:
+    precious = tmp_path / "precious"
+    precious.write_text("precious")
+    folder = whole / "whole"
+    for name in ("hessian_report.html", "hessian_report.csv"):
+        (folder / name).symlink_to(precious)
+    written = write_report([folder])
+    assert precious.read_text() == "precious"
+    assert not written.html.is_symlink()
+    assert written.html.read_text().startswith("<!DOCTYPE html>")
+    assert sorted(path.name for path in folder.iterdir()) == [FILE_NAME, "hessian_report.csv", "hessian_report.html"]
+
+
+def test_an_output_that_cannot_be_written_is_one_sentence(
+    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "page.html").mkdir()
+    with pytest.raises(SystemExit) as stopped:
+        main([str(whole), "--output", str(tmp_path / "page.html")])
+    assert stopped.value.code == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    assert not list(tmp_path.glob(".*"))
+
+
 # -- words -------------------------------------------------------------------------------------------
 
 
@@ -226,31 +396,3 @@ def test_damaged_checkpoint_is_named(tmp_path: Path) -> None:
     (tmp_path / "x.ckpt").write_bytes(os.urandom(100))
     with pytest.raises(HistoryError, match=r"x\.ckpt can't be read as a checkpoint"):
         find_runs([tmp_path])
-
-
-# -- which loss belongs to which measurement -------------------------------------------------------------
-
-
-def at(step: int, epoch: int, when: Any = "epoch") -> Measurement:
-    return Measurement(epoch, step, when, None, None, "not needed", 0.1)
-
-
-@pytest.mark.parametrize(
-    ("history", "values", "expected"),
-    [
-        # Every second epoch measured.
-        ([at(10, 0), at(30, 2)], [(9, 0, 3.0), (19, 1, 2.0), (29, 2, 1.0)], [3.0, 1.0]),
-        # Never an older one: nothing was logged in between.
-        ([at(10, 0, "step"), at(20, 0, "step")], [(9, 0, 3.0)], [3.0, None]),
-        # Never a later one, though two optimizers make the trainer's steps run ahead of the logger's.
-        ([at(20, 0), at(40, 1)], [(9, 0, 3.0), (19, 1, 2.0)], [3.0, 2.0]),
-        ([at(0, 0, "fit_start")], [(9, 0, 3.0)], [None]),
-    ],
-)
-def test_losses_at_measurements(history: Any, values: Any, expected: Any) -> None:
-    logged = [LoggedValue(step, value, epoch) for step, epoch, value in values]
-    assert losses_at(history, logged) == expected
-
-
-def test_folder_without_logs_has_no_scalars(tmp_path: Path) -> None:
-    assert read_scalars(tmp_path).values == {}

@@ -21,7 +21,7 @@ from hessian_callback.measurement.history import HistoryError, HistoryWriter
 from hessian_callback.measurement.measurement import Measurement
 from hessian_callback.power_law.eigengaps import fit_eigengaps
 from hessian_callback.power_law.fit import PowerLawFit, fit_power_law
-from hessian_callback.studies.definition import RESERVED, PlannedRun, Printed, Study
+from hessian_callback.studies.definition import RESERVED, PlannedRun, Published, Study
 from hessian_callback.studies.one_run import FINISHED
 from hessian_callback.studies.results import (
     RANDOM,
@@ -183,13 +183,13 @@ def test_every_k_is_fitted_to_the_same_eigenvalues(tmp_path: Path) -> None:
     assert {(row.num_known, row.num_negative, row.num_hvps, row.num_parameters) for row in rows} == {(40, 2, 40, 100)}
 
 
-@pytest.mark.parametrize(("known_to", "num"), [(None, 10), (0.05, 15), (0.5, 30), (1e-4, 0), (2e-3, 10)])
-def test_known_to_takes_the_place_of_the_measurements_tolerance(
-    known_to: float | None, num: int, tmp_path: Path
+@pytest.mark.parametrize(("fit_rtol", "num"), [(None, 10), (0.05, 15), (0.5, 30), (1e-4, 0), (2e-3, 10)])
+def test_fit_rtol_takes_the_place_of_the_measurements_tolerance(
+    fit_rtol: float | None, num: int, tmp_path: Path
 ) -> None:
     """Behind the first eigenvalue that is not known well enough none counts, however well it is known itself."""
     bounds = torch.tensor([1e-3] * 10 + [0.03] * 5 + [0.2] * 5 + [1e-3] * 10).double()
-    (row,) = rows_in(tmp_path, [measurement(30, spectrum(HOLDS[:30], bounds))], fitted=[max(num, 3)], known_to=known_to)
+    (row,) = rows_in(tmp_path, [measurement(30, spectrum(HOLDS[:30], bounds))], fitted=[max(num, 3)], fit_rtol=fit_rtol)
     assert row.num_known == num
     assert (row.fit is None) == (num == 0)
     if num:
@@ -201,7 +201,7 @@ def test_the_published_protocol_fits_what_is_positive_whatever_its_bounds(tmp_pa
     values = torch.cat([HOLDS[:6], torch.tensor([-0.5]).double()])
     found = spectrum(values, 3.0, stopped="exhausted")
     assert len(found.positive_converged) == 0
-    fitted, failed = rows_in(tmp_path, [measurement(30, found, mode="paper")], fitted=[6, 7], known_to=1e-3)
+    fitted, failed = rows_in(tmp_path, [measurement(30, found, mode="paper")], fitted=[6, 7], fit_rtol=1e-3)
     assert fitted.fit == fit_power_law(HOLDS[:6])
     assert (fitted.num_known, fitted.largest_bound) == (6, None)
     assert failed.reason == "only 6 eigenvalues are positive (exhausted)"
@@ -321,8 +321,8 @@ def made(values: Tensor | None, seed: int, number: int = K, when: str = TRAINED,
     return Row(**{**settings, **options})
 
 
-def line_of(rows: Sequence[Row], *printed: Printed) -> dict[str, str]:
-    (line,) = setting_table(study(printed=printed), rows)
+def line_of(rows: Sequence[Row], *published: Published) -> dict[str, str]:
+    (line,) = setting_table(study(published=published), rows)
     return line
 
 
@@ -343,7 +343,7 @@ def test_seeds_are_put_into_one_line() -> None:
     assert line["gap exponent"] == "1.500 (1.000 to 2.000)"
     assert line["largest bound"] == "0.2 %"
     assert (line["products"], line["samples"]) == ("47 (40 to 60)", "1000/5000")
-    assert (line["printed d_ks"], line["printed verdict"]) == (UNKNOWN, UNKNOWN)
+    assert (line["published d_ks"], line["published verdict"]) == (UNKNOWN, UNKNOWN)
     assert not {"part", "verdict"} & set(line)
 
 
@@ -385,18 +385,18 @@ def test_verdicts_are_counted_by_both_critical_values() -> None:
         ([None, None], True, UNKNOWN),
     ],
 )
-def test_the_printed_verdict_is_compared_by_the_papers_value(
+def test_the_published_verdict_is_compared_by_the_papers_value(
     spectra: list[Tensor | None], holds: bool, verdict: str
 ) -> None:
     rows = [made(values, seed) for seed, values in enumerate(spectra)]
-    line = line_of(rows, Printed({"when": TRAINED}, holds=holds))
-    assert (line["printed verdict"], line["verdict"]) == ("holds" if holds else "rejected", verdict)
+    line = line_of(rows, Published({"when": TRAINED}, holds=holds))
+    assert (line["published verdict"], line["verdict"]) == ("holds" if holds else "rejected", verdict)
 
 
-def test_printed_figures_stand_beside_their_setting_alone() -> None:
-    printed = Printed({"width": "10", "when": TRAINED}, fit_error=0.0132, slope=1.065, gap_exponent=1.9)
-    trained, random = setting_table(study(printed=[printed]), [made(HOLDS, 0), made(HOLDS, 0, when=RANDOM)])
-    names = ("printed d_ks", "printed s_hat", "printed gap exponent", "printed verdict")
+def test_published_figures_stand_beside_their_setting_alone() -> None:
+    published = Published({"width": "10", "when": TRAINED}, fit_error=0.0132, slope=1.065, gap_exponent=1.9)
+    trained, random = setting_table(study(published=[published]), [made(HOLDS, 0), made(HOLDS, 0, when=RANDOM)])
+    names = ("published d_ks", "published s_hat", "published gap exponent", "published verdict")
     assert [trained[name] for name in names] == ["0.0132", "1.065", "1.900", UNKNOWN]
     assert {random[name] for name in names} == {UNKNOWN}
     assert "verdict" not in trained

@@ -39,7 +39,7 @@ STUDY: dict[str, Any] = {
     "factors": {"rate": {"key": "model.init_args.learning_rate", "values": [0.05, 0.01]}},
     "fitted": [3, 5],
     "rows": "first and last",
-    "printed": [{"at": {"rate": 0.05, "when": "trained"}, "fit_error": 0.25, "slope": 1.5, "holds": True}],
+    "published": [{"at": {"rate": 0.05, "when": "trained"}, "fit_error": 0.25, "slope": 1.5, "holds": True}],
 }
 
 
@@ -156,7 +156,7 @@ def test_a_run_that_is_told_to_end_while_it_measures_its_end(tmp_path: Path) -> 
         "trainer.callbacks.0.init_args.at_steps": [],
         "trainer.callbacks.0.init_args.at_end": True,
     }
-    study = load_study(written(tmp_path, set=slow, factors={}, printed=[]))
+    study = load_study(written(tmp_path, set=slow, factors={}, published=[]))
     (run,) = study.runs()
     folder = tmp_path / "out" / run.name
 
@@ -181,7 +181,7 @@ def test_a_run_that_is_told_to_end_while_it_measures_its_end(tmp_path: Path) -> 
 
 
 def test_a_killed_run_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
-    changes = {"set": {**STUDY["set"], "trainer.max_epochs": 4}, "factors": {}, "printed": []}
+    changes = {"set": {**STUDY["set"], "trainer.max_epochs": 4}, "factors": {}, "published": []}
     study = load_study(written(tmp_path, **changes))
     (run,) = study.runs()
     (whole,) = run_all([run], tmp_path / "whole")
@@ -211,7 +211,7 @@ def test_a_killed_run_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
 def test_a_failing_run_is_told_of_and_the_others_are_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     factors = {"rate": {"levels": {"none": {"model.init_args.learning_rat": 1}, "some": {}}}}
     with pytest.raises(SystemExit) as ending:
-        command.main([str(written(tmp_path, factors=factors, printed=[])), "--output", str(tmp_path / "out")])
+        command.main([str(written(tmp_path, factors=factors, published=[])), "--output", str(tmp_path / "out")])
     assert ending.value.code == 1
     told = capsys.readouterr()
     assert "rate-none_seed-0: failed; " in told.out
@@ -228,6 +228,21 @@ def test_a_run_that_another_process_is_at_is_left_to_it(tmp_path: Path) -> None:
         (outcome,) = run_all([run], tmp_path / "out")
     assert outcome.status == "taken"
     assert one_run.finished(folder) is None
+
+
+@pytest.mark.parametrize("content", ["", "[1]", "{}", '{"seconds": "1", "device": "CPU"}', "[" * 100_000, "\\xff"])
+def test_a_damaged_mark_of_a_complete_run_is_refused(
+    content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = written(tmp_path)
+    (run, _) = load_study(path).runs()
+    folder = tmp_path / "out" / run.name
+    folder.mkdir(parents=True)
+    (folder / "finished.json").write_text(content)
+    with pytest.raises(SystemExit) as ending:
+        command.main([str(path), "--tables", "--output", str(tmp_path / "out")])
+    assert ending.value.code == 2
+    assert "move it away to have the run continued" in capsys.readouterr().err
 
 
 def test_names_are_listed_without_running(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -249,16 +264,26 @@ def test_names_are_listed_without_running(tmp_path: Path, capsys: pytest.Capture
         (["--processes", "0"], "--processes must be at least 1"),
         (["--only", "x"], "--list shows the names"),
         (["--seeds", "²"], "--seeds takes whole numbers with commas"),
-        (["--set", "a={"], "the value is no YAML"),
+        (["--set", "a={"], "the value can't be read: it is no YAML"),
+        (["--set", "a=&a [*a]"], "the value can't be read: it contains itself"),
+        (["--seeds", "4294967296"], "a seed lies between 0 and 4294967295"),
     ],
 )
-def test_arguments_that_mean_nothing(arguments: list[str], message: str, tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match=message):
+def test_unusable_arguments_are_one_sentence_and_exit_code_2(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ending:
         command.main([str(written(tmp_path)), "--list", *arguments])
+    assert ending.value.code == 2
+    text = capsys.readouterr().err
+    assert message in text
+    assert len(text.splitlines()) == 1
 
 
-def test_a_missing_study() -> None:
-    with pytest.raises(SystemExit, match=r"there is no file missing\.yaml"):
+def test_a_missing_study(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ending:
         command.main(["missing.yaml"])
+    assert ending.value.code == 2
+    assert "there is no file missing.yaml" in capsys.readouterr().err
     with pytest.raises(StudyError):
         load_study(os.devnull)
