@@ -290,6 +290,12 @@ def _groups(combination: Combination, num_samples: int, seed: int, batch_size: i
         )
     shuffled = random.Random(f"combined samples {seed}")
     counts = [plan.num_batches if plan.groups else 0 for plan in known]
+    if combination.mode == "min_size":
+        # The end of a longer loader is never reached.
+        replicas = [_num_replicas(getattr(leaf, "sampler", None)) for leaf in loaders]
+        limits = tuple(min(combination.limit(n), math.ceil(min(counts) / replicas[n])) for n in range(len(loaders)))
+        if limits != combination.limits:
+            return _groups(replace(combination, limits=limits), num_samples, seed, batch_size)
     if combination.mode == "sequential":
         return _one_after_the_other(combination, known, counts, num_samples, shuffled)
     return _side_by_side(combination, known, counts, num_samples, shuffled)
@@ -319,9 +325,8 @@ def _side_by_side(
     combination: Combination, plans: list[_Plan], counts: list[int], num_samples: int, shuffled: random.Random
 ) -> list[_Group]:
     """Draw rows of an epoch that takes a batch of each loader at a time."""
-    shortest = min(counts) == 0 and combination.mode != "max_size"
-    length = 0 if shortest else min(counts) if combination.mode == "min_size" else max(counts)
-    if not length:
+    length = min(counts) if combination.mode == "min_size" else max(counts)
+    if not length or (combination.mode == "max_size_cycle" and not min(counts)):
         return []
     largest = max(plan.groups[0].size for plan in plans if plan.groups)
     rows = sorted(shuffled.sample(range(length), min(length, math.ceil(num_samples / max(largest, 1)))))

@@ -127,7 +127,7 @@ def check_parts(
 def assign_halves(keys: Sequence[int], weights: Sequence[float], ranks: Ranks, *, seed: int = 0) -> list[int]:
     """Divide the batches of all ranks into two random halves of about equal weight.
 
-    The same seed and keys give the same halves, however the batches are dealt to the ranks.
+    The same seed and keys give the same halves, whichever rank holds a batch.
 
     Args:
         keys: a number for each of this rank's batches that no other batch has.

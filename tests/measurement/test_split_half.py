@@ -1,4 +1,4 @@
-"""Halves of the held-out batches: disjoint, even, and the same for any number of ranks."""
+"""Tests of split halves: disjoint, even, the same for any number of ranks, and of the same loss."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hessian_callback.linalg.distributed import Ranks
-from hessian_callback.measurement.split_half import assign_halves, cut_large, sampling_stderr
+from hessian_callback.measurement.split_half import assign_halves, check_parts, cut_large, sampling_stderr
 from tests.helpers.ranks import run_ranks
 
 
@@ -79,3 +79,78 @@ def test_the_standard_error_is_that_of_a_mean_of_two() -> None:
     first, second = np.random.default_rng(0).standard_normal((2, 4000))
     errors = [sampling_stderr(a, b) for a, b in zip(first, second, strict=True)]
     assert np.sqrt(np.mean(np.square(errors))) == pytest.approx(np.std((first + second) / 2), rel=0.05)
+
+
+# -- losses that couple their samples ----------------------------------------------------------------
+
+
+def contrast(_: Any, batch: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.cross_entropy(batch @ batch.T, torch.arange(len(batch)))
+
+
+def squares(_: Any, batch: torch.Tensor) -> torch.Tensor:
+    return batch.square().mean()
+
+
+X = torch.randn(12, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+@given(st.integers(2, 12))
+@settings(max_examples=20, deadline=None)
+def test_a_mean_survives_the_cut(size: int) -> None:
+    batch = X[:size]
+    parts, weights, _ = cut_large([batch], [float(size)], [0], Ranks())
+    check_parts(squares, None, ([batch], [float(size)]), (parts, weights), Ranks(), rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [contrast, lambda _, batch: batch.square().sum(), lambda _, batch: batch.var(), lambda _, batch: batch.max()],
+)
+def test_a_loss_that_couples_its_samples_is_refused(loss: Any) -> None:
+    parts, weights, _ = cut_large([X], [12.0], [0], Ranks())
+    with pytest.raises(ValueError, match=r"not the mean of its parts'.*another loss.*Pass batch_weight=.*more batches"):
+        check_parts(loss, None, ([X], [12.0]), (parts, weights), Ranks())
+
+
+def test_whole_batches_may_couple_their_samples() -> None:
+    batches, sizes = [X[:2], X[2:4], X[4:6], X[6:8]], [2.0] * 4
+    parts, weights, _ = cut_large(batches, sizes, range(4), Ranks())
+    check_parts(contrast, None, (batches, sizes), (parts, weights), Ranks())
+
+
+def test_parts_of_the_right_weight_are_a_mean() -> None:
+    """A mean over counted tokens is that of its parts by tokens, and not by samples."""
+    tokens = torch.tensor([[1.0, 2.0, 3.0], [4.0, 0.0, 0.0], [5.0, 6.0, 0.0], [0.0, 7.0, 0.0]])
+
+    def counted(_: Any, batch: torch.Tensor) -> torch.Tensor:
+        return batch.sum() / (batch > 0).sum()
+
+    for weigh, right in ((None, False), (lambda batch: float((batch > 0).sum()), True)):
+        whole = ([tokens], [7.0])
+        parts = cut_large(*whole, [0], Ranks(), batch_weight=weigh)[:2]
+        if right:
+            check_parts(counted, None, whole, parts, Ranks(), rtol=1e-6)
+        else:
+            with pytest.raises(ValueError, match="not the mean"):
+                check_parts(counted, None, whole, parts, Ranks())
+
+
+def _coupled(rank: int) -> Any:
+    """One rank's batches are cut, the other's are not."""
+    ranks = Ranks(dist.group.WORLD)
+    batches = [X[:8]] if rank == 0 else [X[8:10], X[10:]]
+    sizes = [float(len(batch)) for batch in batches]
+    parts = cut_large(batches, sizes, range(2 * rank, 2 * rank + len(batches)), ranks)[:2]
+    check_parts(squares, None, (batches, sizes), parts, ranks)
+    try:
+        check_parts(contrast, None, (batches, sizes), parts, ranks)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def test_all_ranks_refuse_together() -> None:
+    one, other = (outcome.value for outcome in run_ranks(_coupled, 2))
+    assert one == other
+    assert "not the mean of its parts'" in one
