@@ -2,8 +2,8 @@
 
     python -m benchmarks.long_runs
 
-prints a table, in about a minute on one core. The eigenvalue computation itself is not in it: each measurement of the
-histories has K = 50 drawn eigenvalues, 60 Ritz values, and a loss that falls with noise.
+prints a table of CPU times, in about three minutes on one core. The eigenvalue computation is not included: each
+measurement of the histories has K = 50 drawn eigenvalues, 60 Ritz values, and a loss that falls with noise.
 """
 
 from __future__ import annotations
@@ -68,17 +68,17 @@ def history(num: int) -> list[Measurement]:
 
 
 def median_ms(step: Callable[[int], Any], rounds: int) -> float:
-    """Median milliseconds of a step that is given the number of the round."""
+    """Return the median milliseconds of CPU time of a step, which takes the number of the round."""
     seconds = []
     for number in range(rounds):
-        began = time.perf_counter()
+        began = time.process_time()
         step(number)
-        seconds.append(time.perf_counter() - began)
+        seconds.append(time.process_time() - began)
     return 1e3 * statistics.median(seconds)
 
 
 def prediction_ms(measurements: list[Measurement], rounds: int) -> float:
-    """Milliseconds of following and logging one more measurement."""
+    """Return the milliseconds of following and logging one more measurement."""
     num = len(measurements) - rounds
     live = LivePrediction()
     seen = measurements[:num]
@@ -93,7 +93,7 @@ def prediction_ms(measurements: list[Measurement], rounds: int) -> float:
 
 
 def stopper_ms(measurements: list[Measurement], rounds: int) -> float:
-    """Milliseconds of the decision after one more measurement."""
+    """Return the milliseconds of the decision after one more measurement."""
     num = len(measurements) - rounds
     source = PowerLawHessianCallback(num_eigenvalues=K, predict=None, verbose=False)
     stopper = PowerLawEarlyStopping(mode="max", patience=10**6)
@@ -118,18 +118,18 @@ def stopper_ms(measurements: list[Measurement], rounds: int) -> float:
 
 
 def checkpoint(measurements: list[Measurement]) -> tuple[float, float, float]:
-    """Megabytes of the callback's state in a checkpoint, and seconds to save and to restore it."""
+    """Return the megabytes of the callback's state in a checkpoint, and the seconds to save and to restore it."""
     callback = PowerLawHessianCallback(num_eigenvalues=K, predict=None, verbose=False)
     callback.history = measurements
     buffer = io.BytesIO()
-    began = time.perf_counter()
+    began = time.process_time()
     torch.save(callback.state_dict(), buffer)
-    saved = time.perf_counter() - began
+    saved = time.process_time() - began
     size = buffer.tell()
     buffer.seek(0)
-    began = time.perf_counter()
+    began = time.process_time()
     callback.load_state_dict(torch.load(buffer, weights_only=True))
-    return size / 1e6, saved, time.perf_counter() - began
+    return size / 1e6, saved, time.process_time() - began
 
 
 def report(nums: list[int], rounds: int) -> str:

@@ -1,30 +1,43 @@
-"""When to measure: by epochs or by optimizer steps, and no more often than a share of the time allows."""
+"""When to measure: by epochs or by optimizer steps, and at most for a given share of the wall time."""
 
 from __future__ import annotations
 
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
-__all__ = ["Cadence", "TimeShare"]
+from hessian_callback.callbacks.options import (
+    OptionError,
+    check_bool,
+    check_choice,
+    check_each,
+    check_int,
+    check_number,
+    optional,
+)
+from hessian_callback.measurement.measurement import Measurement, When
+from hessian_callback.measurement.place import Place
 
-# Durations whose median the next one is expected to have: one that was held up must not decide alone.
+__all__ = ["Cadence", "MeasurementSchedule", "TimeShare"]
+
+# Number of durations whose median predicts the next one, so that a single slow measurement does not decide.
 _RECENT = 5
 
 
 @dataclass(frozen=True)
 class Cadence:
-    """The points of a run at which a measurement is due.
+    """The places of a run at which a measurement is due.
 
-    Either step option switches the epochs off. Without ``at_steps`` the point before the first step is
-    one of them, with it only if it holds 0.
+    With one of the step options no ends of epochs are measured. Without ``at_steps`` the place before the first step is
+    due as well, with ``at_steps`` only if it contains 0.
 
     Attributes:
-        every_n_epochs: measure the first epoch's end, and then each that is so many epochs later.
-        every_n_train_steps: measure after each so many optimizer steps.
+        every_n_epochs: measure the end of the first epoch, and then each that is at least n epochs after the last
+            measured one.
+        every_n_train_steps: measure after every n optimizer steps.
         at_steps: measure after these numbers of optimizer steps.
 
     Example:
@@ -46,66 +59,64 @@ class Cadence:
         *,
         may_be_empty: bool = False,
     ) -> Cadence:
-        """Make one of a user's options; with ``may_be_empty``, ``at_steps`` may name none.
+        """Make a cadence from a user's options; with ``may_be_empty``, ``at_steps`` may be empty.
 
         Raises:
-            ValueError: if an option is out of range, or both step options are given.
+            ValueError: if an option has the wrong type or is out of range, or both step options are given.
         """
-        if every_n_epochs < 1:
-            raise ValueError(f"every_n_epochs must be at least 1, got {every_n_epochs}")
-        if every_n_train_steps is not None and every_n_train_steps < 1:
-            raise ValueError(f"every_n_train_steps must be at least 1, got {every_n_train_steps}")
+        every_n_epochs = check_int("every_n_epochs", every_n_epochs, at_least=1)
+        every_n_train_steps = optional(check_int, "every_n_train_steps", every_n_train_steps, at_least=1)
         if every_n_train_steps is not None and at_steps is not None:
             raise ValueError("give every_n_train_steps or at_steps, not both")
-        if at_steps is not None:
-            at_steps = tuple(sorted({int(step) for step in at_steps}))
-            if not (at_steps or may_be_empty) or min(at_steps, default=0) < 0:
-                raise ValueError(
-                    f"at_steps must name at least one number of optimizer steps, from 0; got {list(at_steps)}"
-                )
-        return cls(every_n_epochs, every_n_train_steps, at_steps)
+        if at_steps is None:
+            return cls(every_n_epochs, every_n_train_steps, None)
+        steps = tuple(sorted(set(check_each(check_int, "at_steps", at_steps, at_least=0))))
+        if not (steps or may_be_empty):
+            raise ValueError("at_steps must name at least one number of optimizer steps, from 0; got []")
+        return cls(every_n_epochs, None, steps)
 
     @property
     def by_epochs(self) -> bool:
-        """Whether ends of epochs count, not steps."""
+        """Whether ends of epochs are measured, not steps."""
         return self.every_n_train_steps is None and self.at_steps is None
 
     @property
     def at_start(self) -> bool:
-        """Whether to measure before the first optimizer step."""
+        """Whether the place before the first optimizer step is due."""
         return self.at_steps is None or 0 in self.at_steps
 
     def at_step(self, before: int, now: int) -> bool:
-        """Whether a point lies in ``before < step <= now``; one batch may take several optimizer steps."""
+        """Return whether a due step is in ``before < step <= now``; one batch may take several optimizer steps."""
         if self.every_n_train_steps is not None:
             return now // self.every_n_train_steps > before // self.every_n_train_steps
         return self.at_steps is not None and any(before < step <= now for step in self.at_steps)
 
     def at_epoch(self, epoch: int, last: int | None) -> bool:
-        """Whether an epoch's end is due, given the epoch of the last measurement of this kind.
+        """Return whether the end of an epoch is due, given the last measured epoch.
 
-        An epoch with several validations is measured at each of them: whoever monitors the slope looks
-        after every validation, and would take an old value for a lack of progress.
+        The last measured epoch itself is due again: an epoch with several validations is measured at each of them,
+        because callbacks that monitor the slope look after every validation, and would mistake an old value for a lack
+        of progress.
         """
         return self.by_epochs and (last is None or epoch == last or epoch - last >= self.every_n_epochs)
 
 
 class TimeShare:
-    r"""Keeps a callback's share of the wall time in bounds.
+    r"""Limit the share of the wall time that measurements take.
 
-    A measurement is allowed where one of the expected duration :math:`p`, the median of the last five, would leave
-    the share within the limit :math:`f`: :math:`s + p \le f (t + p)`, with :math:`s` of :math:`t` seconds spent.
+    A measurement is allowed if one of the expected duration :math:`p`, the median of the last five, would leave the
+    share within the limit :math:`f`: :math:`s + p \le f (t + p)`, with :math:`s` of :math:`t` seconds spent.
 
-    What is guaranteed: after an allowed measurement of duration d, :math:`s \le f t + (1 - f) \max(0, d - p)`, so
-    the share exceeds the limit only by what that one took longer than expected; and where one is refused,
-    :math:`s > f t - (1 - f) p`, so less than one measurement is unused. Measurements made without asking (the
-    first and the last of a run) count like any other, and those after them wait until they are paid for. So once
-    ten or more measurements were wanted more often than allowed, the share is within a tenth of the limit,
-    except right after one that took far longer than those before.
+    After an allowed measurement of duration d, :math:`s \le f t + (1 - f) \max(0, d - p)`, so the share exceeds the
+    limit only by the time that this measurement took longer than expected. If a measurement is refused,
+    :math:`s > f t - (1 - f) p`, so less than one measurement is unused. Measurements that were made without asking (the
+    first and the last of a run) count like any other, and the next ones wait until these are paid for. So after ten or
+    more measurements, if more were due than allowed, the share is within a tenth of the limit, except right after a
+    measurement that took far longer than those before.
 
     Args:
-        limit: largest share, between 0 and 1; ``None`` for no limit.
-        clock: seconds that never run backwards.
+        limit: largest share, above 0 and at most 1; ``None`` for no limit.
+        clock: seconds that never decrease.
 
     Example:
         >>> seconds = iter([0.0, 100.0, 100.0, 101.0])
@@ -119,9 +130,7 @@ class TimeShare:
     """
 
     def __init__(self, limit: float | None, clock: Callable[[], float] = time.monotonic) -> None:
-        if limit is not None and not 0 < limit <= 1:
-            raise ValueError(f"max_overhead must lie between 0 and 1, a share of the wall time; got {limit}")
-        self.limit = limit
+        self.limit = optional(check_number, "max_overhead", limit, above=0, at_most=1)
         self.spent = 0.0
         self._clock = clock
         self._earlier = 0.0
@@ -135,7 +144,7 @@ class TimeShare:
 
     @property
     def elapsed(self) -> float:
-        """Seconds of training, measurements included, over all the parts of an interrupted run."""
+        """Seconds of training, measurements included, over all parts of an interrupted run."""
         return self._earlier + (0.0 if self._started is None else self._clock() - self._started)
 
     @property
@@ -145,27 +154,255 @@ class TimeShare:
         return self.spent / elapsed if elapsed > 0 else 0.0
 
     def add(self, seconds: float) -> None:
-        """Note what a measurement took."""
+        """Add the duration of a measurement."""
         self.spent += seconds
         self._recent.append(seconds)
 
     @property
     def expected(self) -> float:
-        """Seconds that the next measurement is expected to take: the median of the last; 0 before the first."""
+        """Expected seconds of the next measurement: the median of the last ones; 0 before the first."""
         return statistics.median(self._recent) if self._recent else 0.0
 
     def allows_another(self) -> bool:
-        """Whether a measurement of the expected duration would leave the share within the limit."""
+        """Return whether a measurement of the expected duration would leave the share within the limit."""
         if self.limit is None:
             return True
         return self.spent + self.expected <= self.limit * (self.elapsed + self.expected)
 
     def state(self) -> dict[str, Any]:
-        """Return what a resumed run needs."""
+        """Return the state for a resumed run."""
         return {"spent": self.spent, "elapsed": self.elapsed, "recent": list(self._recent)}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on from a saved state, also of the release that noted the last duration only; `start` starts the clock."""
-        self.spent, self._earlier = state["spent"], state["elapsed"]
-        self._recent = deque(state["recent"] if "recent" in state else [state["last"]], maxlen=_RECENT)
-        self._started = None
+        """Restore a state, also of the version that stored the last duration only; `start` starts the clock.
+
+        Raises:
+            ValueError: if the state lacks an entry, or one has the wrong type.
+        """
+        spent = check_number("spent", state.get("spent"), at_least=0)
+        elapsed = check_number("elapsed", state.get("elapsed"), at_least=0)
+        durations = state["recent"] if "recent" in state else [state.get("last")]
+        recent = check_each(check_number, "recent", durations, at_least=0)
+        self.spent, self._earlier, self._started = spent, elapsed, None
+        self._recent = deque(recent, maxlen=_RECENT)
+
+
+class MeasurementSchedule:
+    """Decide at which places of a run to measure: whether one is due, owed and affordable.
+
+    The schedule has no reference to a trainer. A callback calls one method at each place of a run with the numbers of
+    epoch and step and the history so far, and gets the place to measure, or ``None``:
+
+    - `at_train_start` before the first step of a run or of its resumed part;
+    - `at_batch_end` after each training batch;
+    - `at_validation_end` after each validation in a run whose monitoring callbacks look then;
+    - `at_epoch_end` after each training epoch;
+    - `at_train_end` at the end.
+
+    If ``max_overhead`` is given, it then asks `is_affordable`, on one rank for all, because clocks differ. It encloses
+    the measurement in `begin` and `finish`. A measurement that was begun but not finished, because the process had to
+    end, is *owed*: the state contains its place, and `at_train_start` of the resumed run returns it.
+
+    An end of an epoch is measured after its validation if monitoring callbacks look then, which is so if validation
+    does not simply end every epoch (``val_check_interval`` other than 1, ``check_val_every_n_epoch`` above 1). An epoch
+    that is due but has no validation is measured when its training ends.
+
+    Args:
+        every_n_epochs: as in `Cadence`.
+        every_n_train_steps: as in `Cadence`.
+        at_steps: as in `Cadence`.
+        at_end: measure the end of training as well; then ``at_steps`` may be empty.
+        max_overhead: largest share of the wall time that measurements may take; see `TimeShare`.
+        clock: seconds that never decrease.
+
+    Attributes:
+        cadence: the places that are due.
+        time: the share of the wall time so far.
+        owed: the place of a measurement that was begun and not finished; ``None`` if there is none.
+
+    Raises:
+        ValueError: if an option has the wrong type or is out of range.
+
+    Example:
+        >>> schedule = MeasurementSchedule(every_n_epochs=2)
+        >>> schedule.at_train_start(epoch=0, step=0, history=[])
+        Place(epoch=0, step=0, when='fit_start')
+        >>> schedule.at_epoch_end(epoch=0, step=100, history=[])
+        Place(epoch=0, step=100, when='epoch')
+        >>> schedule.begin(Place(epoch=0, step=100, when="epoch"))
+        >>> resumed = MeasurementSchedule(every_n_epochs=2)
+        >>> resumed.load_state_dict(schedule.state_dict())
+        >>> resumed.at_train_start(epoch=1, step=100, history=[])
+        Place(epoch=0, step=100, when='epoch')
+    """
+
+    def __init__(
+        self,
+        *,
+        every_n_epochs: int = 1,
+        every_n_train_steps: int | None = None,
+        at_steps: Iterable[int] | None = None,
+        at_end: bool = False,
+        max_overhead: float | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.at_end = check_bool("at_end", at_end)
+        self.cadence = Cadence.checked(every_n_epochs, every_n_train_steps, at_steps, may_be_empty=self.at_end)
+        self.time = TimeShare(max_overhead, clock)
+        self.owed: Place | None = None
+        self._clock = clock
+        self._after_validation = False
+        self._steps_seen = 0
+
+    # -- places ----------------------------------------------------------------------------------
+
+    def at_train_start(
+        self, *, epoch: int, step: int, history: Sequence[Measurement], after_validation: bool = False
+    ) -> Place | None:
+        """Start the clock, and return the place to measure before the next step.
+
+        Args:
+            epoch: number of the current epoch.
+            step: optimizer steps taken so far.
+            history: the measurements so far.
+            after_validation: whether monitoring callbacks look after validation, and not after training epochs.
+
+        Returns:
+            The owed place if no step was taken since; else the start of the run if it is due and was not measured.
+        """
+        self._after_validation = after_validation
+        self._steps_seen = step
+        self.time.start()
+        owed, self.owed = self.owed, None
+        # At another step the weights of the owed place no longer exist.
+        if owed is not None and owed.step == step and not _is_measured(owed, history):
+            return owed
+        start = Place(epoch, step, "fit_start")
+        return start if step == 0 and self.cadence.at_start and not _is_measured(start, history) else None
+
+    def at_batch_end(self, *, epoch: int, step: int, history: Sequence[Measurement]) -> Place | None:
+        """Return the place after a training batch if one of its optimizer steps is due."""
+        before, self._steps_seen = self._steps_seen, step
+        return _unmeasured(Place(epoch, step, "step"), history) if self.cadence.at_step(before, step) else None
+
+    def at_validation_end(self, *, epoch: int, step: int, history: Sequence[Measurement]) -> Place | None:
+        """Return the place after a validation if the epoch is due and monitoring callbacks look then."""
+        due = self._after_validation and self.cadence.at_epoch(epoch, _last_epoch(history))
+        return _unmeasured(Place(epoch, step, "epoch"), history) if due else None
+
+    def at_epoch_end(
+        self, *, epoch: int, step: int, history: Sequence[Measurement], is_last: bool = False
+    ) -> Place | None:
+        """Return the place after a training epoch if it is due and was not measured after a validation.
+
+        Args:
+            epoch: number of the epoch.
+            step: optimizer steps taken so far.
+            history: the measurements so far.
+            is_last: whether training is known to end here. With ``at_end`` the place is then due, so that the
+                checkpoint of the epoch contains its measurement.
+        """
+        last = _last_epoch(history)
+        due = self.cadence.at_epoch(epoch, last) and not (self._after_validation and last == epoch)
+        ends = self.at_end and is_last and not _is_measured_at(step, history)
+        return _unmeasured(Place(epoch, step, "epoch"), history) if due or ends else None
+
+    def at_train_end(self, *, epoch: int, step: int, history: Sequence[Measurement]) -> Place | None:
+        """Return the end of training, if it is wanted or measurements were left out, and it was not measured."""
+        left_out = self.time.limit is not None and bool(history)
+        due = (self.at_end or left_out) and not _is_measured_at(step, history)
+        return Place(epoch, step, "fit_end") if due else None
+
+    def is_affordable(self, history: Sequence[Measurement], *, is_last: bool = False) -> bool:
+        """Return whether ``max_overhead`` allows to measure a place of `at_batch_end` or at the end of an epoch.
+
+        The first measurement after the start of a run and its last one are always allowed. The places of
+        `at_train_start` and `at_train_end` are measured without asking.
+
+        Args:
+            history: the measurements so far.
+            is_last: whether training is known to end here.
+        """
+        first = not any(entry.when in ("epoch", "step") for entry in history)
+        return first or is_last or self.time.allows_another()
+
+    # -- a measurement ---------------------------------------------------------------------------
+
+    def begin(self, place: Place) -> None:
+        """Note that a measurement begins; until `finish` it is owed."""
+        self.owed = place
+
+    def finish(self, seconds: float) -> None:
+        """Note that the measurement is in the history, failed or not, and took so many seconds."""
+        self.owed = None
+        self.time.add(seconds)
+
+    def add_overhead(self, seconds: float) -> None:
+        """Add time that the callback spent beside finished measurements: logging, samples, a given up measurement."""
+        self.time.spent += seconds
+
+    def reset(self) -> None:
+        """Forget an earlier run."""
+        self.owed = None
+        self.time = TimeShare(self.time.limit, self._clock)
+
+    # -- state -----------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the time spent and the owed place, as ``torch.load(weights_only=True)`` accepts them."""
+        owed = None if self.owed is None else [self.owed.epoch, self.owed.step, str(self.owed.when)]
+        return {**self.time.state(), "owed": owed}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore a state, also of earlier versions, which had no owed place.
+
+        Raises:
+            ValueError: if the state lacks an entry, or one has the wrong type.
+        """
+        try:
+            if not isinstance(state, Mapping):
+                raise OptionError("time", "a dictionary", state)
+            owed = _place_from(state.get("owed"))
+            self.time.restore(state)
+        except OptionError as error:
+            raise ValueError(
+                f"the checkpoint's state of the measurement schedule cannot be used: {error}; resume from another "
+                "checkpoint, or remove the callback's entry from the checkpoint's 'callbacks'"
+            ) from error
+        self.owed = owed
+
+
+def _place_from(saved: Any) -> Place | None:
+    if saved is None:
+        return None
+    if not isinstance(saved, (list, tuple)) or len(saved) != 3:
+        raise OptionError("owed", "None or a list of epoch, step and kind of place", saved)
+    epoch, step, when = saved
+    check_choice("owed[2]", when, get_args(When))
+    return Place(check_int("owed[0]", epoch, at_least=0), check_int("owed[1]", step, at_least=0), when)
+
+
+# The places of a history are in order of time, apart from those of trainer.validate(). So the loops below end after the
+# measurements at the same step, whatever the length of the history.
+
+
+def _is_measured(place: Place, history: Sequence[Measurement]) -> bool:
+    for entry in reversed(history):
+        if (entry.when, entry.epoch, entry.step) == (place.when, place.epoch, place.step):
+            return True
+        if entry.step < place.step and entry.when != "validate":
+            return False
+    return False
+
+
+def _unmeasured(place: Place, history: Sequence[Measurement]) -> Place | None:
+    """Return the place; ``None`` if it was measured, because a resumed run passes the place of its checkpoint again."""
+    return None if _is_measured(place, history) else place
+
+
+def _is_measured_at(step: int, history: Sequence[Measurement]) -> bool:
+    return bool(history) and history[-1].step == step
+
+
+def _last_epoch(history: Sequence[Measurement]) -> int | None:
+    return next((entry.epoch for entry in reversed(history) if entry.when == "epoch"), None)
