@@ -1,0 +1,769 @@
+"""Leave a model, and the objects that its loss may change, as they were before a measurement.
+
+Code that computes a loss keeps state in many places: buffers, metrics, lists of outputs, counters, random generators,
+files. Three means are used, in this order.
+
+* **Prevent.** Modules are in eval mode. Hooks that observe gradients are removed for the time of the block. Copies
+  of iterators are used instead of the iterators. A stream that can be neither copied nor rewound refuses to be read.
+* **Restore.** A `Snapshot` follows the references of a module or another object, remembers the contents of all
+  objects that user code made, and restores them.
+* **Detect.** Objects of libraries are not restored, because other threads may use them. A `Snapshot` compares them
+  and names the attributes that changed; so it does for tensors that are too large to copy.
+
+Nothing here needs a trainer:
+
+    with preserve_state(model) as snapshot:
+        measure(model, loss_fn, batches)
+        print(snapshot.changes())
+"""
+
+from __future__ import annotations
+
+import array
+import functools
+import io
+import itertools
+import random
+import signal
+import threading
+import types
+from collections import OrderedDict, deque
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset, Sampler
+
+from hessian_callback.measurement.state_records import (
+    RANDOM_GENERATORS,
+    REMEDY,
+    SCALAR_TYPES,
+    SCALARS,
+    ArrayContent,
+    ByteContent,
+    ClassAttributes,
+    ComparedArray,
+    ComparedItems,
+    DictItems,
+    FilePosition,
+    GradientReference,
+    ManyItems,
+    Path,
+    RandomGenerator,
+    Record,
+    RefusingStream,
+    ScriptedAttributes,
+    SequenceItems,
+    SetItems,
+    SlotValues,
+    StreamSlot,
+    TensorContent,
+    UnrestorableStateError,
+    attributes_of,
+    is_cache,
+    is_of_standard_library,
+    is_of_the_user,
+    is_opaque,
+    is_stream,
+    is_user_made,
+    may_be_stream,
+    names_in,
+    own_part,
+    path_text,
+    slot_names,
+)
+
+__all__ = [
+    "Snapshot",
+    "UnrestorableStateError",
+    "defer_signals",
+    "deferrable_signals",
+    "eval_mode",
+    "preserve_random_state",
+    "preserve_state",
+    "suspend_hooks",
+]
+
+# A tensor or array up to this size is copied, as long as all copies together stay within the total.
+_COPIED_BYTES = 64 * 2**20
+_COPIED_BYTES_TOTAL = 512 * 2**20
+# The state of an optimizer is as large as the model, or twice that: only its small tensors are copied.
+_COPIED_BYTES_OF_OPTIMIZERS = 64 * 2**10
+# More tensors than this are not copied one by one: each copy takes microseconds.
+_COPIED_TENSORS = 10_000
+# At most so many objects are visited by one call of `Snapshot.remember`, and so many of libraries.
+_VISITED = 200_000
+_VISITED_OF_LIBRARIES = 5_000
+# A longer container of a library is not searched, and the tensors in a longer one of the user's are only watched.
+_MANY_ITEMS = 1_000
+
+
+_BOOKKEEPING = frozenset({"_trainer", "_fabric"})
+_MODULE_DICTIONARIES = ("_parameters", "_buffers", "_modules")
+_BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
+_GLOBAL_HOOKS = (
+    "_global_backward_pre_hooks",
+    "_global_backward_hooks",
+    "_global_forward_pre_hooks",
+    "_global_forward_hooks",
+    "_global_forward_hooks_always_called",
+    "_global_forward_hooks_with_kwargs",
+)
+
+
+# -- the block ---------------------------------------------------------------------------------------
+
+
+@contextmanager
+def preserve_state(model: nn.Module, *others: Any) -> Iterator[Snapshot]:
+    """Evaluate losses of a model in eval mode and restore all its state afterwards.
+
+    Inside the block all modules are in eval mode, gradients are enabled, hooks on gradients are removed (see
+    `suspend_hooks`), and the random generators may be used. Afterwards, also if an exception passes through, modes,
+    hooks, random generators and everything that the snapshot remembers are as before.
+
+    Args:
+        model: the model.
+        *others: other objects that the loss uses, such as data sets.
+
+    Yields:
+        The snapshot. `Snapshot.remember` adds objects to it.
+
+    Raises:
+        UnrestorableStateError: if the block changed a tensor in place that was too large to copy, or read a stream
+            that cannot be rewound.
+
+    Example:
+        >>> model = nn.Sequential(nn.BatchNorm1d(2), nn.Linear(2, 1))
+        >>> with preserve_state(model):
+        ...     _ = model.train()(torch.randn(4, 2))
+        >>> model[0].running_mean
+        tensor([0., 0.])
+    """
+    with ExitStack() as stack:
+        # Tensors made inside must be ordinary ones: they are differentiated twice.
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(preserve_random_state())
+        stack.enter_context(eval_mode(model))
+        stack.enter_context(suspend_hooks(model))
+        snapshot = stack.enter_context(Snapshot())
+        for value in (model, *others):
+            snapshot.remember(value)
+        yield snapshot
+
+
+@contextmanager
+def preserve_random_state() -> Iterator[None]:
+    """Restore Python's, numpy's and torch's global random states afterwards, on all devices in use.
+
+    Example:
+        >>> before = random.getstate()
+        >>> with preserve_random_state():
+        ...     _ = random.random(), torch.rand(1)
+        >>> random.getstate() == before
+        True
+    """
+    python, of_numpy, of_torch = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    # A call to a device that is not in use would initialise it, which a forked process must not do.
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and _cuda_in_use() else None
+    mps = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(of_numpy)
+        torch.set_rng_state(of_torch)
+        if cuda is not None:
+            torch.cuda.set_rng_state_all(cuda)
+        if mps is not None:
+            torch.mps.set_rng_state(mps)
+
+
+def _cuda_in_use() -> bool:
+    return bool(torch.cuda.is_initialized())
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Put a model and all its submodules in eval mode, and restore the mode of each afterwards.
+
+    Modules made by ``torch.jit.script`` and ``torch.jit.trace`` keep their mode in C++; theirs is restored as well.
+
+    Example:
+        >>> model = nn.Sequential(nn.Dropout(), nn.Dropout().eval())
+        >>> with eval_mode(model):
+        ...     [module.training for module in model.modules()]
+        [False, False, False]
+        >>> [module.training for module in model.modules()]
+        [True, True, False]
+    """
+    # A frozen scripted module has no mode.
+    modes = [(module, mode) for module in model.modules() if (mode := getattr(module, "training", None)) is not None]
+    try:
+        for module, _ in modes:
+            # Set directly: an overridden `train` may do more than set the mode.
+            module.training = False
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextmanager
+def suspend_hooks(model: nn.Module) -> Iterator[None]:
+    """Remove hooks that observe training inside the block, and restore them afterwards.
+
+    Removed are the hooks of parameters and buffers on their gradients, also those that run after accumulation, the
+    backward hooks and backward pre-hooks of modules, and the global hooks of `torch.nn`, which are meant for
+    debugging. They would see the gradients of a measurement as gradients of training. Forward hooks and forward
+    pre-hooks of modules stay: pruning, weight norm and spectral norm are made of them.
+
+    Handles stay valid: a hook that is removed through its handle inside the block, or after it, stays removed.
+
+    Example:
+        >>> weight = nn.Parameter(torch.ones(1))
+        >>> handle = weight.register_hook(print)
+        >>> with suspend_hooks(nn.ParameterList([weight])):
+        ...     _ = torch.autograd.grad(2 * weight, weight)
+        >>> _ = torch.autograd.grad(2 * weight, weight)
+        tensor([2.])
+    """
+    tensors: list[tuple[Any, Any, Any]] = []
+    modules: list[tuple[dict[str, Any], dict[str, Any]]] = []
+    everywhere = vars(torch.nn.modules.module)
+    global_hooks = {name: everywhere[name] for name in _GLOBAL_HOOKS if everywhere.get(name)}
+    for tensor in itertools.chain(model.parameters(), model.buffers()):
+        of_gradient = tensor._backward_hooks
+        # Absent before torch 2.1.
+        accumulated = getattr(tensor, "_post_accumulate_grad_hooks", None)
+        if of_gradient is not None or accumulated is not None:
+            tensors.append((tensor, of_gradient, accumulated))
+    for module in model.modules():
+        attributes = module.__dict__
+        hooks = {name: attributes[name] for name in _BACKWARD_HOOKS if attributes.get(name)}
+        if hooks:
+            modules.append((attributes, hooks))
+    try:
+        # Handles refer to the dictionaries, so other dictionaries take their places for the time of the block.
+        everywhere.update({name: OrderedDict() for name in global_hooks})
+        for attributes, hooks in modules:
+            attributes.update({name: OrderedDict() for name in hooks})
+        for tensor, of_gradient, accumulated in tensors:
+            if of_gradient is not None:
+                tensor._backward_hooks = None
+            if accumulated is not None:
+                tensor._post_accumulate_grad_hooks = None
+        yield
+    finally:
+        everywhere.update(global_hooks)
+        for attributes, hooks in modules:
+            attributes.update(hooks)
+        for tensor, of_gradient, accumulated in tensors:
+            tensor._backward_hooks = of_gradient
+            if accumulated is not None:
+                tensor._post_accumulate_grad_hooks = accumulated
+
+
+def deferrable_signals() -> set[int]:
+    """Return the signals that `defer_signals` defers by default.
+
+    Not SIGINT, as Ctrl-C must interrupt at once, nor timers, SIGCHLD, and signals that report a fault of the process.
+    """
+    names = ["INT", "KILL", "STOP", "CHLD", "ALRM", "VTALRM", "PROF", "ABRT", "BUS", "FPE", "ILL", "SEGV", "SYS"]
+    names += ["TRAP", "PIPE", "WINCH"]
+    return {int(number) for number in signal.valid_signals()} - {getattr(signal, f"SIG{n}", None) for n in names}
+
+
+@contextmanager
+def defer_signals(numbers: Iterable[int] | None = None) -> Iterator[list[int]]:
+    """Call the handlers of signals only after the block.
+
+    A handler may save a checkpoint, and inside the block parameters may be perturbed. Only signals with a handler
+    written in Python are deferred. Outside the main thread, which alone runs handlers, nothing is deferred.
+
+    Args:
+        numbers: the signals; default: `deferrable_signals`.
+
+    Yields:
+        The signals that have arrived so far, in order. Each is raised once after the block for every arrival.
+
+    Example:
+        >>> before = signal.signal(signal.SIGTERM, lambda *_: print("handled"))
+        >>> with defer_signals() as arrived:
+        ...     signal.raise_signal(signal.SIGTERM)
+        ...     print("still inside")
+        still inside
+        handled
+        >>> _ = signal.signal(signal.SIGTERM, before)
+    """
+    arrived: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield arrived
+        return
+    chosen = deferrable_signals() if numbers is None else set(numbers)
+    handlers = {number: handler for number in chosen if callable(handler := signal.getsignal(number))}
+    # The block may end, by an exception, before all handlers are replaced.
+    try:
+        for number in handlers:
+            signal.signal(number, lambda received, _: arrived.append(received))
+        yield arrived
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for number in arrived:
+            signal.raise_signal(number)
+
+
+# -- the snapshot ------------------------------------------------------------------------------------
+
+# How an object is treated: only searched for random generators, compared, or restored.
+_SEARCHED, _COMPARED, _RESTORED = 1, 2, 3
+
+
+class Snapshot:
+    """The state of objects at one time, and the means to restore it.
+
+    References are followed from each remembered object: attributes, slots, containers of all kinds and their
+    subclasses, class attributes of the user's classes. Tensors, arrays, containers, attributes, random generators and
+    files are restored. Objects of libraries are compared only, but random generators inside them are restored, and
+    so are data sets, samplers and optimizers. At most 200,000 objects are visited.
+
+    Leave the block, or call `close`, to end it: iterators are replaced by copies until then.
+
+    Example:
+        >>> counts = collections.Counter("a")
+        >>> with Snapshot() as snapshot:
+        ...     snapshot.remember(counts)
+        ...     counts.update("abc")
+        >>> counts
+        Counter({'a': 1})
+    """
+
+    def __init__(self) -> None:
+        self._forget()
+
+    def _forget(self) -> None:
+        # Holds the objects, so that no id is used twice.
+        self._seen: dict[int, tuple[Any, int]] = {}
+        self._records: list[Record] = []
+        self._loss_records: list[Record] = []
+        self._empty: list[Any] = []
+        self._compared: list[tuple[ComparedItems | ComparedArray, Path]] = []
+        # Tensors that are compared by their versions, these versions, and the path.
+        self._watched: list[tuple[list[Tensor], list[int], Path]] = []
+        self._slots: list[StreamSlot] = []
+        self._copied_bytes = 0
+        self._copied_tensors = 0
+
+    def __enter__(self) -> Snapshot:
+        """Return the snapshot."""
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Restore everything and end the snapshot."""
+        try:
+            self.restore()
+        finally:
+            self.close()
+
+    def remember(
+        self, value: Any, *, copy_tensors: bool = True, restore: bool = False, name: str | None = None
+    ) -> None:
+        """Remember an object and all objects that it refers to.
+
+        Args:
+            value: the object: a module, data set, loader, optimizer, or any other.
+            copy_tensors: whether tensors and arrays are copied, up to 64 MiB each and 512 MiB together. Those that
+                are not copied are compared by their version, and cannot be restored.
+            restore: whether the object itself is restored even if its class is of a library.
+            name: its name in messages; default: the name of its class.
+        """
+        _Walk(self, _COPIED_BYTES if copy_tensors else 0).run(value, name or type(value).__name__, force=restore)
+
+    def restore(self) -> None:
+        """Restore everything. May be called several times.
+
+        Raises:
+            UnrestorableStateError: if a tensor that was not copied has changed, or an object could not be restored.
+        """
+        failures: list[str] = []
+        for slot in self._slots:
+            slot.renew()
+        self._clear_empty()
+        # Latest first: references are restored last, after the contents of the objects that they refer to.
+        for record in reversed(self._records):
+            try:
+                record.restore()
+            except Exception as error:  # noqa: PERF203 - the others must be restored all the same
+                failures.append(f"{type(error).__name__}: {error}")
+        if failures:
+            raise UnrestorableStateError(f"state could not be restored after a measurement ({failures[0]}). {REMEDY}")
+        changed = self._changed_tensors()
+        if changed:
+            raise UnrestorableStateError(
+                f"the loss changed the tensor {changed[0]} in place, which a measurement must not do to a run; "
+                f"it was too large to copy. {REMEDY}"
+            )
+
+    def restore_loss_state(self) -> None:
+        """Restore everything that the value of a loss may depend on, except for parameters that are trained.
+
+        For a call after each evaluation of a loss that changes state: every evaluation then begins at the same state,
+        so that the loss is a function of parameters and batch. Global random generators, gradients, ``requires_grad``
+        and trainable parameters are left to the caller. The cost grows with the number of objects, about a
+        microsecond each, and not with their size: large tensors are compared by their version.
+        """
+        for slot in self._slots:
+            slot.renew()
+        self._clear_empty()
+        for record in self._loss_records:
+            if record.changed():
+                record.restore()
+
+    def changes(self) -> list[str]:
+        """Return the paths of state that has changed and is not restored, such as ``"Net.simulator.position"``.
+
+        Call it inside the block, after the loss was evaluated. These are attributes of libraries' objects, and tensors
+        that were not copied. Attributes that are new, or were ``None``, count as caches, and are not listed.
+        """
+        found = self._changed_tensors()
+        for record, path in self._compared:
+            found += [path_text(path) + part for part in record.changed_parts()]
+        return list(dict.fromkeys(found))
+
+    def close(self) -> None:
+        """Put the original iterators in the places of their copies. Nothing is restored afterwards."""
+        for slot in self._slots:
+            slot.end()
+        self._forget()
+
+    def _clear_empty(self) -> None:
+        # Most containers of a module are empty, so all of them are checked by one call.
+        if any(self._empty):
+            for container in self._empty:
+                if container:
+                    container.clear()
+
+    def _changed_tensors(self) -> list[str]:
+        return [
+            path_text(path)
+            for tensors, versions, path in self._watched
+            if versions != [tensor._version for tensor in tensors]
+        ]
+
+    def _add(self, record: Record, *, of_loss: bool = True) -> None:
+        self._records.append(record)
+        if of_loss:
+            self._loss_records.append(record)
+
+    def _watch(self, tensors: list[Tensor], path: Path) -> None:
+        # A tensor made in inference mode has no version.
+        tensors = [tensor for tensor in tensors if not tensor.is_inference()]
+        if tensors:
+            self._watched.append((tensors, [tensor._version for tensor in tensors], path))
+
+
+class _Walk:
+    """One traversal of references, breadth first: near objects are reached before the limit."""
+
+    def __init__(self, snapshot: Snapshot, copied_bytes: int) -> None:
+        self._snapshot = snapshot
+        self._copied_bytes = copied_bytes
+        self._queue: deque[tuple[Any, Path, int, int]] = deque()
+        self._left = _VISITED
+        self._left_of_libraries = _VISITED_OF_LIBRARIES
+
+    def run(self, value: Any, name: str, *, force: bool) -> None:
+        self._queue.append((value, name, _RESTORED, self._copied_bytes))
+        if force and id(value) not in self._snapshot._seen and not isinstance(value, (Tensor, nn.Module)):
+            self._snapshot._seen[id(value)] = value, _RESTORED
+            self._queue.clear()
+            self._attributes(value, name, self._copied_bytes)
+        while self._queue:
+            self._visit(*self._queue.popleft())
+
+    def _push(self, items: Iterable[Any], path: Path, form: str, keys: Iterable[Any], mode: int, limit: int) -> None:
+        for key, item in zip(keys, items, strict=False):
+            if type(item) not in SCALAR_TYPES:
+                self._queue.append((item, (path, form, key), mode, limit))
+
+    def _visit(self, value: Any, path: Path, mode: int, limit: int) -> None:
+        if isinstance(value, SCALARS) or self._left <= 0:
+            return
+        kept = self._snapshot._seen.get(id(value))
+        if kept is not None and kept[1] >= mode:
+            return
+        self._snapshot._seen[id(value)] = value, mode
+        self._left -= 1
+        if isinstance(value, RANDOM_GENERATORS):
+            self._snapshot._add(RandomGenerator(value))
+        elif isinstance(value, Tensor):
+            if mode == _RESTORED:
+                self._tensor(value, path, limit)
+            elif mode == _COMPARED:
+                self._snapshot._watch([value], path)
+        elif isinstance(value, nn.Module):
+            if mode != _SEARCHED:
+                self._module(value, path, limit)
+        elif isinstance(value, (tuple, dict, list, set, deque)):
+            self._container(value, path, mode, limit)
+        elif isinstance(value, np.ndarray):
+            self._array(value, path, mode, limit)
+        elif isinstance(value, (bytearray, array.array)):
+            if mode == _RESTORED:
+                self._snapshot._add(ByteContent(value))
+        elif isinstance(value, (types.FunctionType, types.MethodType, functools.partial, types.CellType)):
+            self._callable(value, path, mode, limit)
+        elif isinstance(value, io.IOBase):
+            if mode == _RESTORED and (record := FilePosition.of(value)) is not None:
+                self._snapshot._add(record)
+        else:
+            self._object(value, path, mode, limit)
+
+    # -- kinds of values -----------------------------------------------------------------------------
+
+    def _module(self, module: nn.Module, path: Path, limit: int) -> None:
+        attributes = module.__dict__
+        # The dictionaries of hooks are attributes as well.
+        self._items(attributes, path, ".{}", limit, of_loss=True)
+        for name in _MODULE_DICTIONARIES:
+            inner = attributes.get(name)
+            if isinstance(inner, dict) and id(inner) not in self._snapshot._seen:
+                self._snapshot._seen[id(inner)] = inner, _RESTORED
+                # Engines exchange parameters during an evaluation; see `restore_loss_state`.
+                self._items(inner, path, ".{}", limit, of_loss=name != "_parameters")
+        if isinstance(module, torch.jit.ScriptModule):
+            self._scripted(module, path, limit)
+        self._class(type(module), path)
+
+    def _scripted(self, module: torch.jit.ScriptModule, path: Path, limit: int) -> None:
+        tensors = itertools.chain(module.named_parameters(recurse=False), module.named_buffers(recurse=False))
+        for name, tensor in tensors:
+            self._queue.append((tensor, (path, ".{}", name), _RESTORED, limit))
+        for name, child in module.named_children():
+            self._queue.append((child, (path, ".{}", name), _RESTORED, limit))
+        self._snapshot._add(ScriptedAttributes(module))
+
+    def _container(self, container: Any, path: Path, mode: int, limit: int) -> None:
+        long = len(container) > _MANY_ITEMS
+        if isinstance(container, tuple):
+            self._many(container, path, mode, limit) if long else self._push(
+                container, path, "[{!r}]", itertools.count(), mode, limit
+            )
+        elif mode == _RESTORED:
+            if not container and type(container) in (dict, OrderedDict, list, set, deque):
+                self._snapshot._empty.append(container)
+                return
+            if isinstance(container, dict):
+                self._items(container, path, "[{!r}]", limit)
+            elif isinstance(container, set):
+                self._snapshot._add(SetItems(container))
+                self._push(container, path, "[...]", itertools.repeat(None), mode, limit)
+            else:
+                record = SequenceItems(container)
+                self._snapshot._add(record)
+                record.kept = self._substitute(container, enumerate(record.kept), path, "[{!r}]", list(record.kept))
+                if long:
+                    self._many(record.kept, path, mode, limit)
+                else:
+                    self._push(record.kept, path, "[{!r}]", itertools.count(), mode, limit)
+        elif not long:
+            if mode == _COMPARED:
+                self._snapshot._compared.append((ComparedItems(container), path))
+            if isinstance(container, dict):
+                self._push(list(container.values()), path, "[{!r}]", list(container), mode, limit)
+            else:
+                self._push(list(container), path, "[{!r}]", itertools.count(), mode, limit)
+        if type(container).__module__ != "builtins" and type(container).__module__ != "collections":
+            self._attributes(container, path, limit, mode=mode)
+
+    def _items(self, owner: dict[Any, Any], path: Path, form: str, limit: int, *, of_loss: bool = True) -> None:
+        record = DictItems(owner)
+        self._snapshot._add(record, of_loss=of_loss)
+        record.kept = self._substitute(owner, record.kept.items(), path, form, record.kept)
+        kept = record.kept
+        if len(kept) > _MANY_ITEMS:
+            self._many(kept.values(), path, _RESTORED, limit)
+            return
+        for key, value in kept.items():
+            if type(value) in SCALAR_TYPES or key in _BOOKKEEPING:
+                continue
+            if type(value) in (dict, OrderedDict) and not value:
+                # Of the 20 attributes of a module a dozen are empty dictionaries.
+                if id(value) not in self._snapshot._seen:
+                    self._snapshot._seen[id(value)] = value, _RESTORED
+                    self._snapshot._empty.append(value)
+            else:
+                self._queue.append((value, (path, form, key), _RESTORED, limit))
+
+    def _many(self, items: Iterable[Any], path: Path, mode: int, limit: int) -> None:
+        """Visit the items of a long container.
+
+        Tensors are watched, and dictionaries and lists are remembered together; those in tuples as well.
+        """
+        path = (path, "[...]", None)
+        tensors: list[Tensor] = []
+        containers: list[Any] = []
+        stack = [iter(items)]
+        while stack and self._left > 0:
+            for item in stack[-1]:
+                kind = type(item)
+                if kind in SCALAR_TYPES:
+                    continue
+                if kind is Tensor:
+                    tensors.append(item)
+                    continue
+                self._left -= 1
+                if kind is tuple:
+                    stack.append(iter(item))
+                    break
+                if mode == _RESTORED and (kind is dict or kind is list) and id(item) not in self._snapshot._seen:
+                    self._snapshot._seen[id(item)] = item, mode
+                    containers.append(item)
+                    stack.append(iter(item.values() if kind is dict else item))
+                    break
+                self._queue.append((item, path, mode, limit))
+            else:
+                stack.pop()
+        if tensors and mode != _SEARCHED:
+            self._snapshot._watch(tensors, path)
+        if containers:
+            self._snapshot._add(ManyItems(containers), of_loss=False)
+
+    def _substitute(self, owner: Any, items: Iterable[tuple[Any, Any]], path: Path, form: str, kept: Any) -> Any:
+        """Replace iterators, and streams that cannot be rewound, in a container or in attributes."""
+        for key, value in list(items):
+            if not may_be_stream(type(value)) or not is_stream(value):
+                continue
+            slot = StreamSlot(owner, key, value, kept, path_text((path, form, key)))
+            self._snapshot._slots.append(slot)
+            # The record shares `kept`, so that it does not undo the substitution.
+            slot.renew()
+            self._snapshot._seen[id(value)] = value, _RESTORED
+            self._snapshot._seen[id(kept[key])] = kept[key], _RESTORED
+        return kept
+
+    def _tensor(self, tensor: Tensor, path: Path, limit: int) -> None:
+        if isinstance(tensor, (nn.UninitializedParameter, nn.UninitializedBuffer)) or tensor.is_meta:
+            return
+        attributes = tensor.__dict__
+        if attributes:
+            self._items(attributes, path, ".{}", limit)
+        else:
+            self._snapshot._empty.append(attributes)
+        inference = tensor.is_inference()
+        size = own_part(tensor).numel() * tensor.element_size()
+        state = self._snapshot
+        if tensor.is_leaf and not inference:
+            # Remembered first and so restored last: a gradient must have the type of its tensor.
+            state._add(GradientReference(tensor), of_loss=False)
+            if tensor.grad is not None:
+                self._queue.append((tensor.grad, (path, ".{}", "grad"), _RESTORED, limit))
+        copied = (
+            size <= limit
+            and state._copied_bytes + size <= _COPIED_BYTES_TOTAL
+            and state._copied_tensors < _COPIED_TENSORS
+            and tensor.layout == torch.strided
+        )
+        # Trainable parameters belong to the caller of `restore_loss_state`.
+        trained = isinstance(tensor, nn.Parameter) and tensor.requires_grad
+        if copied:
+            state._copied_bytes += size
+            state._copied_tensors += 1
+            state._add(TensorContent(tensor), of_loss=not trained)
+        elif not inference:
+            state._watch([tensor], path)
+
+    def _array(self, value: np.ndarray[Any, Any], path: Path, mode: int, limit: int) -> None:
+        state = self._snapshot
+        small = value.nbytes <= limit and state._copied_bytes + value.nbytes <= _COPIED_BYTES_TOTAL
+        if value.dtype.hasobject:
+            self._push(value.flat, path, "[...]", itertools.repeat(None), mode, limit)
+        elif mode == _SEARCHED or not small or not value.flags.writeable:
+            return
+        state._copied_bytes += value.nbytes
+        if mode == _RESTORED:
+            state._add(ArrayContent(value))
+        elif not value.dtype.hasobject:
+            state._compared.append((ComparedArray(value), path))
+
+    def _callable(self, value: Any, path: Path, mode: int, limit: int) -> None:
+        """Follow what a function refers to. A closure is only searched: it may belong to the user's own checks."""
+        if isinstance(value, types.MethodType):
+            self._queue.append((value.__self__, path, mode, limit))
+            self._queue.append((value.__func__, path, _SEARCHED, limit))
+        elif isinstance(value, functools.partial):
+            self._queue.append((value.func, path, mode, limit))
+            self._push([*value.args, *value.keywords.values()], path, "(...)", itertools.repeat(None), mode, limit)
+        elif isinstance(value, types.CellType):
+            with suppress(ValueError):  # An empty cell.
+                self._queue.append((value.cell_contents, path, _SEARCHED, limit))
+        elif is_of_the_user(value.__module__ or ""):
+            inner = [*(value.__closure__ or ()), *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
+            self._push(inner, path, "(...)", itertools.repeat(None), _SEARCHED, limit)
+            self._globals(value, path, limit)
+
+    def _globals(self, function: types.FunctionType, path: Path, limit: int) -> None:
+        """Visit random generators in global variables that a function uses, and functions that it calls."""
+        for name in names_in(function.__code__):
+            value = function.__globals__.get(name)
+            if isinstance(value, (*RANDOM_GENERATORS, types.FunctionType)):
+                self._queue.append((value, name, _SEARCHED, limit))
+
+    def _object(self, value: Any, path: Path, mode: int, limit: int) -> None:
+        kind = type(value)
+        if isinstance(value, torch.optim.Optimizer) and mode == _RESTORED:
+            self._attributes(value, path, min(limit, _COPIED_BYTES_OF_OPTIMIZERS))
+        elif isinstance(value, (type, types.ModuleType, RefusingStream)) or is_opaque(kind):
+            return
+        elif mode != _SEARCHED and (isinstance(value, (Dataset, Sampler)) or is_user_made(kind)):
+            # Restored also if a library's object refers to it.
+            self._snapshot._seen[id(value)] = value, _RESTORED
+            self._attributes(value, path, limit)
+            self._class(kind, path)
+        else:
+            self._library_object(value, path, mode, limit)
+
+    def _library_object(self, value: Any, path: Path, mode: int, limit: int) -> None:
+        # The objects of the standard library are mostly machinery: locks, threads, processes, loggers.
+        attributes = attributes_of(value)
+        if attributes is None or self._left_of_libraries <= 0 or is_of_standard_library(type(value)):
+            return
+        self._left_of_libraries -= 1
+        mode = min(mode, _COMPARED)
+        if mode == _COMPARED:
+            self._snapshot._compared.append((ComparedItems(attributes), path))
+        for key, item in list(attributes.items()):
+            if type(item) not in SCALAR_TYPES and not is_cache(key):
+                self._queue.append((item, (path, ".{}", key), mode, limit))
+
+    def _attributes(self, value: Any, path: Path, limit: int, *, mode: int = _RESTORED) -> None:
+        if mode != _RESTORED:
+            return
+        attributes = attributes_of(value)
+        if attributes is not None:
+            self._items(attributes, path, ".{}", limit)
+        slots = slot_names(type(value))
+        if slots:
+            record = SlotValues(value, slots)
+            self._snapshot._add(record)
+            self._push(record.kept.values(), path, ".{}", record.kept, _RESTORED, limit)
+
+    def _class(self, kind: type, path: Path) -> None:
+        """Remember attributes of the user's classes, and random generators that their methods use."""
+        for base in kind.__mro__:
+            if id(base) in self._snapshot._seen or not is_user_made(base):
+                continue
+            self._snapshot._seen[id(base)] = base, _RESTORED
+            record = ClassAttributes(base)
+            if record.kept:
+                self._snapshot._add(record)
+                self._push(record.kept.values(), base.__name__, ".{}", record.kept, _RESTORED, self._copied_bytes)
+            for value in vars(base).values():
+                function = value.__func__ if isinstance(value, (classmethod, staticmethod)) else value
+                if isinstance(function, types.FunctionType):
+                    self._queue.append((function, path, _SEARCHED, 0))
