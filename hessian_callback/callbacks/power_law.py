@@ -31,6 +31,7 @@ from hessian_callback.callbacks import compatibility as admission
 from hessian_callback.callbacks.full_precision import in_full_precision
 from hessian_callback.callbacks.hyperparameters import announce_columns
 from hessian_callback.callbacks.live_prediction import HELD_OUT, LivePrediction
+from hessian_callback.callbacks.log_names import check_log_name
 from hessian_callback.callbacks.loggers import show_layout, show_picture, shows_pictures
 from hessian_callback.callbacks.module_loss import as_in_a_step, resolve_loss
 from hessian_callback.callbacks.progress import announce, measuring
@@ -63,9 +64,9 @@ from hessian_callback.operators.derivatives import DoubleBackwardError
 from hessian_callback.operators.engine_selection import TracingStatistics
 from hessian_callback.operators.fully_shard import is_sharded
 from hessian_callback.operators.gradients import gradient_norm, parameter_norm
-from hessian_callback.operators.hessian import HessianOperator, select_parameters
+from hessian_callback.operators.hessian import HessianOperator
 from hessian_callback.operators.memory import readable_size
-from hessian_callback.operators.names import check_log_name, compile_pattern
+from hessian_callback.operators.parameters import compile_pattern, select_parameters
 
 __all__ = ["PowerLawHessianCallback"]
 
@@ -611,7 +612,7 @@ class PowerLawHessianCallback(Callback):
                 process_group=ranks.group,
                 hvp=self.hvp,
                 memory_budget=self.memory_budget,
-                experience=self._experience.setdefault(parameters, TracingStatistics()),
+                tracing_statistics=self._experience.setdefault(parameters, TracingStatistics()),
             )
 
         found = _Found()
