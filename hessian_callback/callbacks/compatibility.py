@@ -18,7 +18,7 @@ from lightning.pytorch.strategies import (
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import nn
 
-from hessian_callback.operators.hessian import ParameterFilter, select_parameters
+from hessian_callback.operators.parameters import ParameterFilter, select_parameters
 
 __all__ = [
     "check_parameters",

@@ -53,8 +53,9 @@ from hessian_callback.measurement.sample_size import warn_of_few_samples
 from hessian_callback.measurement.samples import SampleSet
 from hessian_callback.measurement.solvers import Solver
 from hessian_callback.operators.derivatives import DoubleBackwardError
-from hessian_callback.operators.hessian import ParameterFilter
-from hessian_callback.operators.names import check_log_name, compile_pattern
+from hessian_callback.operators.parameters import ParameterFilter
+from hessian_callback.callbacks.log_names import check_log_name
+from hessian_callback.operators.parameters import compile_pattern
 
 __all__ = ["PowerLawHessianCallback"]
 

@@ -17,7 +17,7 @@ from hessian_callback.linalg.distributed import Ranks
 from hessian_callback.measurement.failure_policy import FailurePolicy, Outcome
 from hessian_callback.measurement.problem import Problem
 from hessian_callback.measurement.samples import SampleSet
-from hessian_callback.operators.hessian import ParameterFilter
+from hessian_callback.operators.parameters import ParameterFilter
 
 __all__ = ["ranks_of", "run_guarded", "training_problem"]
 

@@ -18,7 +18,7 @@ from hessian_callback.measurement.place import Place
 from hessian_callback.measurement.problem import Problem
 from hessian_callback.measurement.solvers import Solver
 from hessian_callback.operators.batches import leading_dimension
-from hessian_callback.operators.hessian import ParameterFilter
+from hessian_callback.operators.parameters import ParameterFilter
 
 __all__ = ["measure"]
 

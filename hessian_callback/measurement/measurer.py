@@ -26,7 +26,8 @@ from hessian_callback.measurement.problem import Problem
 from hessian_callback.measurement.solvers import Lanczos, Solver
 from hessian_callback.operators.engine_selection import TracingStatistics
 from hessian_callback.operators.fully_shard import is_sharded
-from hessian_callback.operators.hessian import HessianOperator, ParameterFilter
+from hessian_callback.operators.hessian import HessianOperator
+from hessian_callback.operators.parameters import ParameterFilter
 from hessian_callback.power_law.fit import PowerLawFit
 
 __all__ = ["Measured", "Measurer", "seconds_since"]

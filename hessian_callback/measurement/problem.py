@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from hessian_callback.linalg.distributed import Ranks
 from hessian_callback.operators.engine_selection import TracingStatistics
-from hessian_callback.operators.hessian import HessianOperator, ParameterFilter
+from hessian_callback.operators.hessian import HessianOperator
+from hessian_callback.operators.parameters import ParameterFilter
 
 __all__ = ["Problem"]
 
@@ -75,5 +76,5 @@ class Problem:
             process_group=self.ranks.group,
             hvp=hvp,
             memory_budget=memory_budget,
-            experience=tracing_statistics,
+            tracing_statistics=tracing_statistics,
         )

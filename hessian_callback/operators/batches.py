@@ -1,17 +1,17 @@
-"""What a batch is made of: tensors in any structure, the number of samples in it, and the two halves of it."""
+"""Batches: the tensors in them, the number of samples, and their halves."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
 from torch import Tensor
 
-__all__ = ["halves", "leading_dimension", "tensors"]
+__all__ = ["halves", "leading_dimension", "map_tensors", "tensors"]
 
-# Entries of a list that are told from structures: a list of them has one for each sample, or none has.
+# Entries of a list that has one entry for each sample.
 _PLAIN = (str, bytes, int, float, bool, type(None))
 
 
@@ -54,8 +54,8 @@ def leading_dimension(batch: Any) -> float:
     if len(sizes) != 1:
         found = "no tensor with a leading dimension" if not sizes else f"leading dimensions {sorted(sizes)}"
         raise ValueError(
-            f"cannot tell how many samples a batch of type {type(batch).__name__} holds: it has {found}. "
-            "Pass batch_weight=..., a callable(batch) that returns what its mean loss averages over, for "
+            f"cannot count the samples in a batch of type {type(batch).__name__}: it has {found}. "
+            "Pass batch_weight=..., a callable(batch) that returns the number of terms in its mean loss, for "
             "example lambda batch: len(batch[0]), or the number of counted tokens"
         )
     return float(sizes.pop())
@@ -64,7 +64,7 @@ def leading_dimension(batch: Any) -> float:
 def halves(batch: Any) -> tuple[Any, Any]:
     """Cut a batch in two along its leading dimension; the first half is the larger one.
 
-    Tensors without a dimension, and whatever is no sequence with an entry for each sample, go to both.
+    Tensors without a dimension, and all values but sequences with an entry for each sample, go to both halves.
 
     Raises:
         ValueError: if the leading dimension is not clear, or is 1.
@@ -84,26 +84,58 @@ def halves(batch: Any) -> tuple[Any, Any]:
     return _cut(batch, slice(0, middle), size), _cut(batch, slice(middle, size), size)
 
 
+def map_tensors(batch: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """Return a batch in new containers, with a function applied to each tensor.
+
+    Containers that cannot be copied, and objects of other kinds, are returned as they are.
+
+    Example:
+        >>> import torch
+        >>> batch = {"x": torch.tensor(1), "more": [torch.tensor(2), "text"]}
+        >>> map_tensors(batch, lambda tensor: tensor + 1)
+        {'x': tensor(2), 'more': [tensor(3), 'text']}
+    """
+
+    def mapped(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return function(value)
+        try:
+            return _rebuilt(value, mapped)
+        except TypeError:  # such as a mapping without item assignment
+            return value
+
+    return mapped(batch)
+
+
 def _cut(batch: Any, part: slice, size: int) -> Any:
     if isinstance(batch, Tensor):
         return batch[part] if batch.dim() else batch
+    if isinstance(batch, (list, tuple)) and len(batch) == size and all(isinstance(value, _PLAIN) for value in batch):
+        return batch[part]
+    return _rebuilt(batch, lambda value: _cut(value, part, size))
+
+
+def _rebuilt(batch: Any, function: Callable[[Any], Any]) -> Any:
+    """Return a copy of a container with a function applied to its entries; other objects as they are."""
     if isinstance(batch, Mapping):
-        return _changed(batch, ((key, _cut(value, part, size)) for key, value in batch.items()), _set_item)
-    if isinstance(batch, (list, tuple)):
-        if len(batch) == size and all(isinstance(value, _PLAIN) for value in batch):
-            return batch[part]
-        cut = [_cut(value, part, size) for value in batch]
+        return _changed(batch, ((key, function(value)) for key, value in batch.items()), _set_item)
+    if type(batch) is list or isinstance(batch, tuple):
+        entries = [function(value) for value in batch]
         if isinstance(batch, tuple):
-            return type(batch)(*cut) if hasattr(batch, "_fields") else tuple(cut)
-        return cut
+            return type(batch)(*entries) if hasattr(batch, "_fields") else tuple(entries)
+        return entries
+    if isinstance(batch, list):
+        return _changed(batch, enumerate([function(value) for value in batch]), _set_item)
     if is_dataclass(batch) and not isinstance(batch, type):
-        values = ((field.name, _cut(getattr(batch, field.name), part, size)) for field in fields(batch))
+        values = (
+            (field.name, function(getattr(batch, field.name))) for field in fields(batch) if hasattr(batch, field.name)
+        )
         return _changed(batch, values, object.__setattr__)
     return batch
 
 
-def _changed(batch: Any, values: Iterator[tuple[Any, Any]], assign: Callable[[Any, Any, Any], None]) -> Any:
-    """Return a copy of a mapping or data class of whatever type, with other values."""
+def _changed(batch: Any, values: Iterable[tuple[Any, Any]], assign: Callable[[Any, Any, Any], None]) -> Any:
+    """Return a copy of a mapping, list or data class of any type, with other values."""
     changed = copy.copy(batch)
     for key, value in list(values):
         assign(changed, key, value)

@@ -1,4 +1,4 @@
-"""The settings under which derivatives of a loss are exact, and errors that say what stands in their way."""
+"""Settings for exact derivatives of a loss, and errors if they don't exist."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ __all__ = [
     "DoubleBackwardError",
     "check_parameters_visible",
     "check_twice_differentiable",
+    "differentiate",
     "exact_derivatives",
     "explained",
     "graph_nodes",
@@ -29,11 +30,12 @@ class DoubleBackwardError(RuntimeError):
 
 @contextmanager
 def exact_derivatives(model: nn.Module) -> Iterator[None]:
-    """Evaluate and differentiate a model so that second derivatives exist and are those of its full precision.
+    """Evaluate and differentiate a model so that second derivatives exist, in its full precision.
 
-    Inside the block gradients are on and autocast is off, attention runs on the math kernel (the fused ones
-    have no double backward), compiled modules run eagerly (so have theirs none), float32 is not rounded to TF32, and
-    cuDNN is off if the model holds a recurrent layer on a GPU. All of it is as before when the block is left.
+    Inside the block gradients are on and autocast is off. Attention runs on the math kernel, because the fused ones
+    have no double backward. Compiled modules run eagerly for the same reason. Float32 is not rounded to TF32.
+    Embeddings have dense gradients. cuDNN is off if the model holds a recurrent layer on a GPU. All settings are as
+    before when the block is left.
     """
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
@@ -43,11 +45,15 @@ def exact_derivatives(model: nn.Module) -> Iterator[None]:
                 stack.enter_context(torch.autocast(device_type, enabled=False))
         stack.enter_context(full_float32())
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        for module in model.modules():
+            if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.sparse:
+                stack.callback(setattr, module, "sparse", True)
+                module.sparse = False
         if _is_compiled(model):
-            # Costs a second where nothing is compiled, as it imports the compiler.
+            # Imports the compiler, which takes a second.
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         if any(isinstance(module, nn.RNNBase) for module in model.modules()) and torch.cuda.is_available():
-            # Not `torch.backends.cudnn.flags`, which sets five other things to its defaults.
+            # `torch.backends.cudnn.flags` would reset five other settings to their defaults.
             stack.callback(setattr, torch.backends.cudnn, "enabled", torch.backends.cudnn.enabled)
             torch.backends.cudnn.enabled = False
         yield
@@ -63,11 +69,11 @@ def _is_compiled(model: nn.Module) -> bool:
 def check_twice_differentiable(gradients: Sequence[Tensor]) -> None:
     """Search the graph behind gradients for functions that forbid a second derivative.
 
-    Autograd raises when it runs into one, but `torch.autograd.grad` prunes the branch that leads there, and
-    returns a Hessian in which these terms are missing.
+    Autograd raises if it executes one. But `torch.autograd.grad` prunes the branch that leads to it, and returns
+    a Hessian in which these terms are missing.
 
     Raises:
-        DoubleBackwardError: if there is one.
+        DoubleBackwardError: if there is such a function.
     """
     for node in graph_nodes(gradients):
         if node.name() in ("torch::autograd::Error", "DelayedError", "NotImplemented"):
@@ -78,15 +84,40 @@ def check_twice_differentiable(gradients: Sequence[Tensor]) -> None:
 
 
 def check_parameters_visible(loss: Tensor) -> None:
-    """Search the graph behind a loss for reentrant checkpointing, behind which autograd finds no parameters.
+    """Search the graph behind a loss for reentrant checkpointing, which hides parameters from autograd.
 
-    Where only parameters lie behind it, `torch.autograd.grad` prunes it, and returns zeros for their gradients.
+    `torch.autograd.grad` prunes a checkpoint if only parameters lie behind it, and returns zeros for their gradients.
 
     Raises:
-        DoubleBackwardError: if there is some.
+        DoubleBackwardError: if there is a reentrant checkpoint.
     """
     if any(node.name() == "CheckpointFunctionBackward" for node in graph_nodes([loss])):
         raise DoubleBackwardError(_REENTRANT)
+
+
+def differentiate(
+    gradients: Sequence[Tensor], parameters: Sequence[Tensor], directions: Sequence[Tensor], *, keep: bool
+) -> Sequence[Tensor]:
+    """Differentiate ``g . v`` with respect to the parameters.
+
+    Args:
+        gradients: with their graphs.
+        parameters: the tensors that they were taken with respect to.
+        directions: ``v`` in the parameters' shapes.
+        keep: whether the graphs are needed again.
+    """
+    # The gradient of a parameter that the loss is linear in is a constant without a graph.
+    pairs = [
+        (gradient, direction)
+        for gradient, direction in zip(gradients, directions, strict=True)
+        if gradient.requires_grad
+    ]
+    if not pairs:
+        return [torch.zeros_like(parameter) for parameter in parameters]
+    outputs, grad_outputs = zip(*pairs, strict=True)
+    return torch.autograd.grad(
+        outputs, parameters, grad_outputs=grad_outputs, retain_graph=keep, materialize_grads=True
+    )
 
 
 def graph_nodes(tensors: Sequence[Tensor]) -> Iterator[Any]:
@@ -108,7 +139,7 @@ _REENTRANT = (
 )
 _ALTERNATIVE = "use hvp='finite_difference', which needs first derivatives only"
 
-# (what PyTorch says, what it means and what helps); {0} is the pattern's first group.
+# (message of PyTorch, meaning and remedy); {0} is the pattern's first group.
 _CAUSES = [
     (
         r"derivative for (\S+) is not implemented",
@@ -130,7 +161,7 @@ _CAUSES = [
     ),
     (
         r"(?:[Ss]parse.*(?:not implemented|not supported|unsupported)|layout.*[Ss]parse)",
-        "sparse gradients have no double backward: build the Embedding with sparse=False, or leave it out by means of "
+        "sparse gradients have no double backward: call F.embedding with sparse=False, or leave its weight out with "
         "parameters=",
     ),
     (
@@ -143,10 +174,10 @@ _CAUSES = [
 
 @contextmanager
 def explained() -> Iterator[None]:
-    """Turn autograd's complaints about second derivatives into a `DoubleBackwardError` with the remedy.
+    """Replace autograd's errors about second derivatives by a `DoubleBackwardError` with the remedy.
 
     Raises:
-        DoubleBackwardError: instead of an error that is known to mean a missing second derivative.
+        DoubleBackwardError: instead of an error that means a missing second derivative.
 
     Example:
         >>> with explained():

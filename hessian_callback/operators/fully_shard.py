@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from hessian_callback.linalg.distributed import Partition, Ranks
-from hessian_callback.operators.products import BatchLoss, FiniteDifference
+from hessian_callback.operators.loss import BatchLoss
+from hessian_callback.operators.products import FiniteDifference
 
 __all__ = ["ShardedFiniteDifference", "is_sharded", "reshard", "unsharded"]
 

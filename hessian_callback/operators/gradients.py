@@ -1,4 +1,4 @@
-"""Norms of the parameters and of the gradient, over all ranks: what a curvature is measured against."""
+"""Norms of the parameters and of the gradient over all ranks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hessian_callback.linalg.distributed import Ranks
-from hessian_callback.operators.products import BatchLoss
+from hessian_callback.operators.loss import BatchLoss
 
 __all__ = ["gradient_norm", "parameter_norm"]
 
@@ -49,7 +49,7 @@ def gradient_norm(
         loss_fn: ``(model, batch) -> scalar``, the mean loss of the batch.
         batches: this rank's batches.
         weights: a positive weight for each.
-        parameters: what to differentiate with respect to, each whole on every rank and each once.
+        parameters: the tensors to differentiate with respect to, each whole on every rank and each once.
         ranks: the processes that hold the other batches; all of them must call.
 
     Raises:
@@ -64,10 +64,10 @@ def gradient_norm(
         >>> gradient_norm(model, square, [torch.ones(2, 1)], [2.0], list(model.parameters()), Ranks())
         6.0
     """
-    loss = BatchLoss(model, loss_fn, parameters)
+    loss = BatchLoss(model, loss_fn, parameters, rank=ranks.rank)
     size = sum(loss.sizes)
     partition = ranks.partition(size)
-    like = parameters[0]
+    like = torch.view_as_real(parameters[0]) if parameters[0].is_complex() else parameters[0]
     total: Tensor | None = torch.zeros(size, dtype=like.dtype, device=like.device)
     with ranks.propagate_errors("computing the gradient"), torch.enable_grad(), loss.differentiable():
         assert total is not None

@@ -47,7 +47,7 @@ def fast_traces() -> TracingStatistics:
 
 def always_pays(monkeypatch: pytest.MonkeyPatch) -> None:
     # Which engine is quicker on toys depends on the machine; that the products agree must not.
-    monkeypatch.setattr("hessian_callback.operators.hessian.tracing_pays", lambda *_: True)
+    monkeypatch.setattr("hessian_callback.operators.engine_selection.tracing_pays", lambda *_: True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -66,7 +66,7 @@ def test_bounds_hold_across_a_change_over(name: str, dtype: torch.dtype, monkeyp
             operator.expect_products(MANY)
         return top_eigenvalues(operator, k=5, rtol=1e-2), operator
 
-    changed, operator = solved(hvp="auto", experience=fast_traces())
+    changed, operator = solved(hvp="auto", tracing_statistics=fast_traces())
     plain, _ = solved(hvp="double_backward")
     assert operator.engine == "linearize"
     assert "of double backward's time" in operator.engine_reason
@@ -94,33 +94,33 @@ def branching(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
 
 def test_what_cannot_be_traced_is_noted_once_and_double_backward_goes_on() -> None:
     case = CASES["mlp"]()
-    experience = TracingStatistics()
-    operator = HessianOperator(case.model, branching, case.batches, hvp="auto", experience=experience)
+    known = TracingStatistics()
+    operator = HessianOperator(case.model, branching, case.batches, hvp="auto", tracing_statistics=known)
     operator.expect_products(MANY)
     plain = HessianOperator(case.model, classify, case.batches, hvp="double_backward")
     for _ in range(TIMED_PRODUCTS + 2):
         vector = torch.randn(57, dtype=torch.float64)
         assert torch.equal(operator.matvec(vector), plain.matvec(vector))
     assert operator.engine == "double_backward"
-    assert operator.engine_reason == experience.failure
+    assert operator.engine_reason == known.failure
     assert "tracing failed" in operator.engine_reason
-    again = HessianOperator(case.model, branching, case.batches, hvp="auto", experience=experience)
+    again = HessianOperator(case.model, branching, case.batches, hvp="auto", tracing_statistics=known)
     again.expect_products(MANY)
     for _ in range(TIMED_PRODUCTS + 1):
         again.matvec(vector)
-    assert again.engine_reason == experience.failure
+    assert again.engine_reason == known.failure
 
 
 def test_few_products_are_not_worth_a_trial() -> None:
     case = CASES["mlp"]()
-    experience = TracingStatistics()
-    operator = HessianOperator(case.model, case.loss_fn, case.batches, experience=experience)
+    known = TracingStatistics()
+    operator = HessianOperator(case.model, case.loss_fn, case.batches, tracing_statistics=known)
     operator.expect_products(20)
     for _ in range(10):
         operator.matvec(torch.ones(57, dtype=torch.float64))
     assert operator.engine == "double_backward"
     assert "too few products" in operator.engine_reason
-    assert experience == TracingStatistics()
+    assert known == TracingStatistics()
 
 
 def test_constants_that_do_not_fit_the_budget_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,16 +160,16 @@ def choose(rank: int, untraceable: int | None, world_size: int) -> tuple[str, st
     case = CASES["mlp"]()
     loss_fn = branching if rank == untraceable else classify
     batches, weights = case.batches[rank : rank + 1], case.weights[rank : rank + 1]  # none on the third rank
-    import hessian_callback.operators.hessian
+    import hessian_callback.operators.engine_selection
 
-    hessian_callback.operators.hessian.tracing_pays = lambda *_: True
+    hessian_callback.operators.engine_selection.tracing_pays = lambda *_: True
     operator = HessianOperator(
         case.model,
         loss_fn,
         batches,
         weights=weights,
         process_group=torch.distributed.group.WORLD,
-        experience=fast_traces(),
+        tracing_statistics=fast_traces(),
     )
     operator.expect_products(MANY)
     vector = torch.linspace(-1, 1, 57, dtype=torch.float64)

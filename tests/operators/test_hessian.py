@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from hessian_callback import HessianOperator
 from hessian_callback.operators.derivatives import DoubleBackwardError
-from hessian_callback.operators.hessian import select_parameters
+from hessian_callback.operators.parameters import select_parameters
 from tests.helpers.cases import CASES, Case, classify, dense_hessian
 
 EXACT = {

@@ -8,7 +8,8 @@ from typing import ClassVar
 from hessian_callback.measurement.extras.base import Examination, Extra, Finding
 from hessian_callback.operators.fully_shard import is_sharded
 from hessian_callback.operators.gradients import gradient_norm, parameter_norm
-from hessian_callback.operators.hessian import HessianOperator, select_parameters
+from hessian_callback.operators.hessian import HessianOperator
+from hessian_callback.operators.parameters import select_parameters
 
 __all__ = ["Norms"]
 

@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from hessian_callback.operators.names import matching
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from hessian_callback import PowerLawHessianCallback
 from hessian_callback.operators import names
-from hessian_callback.operators.hessian import select_parameters
-from hessian_callback.operators.names import matching
+from hessian_callback.operators.parameters import select_parameters
 from tests.helpers.toy_runs import loader, measure, seeded, trainer
 
 

@@ -1,0 +1,180 @@
+"""The loss as a function of parameter values that need not be those of the module; in float64 if wanted."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
+
+from hessian_callback.operators.batches import map_tensors
+from hessian_callback.operators.derivatives import check_twice_differentiable, differentiate, graph_nodes
+from hessian_callback.operators.loss import BatchLoss, LossModule
+from hessian_callback.operators.memory import free_memory
+from hessian_callback.operators.parameters import constant_padding
+
+__all__ = ["FunctionalLoss"]
+
+_WIDE = {
+    torch.float16: torch.float64,
+    torch.bfloat16: torch.float64,
+    torch.float32: torch.float64,
+    torch.complex32: torch.complex128,
+    torch.complex64: torch.complex128,
+}
+# A tenth of the graph in lower precision is a reserve for temporaries.
+_ROOM = 1.1
+
+
+class FunctionalLoss:
+    """The loss of a batch as a function of parameter values.
+
+    The module is not copied. Other tensors take the place of its parameters and buffers during an evaluation. In
+    float64, batches are converted, and casts to lower precision inside of the loss become casts to float64.
+
+    Args:
+        loss: the loss, in the precision of its parameters.
+        float64: whether to compute in float64.
+
+    Attributes:
+        dtype: real dtype of gradients.
+        parameter_norm: norm of the chosen parameters.
+
+    Example:
+        >>> model = torch.nn.Linear(1, 1, bias=False)
+        >>> _ = model.weight.data.fill_(3.0)
+        >>> loss = BatchLoss(model, lambda m, x: m(x).float().pow(3).mean(), [model.weight])
+        >>> FunctionalLoss(loss).gradient(torch.full((1, 1), 0.1))
+        [tensor([[0.0270]], dtype=torch.float64)]
+    """
+
+    def __init__(self, loss: BatchLoss, *, float64: bool = True) -> None:
+        self.loss = loss
+        self._module = LossModule(loss)
+        self._float64 = float64
+        names = {id(parameter): name for name, parameter in self._module.named_parameters()}
+        self._chosen = [names[id(parameter)] for parameter in loss.parameters]
+        self._point = {name: self._converted(parameter) for name, parameter in self._module.named_parameters()}
+        self._buffers = {name: self._converted(buffer) for name, buffer in self._module.named_buffers()}
+        norms = [float(torch.linalg.vector_norm(self._point[name])) for name in self._chosen]
+        self.parameter_norm = math.hypot(*norms)
+        self.dtype = self._point[self._chosen[0]].real.dtype
+
+    @classmethod
+    def of(cls, loss: BatchLoss, *, bytes_per_graph: int = 0, sharing: int = 1) -> FunctionalLoss | None:
+        """Return the function in float64; ``None`` if that does not fit the free memory or is not supported.
+
+        Args:
+            loss: the loss, in the precision of its parameters.
+            bytes_per_graph: size of the gradient graph of the largest batch in that precision.
+            sharing: number of processes that share the free memory.
+        """
+        device = loss.parameters[0].device
+        if device.type not in ("cpu", "cuda") or _is_sharded(loss):
+            return None
+        model = loss.model
+        narrow = [t for t in [*model.parameters(), *model.buffers()] if t.dtype in _WIDE]
+        # The widened tensors, a direction, a gradient and a product; a graph, and temporaries while it is built.
+        needed = sum(8 * tensor.numel() for tensor in narrow) + 8 * 3 * sum(loss.sizes) + 4 * _ROOM * bytes_per_graph
+        free = free_memory(device)
+        if free is not None and needed > free / sharing:
+            return None
+        return cls(loss)
+
+    def gradient(
+        self, batch: Any, displacement: Sequence[Tensor] | None = None, *, create_graph: bool = False
+    ) -> list[Tensor]:
+        """Return the gradient of one batch.
+
+        Args:
+            batch: the batch, in any precision.
+            displacement: added to the parameters; in their shapes.
+            create_graph: whether the gradient is to be differentiated.
+
+        Raises:
+            TypeError: if the loss is not computed in float64 throughout.
+        """
+        return self._gradient(batch, displacement, create_graph=create_graph)[1]
+
+    def products(self, batch: Any, directions: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
+        """Multiply the Hessian of one batch with several directions, each in the parameters' shapes."""
+        leaves, gradients = self._gradient(batch, None, create_graph=True)
+        check_twice_differentiable(gradients)
+        results = []
+        with self.loss.differentiable(), self._precision():
+            for number, direction in enumerate(directions):
+                wide = [self._converted(part) for part in direction]
+                keep = number < len(directions) - 1
+                results.append(list(differentiate(gradients, leaves, wide, keep=keep)))
+        return results
+
+    def value(self, batch: Any) -> Tensor:
+        """Return the loss of one batch with its graph."""
+        return self._evaluated(batch, None)[1]
+
+    def _gradient(
+        self, batch: Any, displacement: Sequence[Tensor] | None, *, create_graph: bool
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        with self.loss.differentiable(), self._precision(), constant_padding(self.loss.model):
+            leaves, loss = self._evaluated(batch, displacement)
+            gradients = torch.autograd.grad(loss, leaves, create_graph=create_graph, materialize_grads=True)
+        return leaves, list(gradients)
+
+    def _evaluated(self, batch: Any, displacement: Sequence[Tensor] | None) -> tuple[list[Tensor], Tensor]:
+        points = [self._point[name] for name in self._chosen]
+        if displacement is not None:
+            points = [point + part.to(point.dtype) for point, part in zip(points, displacement, strict=True)]
+        leaves = [point.detach().requires_grad_() for point in points]
+        values = {
+            **self._point,
+            **dict(zip(self._chosen, leaves, strict=True)),
+            **{name: buffer.clone() for name, buffer in self._buffers.items()},
+        }
+        own = map_tensors(batch, lambda tensor: self._converted(tensor).clone())
+        with self.loss.fixed(batch):
+            loss = torch.func.functional_call(self._module, values, (own,))
+        if self._float64:
+            _check_precision(loss)
+        return leaves, loss
+
+    def _converted(self, tensor: Tensor) -> Tensor:
+        tensor = tensor.detach()
+        return tensor.to(_WIDE.get(tensor.dtype, tensor.dtype)) if self._float64 else tensor
+
+    def _precision(self) -> AbstractContextManager[Any]:
+        return _InFloat64() if self._float64 else nullcontext()
+
+
+class _InFloat64(TorchFunctionMode):
+    """Replace lower precision by float64 in the arguments of all operations."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (Tensor.float, Tensor.half, Tensor.bfloat16):
+            func = Tensor.double
+        args, kwargs = tree_map(_wide_argument, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+def _wide_argument(value: Any) -> Any:
+    if isinstance(value, torch.dtype):
+        return _WIDE.get(value, value)
+    if isinstance(value, Tensor) and value.dtype in _WIDE:
+        return value.to(_WIDE[value.dtype])
+    return value
+
+
+def _check_precision(loss: Tensor) -> None:
+    if loss.dtype != torch.float64 or any(
+        metadata.dtype in _WIDE for node in graph_nodes([loss]) for metadata in getattr(node, "_input_metadata", ())
+    ):
+        raise TypeError("the loss computes in lower precision than float64")
+
+
+def _is_sharded(loss: BatchLoss) -> bool:
+    bases = {base.__name__ for module in loss.model.modules() for base in type(module).__mro__}
+    return "FSDPModule" in bases

@@ -1,0 +1,304 @@
+"""The mean loss of a batch as a differentiable function of chosen parameters."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from hessian_callback.operators.batches import map_tensors, tensors
+from hessian_callback.operators.derivatives import (
+    check_parameters_visible,
+    exact_derivatives,
+    explained,
+    graph_nodes,
+)
+
+__all__ = ["BatchLoss", "LossModule"]
+
+# A derivative inside of the loss, such as a gradient penalty, leaves nodes of such names in the graph.
+_SECOND_DERIVATIVE = re.compile("Backward.*Backward")
+
+
+class BatchLoss:
+    """The mean loss of a batch as a function of chosen parameters.
+
+    The value is a function of the parameters and the batch alone, as far as that can be had:
+
+    - *Random numbers.* Before each evaluation Python's, NumPy's and PyTorch's global generators get a state that
+      depends on the batch only. Afterwards they get their former state back.
+    - *State.* ``restore_state`` is called after each evaluation. A batch that the loss changes in place is copied
+      for each evaluation.
+    - *Other parameters.* Inside `differentiable` only the chosen parameters require grad, so autograd records
+      nothing for operations that don't depend on them. If the loss takes derivatives itself, all others keep
+      their setting.
+
+    Args:
+        model: the module that holds the parameters.
+        loss_fn: ``(model, batch) -> scalar``.
+        parameters: the tensors to differentiate with respect to, each once. A complex one counts as its real and
+            imaginary parts.
+        restore_state: undoes the changes of state that an evaluation makes.
+        rank: the rank that evaluates the loss. Ranks use different random numbers.
+
+    Attributes:
+        draws: whether any evaluation has moved a global random generator.
+        changes_batch: whether any evaluation has changed its batch in place.
+
+    Example:
+        >>> model = nn.Linear(1, 1, bias=False)
+        >>> loss = BatchLoss(model, lambda m, x: (torch.rand(1) * m(x)).mean(), [model.weight])
+        >>> batch = torch.ones(2, 1)
+        >>> bool(loss.value(batch) == loss.value(batch)), loss.draws
+        (True, True)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: Callable[[Any, Any], Tensor],
+        parameters: Sequence[nn.Parameter],
+        *,
+        restore_state: Callable[[], None] | None = None,
+        rank: int = 0,
+    ) -> None:
+        self.model = model
+        self.parameters = list(parameters)
+        self.sizes = [parameter.numel() * (2 if parameter.is_complex() else 1) for parameter in parameters]
+        self.draws = False
+        self.changes_batch = False
+        self._loss_fn = loss_fn
+        self._restore_state = restore_state
+        chosen = {id(parameter) for parameter in self.parameters}
+        self._others = [parameter for parameter in model.parameters() if id(parameter) not in chosen]
+        self._frozen: list[nn.Parameter] = []
+        self._first_seed = rank << 20
+        # Batches that were evaluated, by identity. A batch's number is the seed of its random numbers.
+        self._seen: dict[int, tuple[Any, int]] = {}
+
+    def value(self, batch: Any) -> Tensor:
+        """Evaluate the loss, and check that it can be differentiated.
+
+        Raises:
+            TypeError: if the loss is not a tensor.
+            ValueError: if it is not a scalar, or does not depend on any chosen parameter.
+        """
+        if id(batch) in self._seen:
+            return self._checked(self._evaluate(batch))
+        self._seen[id(batch)] = (batch, self._first_seed + len(self._seen))
+        try:
+            return self._checked(self._with_derivatives_inside(batch))
+        except BaseException:
+            del self._seen[id(batch)]
+            raise
+
+    def gradient(self, batch: Any, *, create_graph: bool) -> tuple[Tensor, list[Tensor]]:
+        """Return the loss and its gradient; parameters it does not depend on get zeros."""
+        loss = self.value(batch)
+        gradients = torch.autograd.grad(loss, self.parameters, create_graph=create_graph, materialize_grads=True)
+        return loss.detach(), list(gradients)
+
+    def split(self, vector: Tensor) -> list[Tensor]:
+        """Cut a flat vector ``(P,)`` into views of the parameters' shapes."""
+        return [
+            torch.view_as_complex(piece.view(*parameter.shape, 2))
+            if parameter.is_complex()
+            else piece.view(parameter.shape)
+            for piece, parameter in zip(vector.split(self.sizes), self.parameters, strict=True)
+        ]
+
+    def check(self, batches: Sequence[Any]) -> list[float]:
+        """Evaluate every batch once and the first one twice; return the values of the loss.
+
+        Raises:
+            ArithmeticError: if a value is NaN or infinite.
+            ValueError: if two evaluations of the same batch differ.
+        """
+        values = []
+        with self.differentiable():
+            for index, batch in enumerate([*batches, *batches[:1]]):
+                loss = self.value(batch)
+                if index == 0:
+                    check_parameters_visible(loss)
+                value = float(loss.detach())
+                if value != value or abs(value) == float("inf"):
+                    raise ArithmeticError(
+                        f"the loss of batch {index % len(batches)} is {value}: no Hessian exists there. Check the "
+                        "batch for invalid inputs or labels that are all ignored, and whether training has diverged"
+                    )
+                values.append(value)
+                del loss  # with its graph, before the next
+        *values, again = values
+        # The same operations on the same CPU round alike; on other devices sums may be formed in any order.
+        tolerance = (1e2 if self.parameters[0].device.type == "cpu" else 1e4) * _eps(self.parameters[0])
+        if abs(values[0] - again) > tolerance * max(abs(values[0]), abs(again)):
+            raise ValueError(self._difference(values[0], again))
+        return values
+
+    @contextmanager
+    def differentiable(self) -> Iterator[None]:
+        """Make second derivatives possible and their errors readable; let only the chosen parameters require grad."""
+        frozen = [parameter for parameter in self._others if parameter.requires_grad]
+        outer, self._frozen = self._frozen, frozen or self._frozen
+        try:
+            for parameter in frozen:
+                parameter.requires_grad_(False)
+            with exact_derivatives(self.model), explained():
+                yield
+        finally:
+            for parameter in frozen:
+                parameter.requires_grad_(True)
+            self._frozen = outer
+
+    @contextmanager
+    def fixed(self, batch: Any) -> Iterator[None]:
+        """Give the random generators the state that belongs to a batch; afterwards put generators and state back."""
+        generators = _Generators(self.parameters[0].device)
+        before = generators.states()
+        try:
+            generators.seed(self._seen[id(batch)][1])
+            start = None if self.draws else generators.states()
+            yield
+            if start is not None and generators.states() != start:
+                self.draws = True
+        finally:
+            generators.restore(before)
+            self.restore()
+
+    def restore(self) -> None:
+        """Undo the changes of state that an evaluation made, if the caller has said how."""
+        if self._restore_state is not None:
+            self._restore_state()
+
+    def _with_derivatives_inside(self, batch: Any) -> Any:
+        """Evaluate a new batch; if the loss takes derivatives itself, let all parameters require grad again.
+
+        Those derivatives may be with respect to parameters that were not chosen.
+        """
+        try:
+            loss = self._first_value(batch)
+        except RuntimeError as error:
+            if not self._frozen or "does not require grad" not in str(error):
+                raise
+        else:
+            if (
+                not self._frozen
+                or not isinstance(loss, Tensor)
+                or not any(_SECOND_DERIVATIVE.search(node.name()) for node in graph_nodes([loss]))
+            ):
+                return loss
+        self._unfreeze()
+        return self._evaluate(batch)
+
+    def _unfreeze(self) -> None:
+        for parameter in self._frozen:
+            parameter.requires_grad_(True)
+        self._frozen, self._others = [], []
+
+    def _first_value(self, batch: Any) -> Any:
+        """Evaluate a batch that was not evaluated before, and notice if that changes it."""
+        whole = list(tensors(batch))
+        copies = [tensor.detach().clone() for tensor in whole]
+        versions = [_version(tensor) for tensor in whole]
+        loss = self._evaluate(batch)
+        changed = [number for number, tensor in enumerate(whole) if _version(tensor) != versions[number]]
+        if changed and not self.changes_batch:
+            self.changes_batch = True
+            with torch.no_grad():
+                for number in changed:
+                    whole[number].copy_(copies[number])
+            loss = self._evaluate(batch)
+        return loss
+
+    def _evaluate(self, batch: Any) -> Any:
+        # New containers each time: the loss may take entries out of its batch, or replace them.
+        fresh = map_tensors(batch, torch.clone if self.changes_batch else _itself)
+        with self.fixed(batch):
+            return self._loss_fn(self.model, fresh)
+
+    def _checked(self, loss: Any) -> Tensor:
+        if not isinstance(loss, Tensor):
+            raise TypeError(f"the loss must be a tensor, got {type(loss).__name__}; return the mean loss of the batch")
+        if loss.numel() != 1:
+            raise ValueError(
+                f"the loss must be a scalar, got shape {tuple(loss.shape)}; return its mean over the batch"
+            )
+        if not loss.requires_grad:
+            raise ValueError(
+                "the loss does not depend on any parameter that requires grad; do not detach it, nor compute it "
+                "under torch.no_grad, nor choose parameters that are frozen"
+            )
+        return loss.reshape(())
+
+    def _difference(self, one: float, other: float) -> str:
+        text = f"the loss is no function of the parameters and the batch: the same batch gave {one:.9g} and {other:.9g}"
+        if self.draws:
+            text += ", although all global random generators were in the same state"
+        else:
+            text += ", and no global random generator moved"
+        return text + (
+            ". An evaluation changes some state (a queue, a counter, a hidden state that is carried over, a generator "
+            "of its own). Pass restore_state=..., a function that puts this state back, or a loss_fn that leaves it "
+            "as it is"
+        )
+
+
+class LossModule(nn.Module):
+    """The loss as a module, so that ``functional_call`` can replace parameters anywhere inside the model."""
+
+    def __init__(self, loss: BatchLoss) -> None:
+        super().__init__()
+        self.model = loss.model
+        self._loss = [loss]  # in a list: the loss is not a submodule
+
+    def forward(self, batch: Any) -> Tensor:
+        """Evaluate a batch without fixed random numbers."""
+        (loss,) = self._loss
+        return loss._checked(loss._loss_fn(loss.model, map_tensors(batch, _itself)))
+
+
+class _Generators:
+    """The global random generators of Python, NumPy and PyTorch, on the CPU and on one device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._generators = [torch.default_generator]
+        if device.type == "cuda":
+            index = torch.cuda.current_device() if device.index is None else device.index
+            self._generators.append(torch.cuda.default_generators[index])
+
+    def states(self) -> list[Any]:
+        torch_states = [generator.get_state().numpy().tobytes() for generator in self._generators]
+        name, keys, position, has_gauss, cached = np.random.get_state()
+        return [random.getstate(), (name, np.asarray(keys).tobytes(), position, has_gauss, cached), *torch_states]
+
+    def seed(self, seed: int) -> None:
+        random.seed(seed)
+        np.random.seed(seed)
+        for generator in self._generators:
+            generator.manual_seed(seed)
+
+    def restore(self, states: list[Any]) -> None:
+        python, (name, keys, position, has_gauss, cached), *torch_states = states
+        random.setstate(python)
+        np.random.set_state((name, np.frombuffer(keys, dtype=np.uint32), position, has_gauss, cached))
+        for generator, state in zip(self._generators, torch_states, strict=True):
+            generator.set_state(torch.frombuffer(bytearray(state), dtype=torch.uint8))
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _version(tensor: Tensor) -> int:
+    # Tensors made in inference mode count no versions, and cannot be changed in place outside of it.
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _eps(tensor: Tensor) -> float:
+    return torch.finfo(tensor.dtype).eps
