@@ -21,36 +21,69 @@ __all__ = ["Chain", "Decomposition"]
 
 _Array = NDArray[np.float64]
 
+# Largest residual, in units of eps ||A||, that counts as zero: its chain has ended in an invariant subspace.
+_NEGLIGIBLE = 8
+# Size of the first basis whose orthogonality is tested; each later test follows a doubling.
+_FIRST_TEST = 32
+# Gaussian vectors to draw before the complement of the basis counts as empty.
+_MOST_DRAWS = 8
+# Largest root mean square of the entries of the discrepancy D, in units of eps ||A||, that the rounding errors of inner
+# products explain.
+_DISCREPANCY = 4
+
 
 @dataclass(eq=False)
 class Chain:
-    """One Krylov sequence: the residual that its next vector comes from."""
+    """One Krylov sequence.
+
+    Attributes:
+        residual: the part of the last product that is orthogonal to the basis, ``(slice_length,)``.
+        column: index of the basis vector whose product with A left this residual.
+        detached: whether cancellation has made the residual lose its orthogonality to the basis.
+        probing: whether the chain belongs to a probe that is running, so that it survives at the rounding level.
+    """
 
     residual: Tensor
-    column: int  # the basis vector whose image the residual is what is left of
-    detached: bool = False  # whether so much was subtracted from it that it must be orthogonalised once more
+    column: int
+    detached: bool = False
+    probing: bool = False
 
 
 class Decomposition:
-    """``A V = V H + R`` and the operations that keep it true: begin a chain, expand one."""
+    r"""A Krylov decomposition ``A V = V (H + D) + R``, and the operations that begin and expand its chains.
+
+    In exact arithmetic and for a symmetric A the discrepancy D is zero. It is strictly upper triangular: its column j
+    holds the overlaps of ``A v_j`` with earlier basis vectors that symmetry did not predict.
+
+    Attributes:
+        norm: the largest :math:`\|A v\|` seen, or a bound of :math:`\|A\|` once `raise_norm` was called with one.
+        product_error: error norm of a product, measured in higher precision; 0 if it was not measured.
+        orthogonality: the largest :math:`\|(V^T V - I) x\|` seen, for random unit vectors x.
+        num_matvecs: products spent.
+    """
 
     def __init__(self, operator: SymmetricOperator, seed: int, basis_device: torch.device | str | None = None) -> None:
         self.operator = operator
         self.basis = KrylovBasis(operator, basis_device)
         self.chains: list[Chain] = []
-        self.norm = 0.0  # a lower bound of ||A||
-        self.asymmetry = 0.0
+        self.norm = 0.0
+        self.product_error = 0.0
+        self.orthogonality = 0.0
         self.eps = float(torch.finfo(operator.dtype).eps)
         self.num_matvecs = 0
         self._gram: _Array = np.zeros((0, 0))
         self._diagonal: list[float] = []
         self._couplings: list[tuple[int, int, float]] = []
+        self._discrepancy = 0.0  # ||D||_F^2,
+        self._discrepancies = 0  # and the number of entries in it
+        self._neglected = 0.0  # sum of the squared norms of the residuals that were dropped
+        self._next_test = _FIRST_TEST
         self._seed = seed
         self._draws = 0
 
     @property
     def size(self) -> int:
-        """Basis vectors; a product was spent on each."""
+        """Number of basis vectors."""
         return self.basis.size
 
     def projection(self) -> Projection:
@@ -59,7 +92,7 @@ class Decomposition:
         return Projection(np.array(self._diagonal), list(self._couplings), columns, self._gram)
 
     def branch(self, first: int) -> Decomposition:
-        """Return the decomposition as it stood with its ``first`` vectors, to grow apart; of a single chain."""
+        """Return a copy of the decomposition as it was with its ``first`` vectors; for a single chain only."""
         other = copy.copy(self)
         other.basis = self.basis.branch(first)
         other._diagonal = self._diagonal[:first]
@@ -70,17 +103,24 @@ class Decomposition:
         return other
 
     def absorb(self, branch: Decomposition) -> None:
-        """Take over what a branch has spent, and what it has learnt of the operator, without its vectors."""
+        """Add the products that a branch has spent, and the error levels that it has measured."""
         self.num_matvecs, self._draws = branch.num_matvecs, branch._draws
-        self.norm, self.asymmetry = max(self.norm, branch.norm), max(self.asymmetry, branch.asymmetry)
+        self.norm, self.orthogonality = max(self.norm, branch.norm), max(self.orthogonality, branch.orthogonality)
+        if branch.asymmetry > self.asymmetry:
+            self._discrepancy, self._discrepancies = branch._discrepancy, branch._discrepancies
+        self._neglected = max(self._neglected, branch._neglected)
 
     # -- keeping -------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
-        """Return all but the basis, as ``torch.load(weights_only=True)`` accepts it."""
+        """Return everything except the basis, in types that ``torch.load(weights_only=True)`` accepts."""
         return {
             "norm": self.norm,
-            "asymmetry": self.asymmetry,
+            "product_error": self.product_error,
+            "orthogonality": self.orthogonality,
+            "discrepancy": (self._discrepancy, self._discrepancies),
+            "neglected": self._neglected,
+            "next_test": self._next_test,
             "num_matvecs": self.num_matvecs,
             "draws": self._draws,
             "diagonal": list(self._diagonal),
@@ -90,8 +130,14 @@ class Decomposition:
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state, with the basis that it was returned with."""
-        self.norm, self.asymmetry = state["norm"], state["asymmetry"]
+        """Restore a state; the basis must hold the vectors that belong to it."""
+        self.norm = state["norm"]
+        if "discrepancy" in state:
+            self.product_error, self.orthogonality = state["product_error"], state["orthogonality"]
+            self._discrepancy, self._discrepancies = state["discrepancy"]
+            self._neglected, self._next_test = state["neglected"], state["next_test"]
+        else:  # Earlier versions stored twice the norm of the largest column of D.
+            self._discrepancy, self._discrepancies = state["asymmetry"] ** 2, len(state["diagonal"])
         self.num_matvecs, self._draws = state["num_matvecs"], state["draws"]
         self._diagonal, self._couplings = list(state["diagonal"]), list(state["couplings"])
         self._gram = state["gram"].numpy()
@@ -99,10 +145,11 @@ class Decomposition:
         self.chains = [Chain(residual.to(device), column, detached) for residual, column, detached in state["chains"]]
 
     def defect(self) -> float:
-        """Return ``||A x - (V H + R) s||`` for a unit ``x = V s``: rounding, if it is of this operator.
+        """Return ``||A x - (V H + R) s||`` for a unit ``x = V s``.
 
-        Half of s is random, so that each vector has a part in it, and half is what H makes of that, where the largest
-        eigenvalues, the first to change with a network's weights, have theirs. The product is not counted.
+        It is at the rounding level if the decomposition belongs to this operator. Half of s is random, so that every
+        basis vector takes part. The other half is H times the random half, which emphasises the largest eigenvalues:
+        these change first if a network's weights change. The product is not counted.
         """
         weights = np.random.default_rng(self._seed).standard_normal(self.size)
         weights /= np.linalg.norm(weights)
@@ -118,7 +165,7 @@ class Decomposition:
         return self._norm_of(difference) / length
 
     def _times(self, vector: _Array) -> _Array:
-        """``H s``."""
+        """Compute ``H s``."""
         image: _Array = np.array(self._diagonal) * vector
         for row, column, value in self._couplings:
             image[row] += value * vector[column]
@@ -127,38 +174,52 @@ class Decomposition:
 
     # -- growing -------------------------------------------------------------------------------
 
-    def begin(self, start: Tensor | None = None) -> bool:
+    def begin(self, start: Tensor | None = None, *, probing: bool = False) -> bool:
         """Start a chain from a vector, or a fresh Gaussian one, made orthogonal to the basis.
 
-        Returns whether there was anything left to start from.
+        Returns whether there was a direction left to start from.
         """
-        if start is None:
-            start = gaussian_slice(
-                self.operator.partition,
-                seed=self._seed,
-                draw=self._draws,
-                dtype=self.operator.dtype,
-                device=self.operator.device,
-            )
-            self._draws += 1
+        vector = None
+        for _ in range(1 if start is not None else _MOST_DRAWS if self.size < self.operator.partition.size else 0):
+            # A Gaussian vector may happen to lie in the span of a basis that fills the space almost.
+            vector = self._outside(self._gaussian() if start is None else start)
+            if vector is not None:
+                break
+        if vector is None:
+            return False
+        if self.chains:
+            # The residuals must stay orthogonal to the basis, which is about to grow.
+            overlaps = self._reduced(row_products(self._residuals(), vector)).tolist()
+            self._detach(vector, self.chains, overlaps)
+        self._multiply(vector, None, probing)
+        return True
+
+    def _gaussian(self) -> Tensor:
+        operator = self.operator
+        self._draws += 1
+        return gaussian_slice(
+            operator.partition, seed=self._seed, draw=self._draws - 1, dtype=operator.dtype, device=operator.device
+        )
+
+    def _outside(self, start: Tensor) -> Tensor | None:
+        """Return the unit vector along the part of a vector outside the basis; ``None`` if that is rounding."""
         before = self._norm_of(start)
         for _ in range(2 if self.size else 0):
             self._orthogonalise(start)
         after = self._norm_of(start)
         if not after > 100 * self.eps * before:
-            return False
+            return None
         vector = start / after
-        if self.chains:
-            # The residuals must stay orthogonal to the basis, which is about to grow.
-            overlaps = self._reduced(row_products(self._residuals(), vector)).tolist()
-            self._detach(vector, self.chains, overlaps)
-        self._multiply(vector, None)
-        return True
+        # Cancellation has enlarged the overlaps with the basis that rounding left.
+        for _ in range(2 if self.size and after < 0.1 * before else 0):
+            self._orthogonalise(vector)
+            vector /= self._norm_of(vector)
+        return vector
 
     def expand(self, chain: Chain) -> bool:
-        """Take a chain's residual into the basis and multiply.
+        """Append a chain's residual to the basis and multiply.
 
-        Returns whether it could: a small residual may turn out to be rounding, and the chain to have ended.
+        Returns False if the residual turned out to be rounding, so that the chain has ended.
         """
         position = self.chains.index(chain)
         beta = float(np.sqrt(self._gram[position, position]))
@@ -168,10 +229,14 @@ class Decomposition:
             for _ in range(2):
                 self._orthogonalise(vector)
             length = self._norm_of(vector)
-            if length < 0.5:
+            if length < (0.05 if chain.probing else 0.5):
                 self._drop(position)
                 return False
             vector /= length
+            if length < 0.5:
+                for _ in range(2):
+                    self._orthogonalise(vector)
+                vector /= self._norm_of(vector)
         self._couplings.append((self.size, chain.column, beta))
         others = [other for other in self.chains if other is not chain]
         overlaps = np.delete(self._gram[position], position) / beta
@@ -179,7 +244,14 @@ class Decomposition:
         self._multiply(vector, chain)
         return True
 
+    def end_probe(self) -> None:
+        """Treat the chains of a probe like any other: drop those that have only rounding left."""
+        for chain in self.chains:
+            chain.probing = False
+        self._drop_negligible()
+
     def _drop(self, position: int) -> None:
+        self._neglected += float(self._gram[position, position])
         del self.chains[position]
         self._gram = np.delete(np.delete(self._gram, position, axis=0), position, axis=1)
 
@@ -189,18 +261,18 @@ class Decomposition:
             chain.residual.add_(vector, alpha=-overlap)
             chain.detached = True
 
-    def _multiply(self, vector: Tensor, chain: Chain | None) -> None:
+    def _multiply(self, vector: Tensor, chain: Chain | None, probing: bool = False) -> None:
         """Append a unit vector that is orthogonal to the basis, and split its image.
 
-        What the image has along the vector itself and along those that symmetry couples it to is taken out first,
-        vector by vector. What is left has rounding errors alone in common with the basis, so one pass over it
-        suffices where two would be needed if it had to remove something large ("twice is enough", Parlett 1998, ch. 6).
+        The components of the image along the vector itself and along those that symmetry couples it to are removed
+        first, vector by vector. The rest overlaps with the basis by rounding errors only, so one pass over the basis
+        suffices; removing large components would take two ("twice is enough", Parlett 1998, ch. 6).
         """
         index = self.size
         self.basis.append(vector)
         image = self.operator.matvec_slice(vector)
         self.num_matvecs += 1
-        # A product may hand out its argument or memory of its own; the residual is changed in place.
+        # The operator may return its argument or a buffer that it reuses, and the residual is changed in place.
         image = image.clone(memory_format=torch.contiguous_format)
         known = self._known_couplings(index)
         for column, value in known.items():
@@ -209,7 +281,7 @@ class Decomposition:
         image.sub_(vector * own.to(vector))
         rest = self._orthogonalise(image)
         if chain is None:
-            chain = Chain(image, index)
+            chain = Chain(image, index, probing=probing)
             self.chains.append(chain)
         else:
             chain.residual, chain.column, chain.detached = image, index, False
@@ -223,25 +295,44 @@ class Decomposition:
         coefficients[list(known)] += list(known.values())
         self._gram = gram.numpy().reshape(len(self.chains), len(self.chains))
         self._diagonal.append(float(coefficients[index]))
-        position = self.chains.index(chain)
-        squared = float(self._gram[position, position])
+        squared = float(self._gram[self.chains.index(chain), self.chains.index(chain)])
         if not np.isfinite(squared):
-            raise ArithmeticError(
-                f"the product of the operator with basis vector {index} holds NaN or infinity; "
-                "check the loss for overflow or a division by zero on these batches, or use float64"
-            )
+            raise self._not_finite(index, image)
         self.norm = max(self.norm, float(np.sqrt(squared + coefficients @ coefficients)))
-        # Of symmetric products only the newest column may be new. Twice the largest stands for the norm of a skew
-        # matrix with random entries.
-        self.asymmetry = max(self.asymmetry, 2 * float(np.linalg.norm(unexpected[:index])))
         removed = float(unexpected @ unexpected)
+        self._discrepancy += float(unexpected[:index] @ unexpected[:index])
+        self._discrepancies += index
         chain.detached = removed > 0.01 * squared
-        noisy = removed > 100 * squared
+        if removed > 100 * squared and not chain.probing:
+            self._drop(self.chains.index(chain))
+        self._drop_negligible()
+        if self.size >= self._next_test:
+            self._next_test = 2 * self.size
+            self.check_orthogonality()
+
+    def _drop_negligible(self) -> None:
+        """Drop the chains whose residual is rounding: they have ended in an invariant subspace.
+
+        A probe goes on through the rounding level, because the error bounds rely on the size of its residuals.
+        """
+        full = self.size == self.operator.partition.size
+        level = (self.eps * self.norm) ** 2
         for position in reversed(range(len(self.chains))):
-            # Where only rounding is left, the chain has ended in an invariant subspace.
-            small = self._gram[position, position] <= max((8 * self.eps * self.norm) ** 2, self._underflow)
-            if small or (noisy and self.chains[position] is chain):
+            part = 1 / (64 * self.operator.partition.size) if self.chains[position].probing else _NEGLIGIBLE**2
+            if full or self._gram[position, position] <= max(part * level, self._underflow):
                 self._drop(position)
+
+    def _not_finite(self, index: int, image: Tensor) -> ArithmeticError:
+        finite = float(self._reduced(torch.isfinite(image).all().logical_not().double()[None])) == 0
+        if finite:
+            return ArithmeticError(
+                f"the product of the operator with basis vector {index} is finite, but its squared norm overflows "
+                f"{self.operator.dtype}; scale the loss down, or use float64"
+            )
+        return ArithmeticError(
+            f"the product of the operator with basis vector {index} holds NaN or infinity; "
+            "check the loss for overflow or a division by zero on these batches, or use float64"
+        )
 
     def _residuals(self) -> Tensor:
         return torch.stack([chain.residual for chain in self.chains])
@@ -261,7 +352,7 @@ class Decomposition:
         return float(self._reduced(row_products(vector[None], vector)).sqrt())
 
     def _known_couplings(self, index: int) -> dict[int, float]:
-        """What earlier steps say about the newest column of ``H``, by symmetry."""
+        """Return the entries of the newest column of ``H`` that follow from earlier ones by symmetry."""
         known: dict[int, float] = {}
         for row, column, value in reversed(self._couplings):
             if row != index:
@@ -272,18 +363,55 @@ class Decomposition:
     # -- arithmetic ----------------------------------------------------------------------------
 
     @property
+    def asymmetry(self) -> float:
+        r"""Bound or estimate of the operator's deviation from symmetry, as seen in the discrepancy D.
+
+        :math:`\|D\|_F \ge \|D\|_2` is the perturbation of A within the span of the basis. If the entries of D are too
+        large for rounding errors of inner products, the products differ from those of one symmetric matrix, in all
+        directions alike: their error then has a norm of about :math:`\sqrt P` times the size of an entry.
+        """
+        inside = float(np.sqrt(self._discrepancy))
+        typical = inside / np.sqrt(max(1, self._discrepancies))
+        if typical <= _DISCREPANCY * self.eps * self.norm:
+            return inside
+        return max(inside, float(typical * np.sqrt(self.operator.partition.size)))
+
+    @property
     def rounding(self) -> float:
-        """The additive error of every Ritz value and bound, from inexact products and arithmetic."""
+        """Additive error of every Ritz value and bound, from inexact products and arithmetic.
+
+        The first two terms are a-priori and relative to ``norm``. The others were measured during this run.
+        """
         a_priori = (self.operator.relative_error + 24 * self.eps) * self.norm
-        return max(a_priori + self.asymmetry, 8 * float(np.sqrt(self._underflow)))
+        measured = 2 * self.product_error + self.asymmetry + 2 * self.orthogonality * self.norm
+        return max(a_priori + measured + float(np.sqrt(self._neglected)), self.underflow)
+
+    @property
+    def underflow(self) -> float:
+        """Error level of an operator whose squares underflow."""
+        return 8 * float(np.sqrt(self._underflow))
+
+    @property
+    def smallest_link(self) -> float:
+        r"""The smallest link of a probe that counts as seen.
+
+        An error of norm ``e`` without a preferred direction has a part of about :math:`e / \sqrt P` along a given
+        eigenvector.
+        """
+        error = max(self.eps * self.norm, self.product_error, float(np.sqrt(self._underflow)))
+        return error / float(np.sqrt(self.operator.partition.size))
 
     @property
     def _underflow(self) -> float:
-        """A squared norm below which its terms may have underflowed: that of a vector which can't be told from zero."""
+        """The smallest squared norm that can be told from zero: below it, the squares of the entries underflow."""
         return self.operator.partition.size * float(torch.finfo(self.operator.dtype).tiny)
 
+    def raise_norm(self, bound: float) -> None:
+        """Take a larger value for the norm of A."""
+        self.norm = max(self.norm, bound)
+
     def check_orthogonality(self) -> None:
-        """Test ``||(V^T V - I) x|| <= 10 sqrt(N) eps`` on a random unit ``x``."""
+        """Measure ``||(V^T V - I) x||`` for a random unit ``x``, and raise if it exceeds ``10 sqrt(N) eps``."""
         x = np.random.default_rng(self._seed).standard_normal(self.size)
         x /= np.linalg.norm(x)
         vector = self.basis.combine(torch.from_numpy(x)[:, None])[:, 0].contiguous()
@@ -293,3 +421,4 @@ class Decomposition:
                 f"the Krylov basis lost its orthogonality ({error:.1e} after {self.size} vectors); "
                 "compute in float64, or report the operator: its products are not those of one symmetric matrix"
             )
+        self.orthogonality = max(self.orthogonality, error)

@@ -1,55 +1,12 @@
-r"""The largest eigenvalues of a symmetric operator, each with an error bound that is proven.
+r"""Compute the largest eigenvalues of a symmetric operator, each with an error bound.
 
-**The decomposition.** Lanczos with full reorthogonalisation builds an orthonormal basis
-:math:`V \in \mathbb{R}^{P \times N}` with
+Lanczos with full reorthogonalisation builds :math:`A V = V H + R`. The eigenvalues of H bound those of A from below
+(Cauchy's interlacing). A bordered or Gauss-Radau matrix bounds them from above, given a bound on the eigenvalues of the
+complement of the basis. That bound comes from a short Lanczos run of a random vector in the complement (the Christoffel
+function and a Beta distribution). Rounding enters each bound as an additive term.
 
-.. math:: A V = V H + R, \qquad V^T R = 0, \qquad H = V^T A V,
-
-where :math:`H` is small and :math:`R` has one non-zero column per *chain*: a chain is one Krylov
-sequence, and a plain run has a single one (then :math:`H` is tridiagonal). The eigenvalues
-:math:`\theta_1 \ge \theta_2 \ge \dots` of :math:`H` are the Ritz values.
-
-**Two-sided bounds, index by index.** In a basis that starts with :math:`V`,
-
-.. math:: A = \begin{pmatrix} H & R^T \\ R & C \end{pmatrix}, \qquad C = (I - V V^T) A (I - V V^T).
-
-Cauchy's interlacing gives :math:`\theta_i \le \lambda_i`. If :math:`\lambda_{\max}(C) \le u`, replacing
-:math:`C` by :math:`u I` can only raise every eigenvalue, hence
-
-.. math:: \theta_i \;\le\; \lambda_i(A) \;\le\; \max\bigl(\lambda_i(\hat H_u), u\bigr),
-          \qquad \hat H_u = \begin{pmatrix} H & R^T \\ R & u I \end{pmatrix},
-
-with :math:`R` compressed to its few columns. The bound is of second order in the residual, counts
-multiplicities, and needs neither gaps nor clusters; both sides are eigenvalues of small matrices.
-
-**Sharper, along a single chain.** Replacing :math:`C` by :math:`u I` supposes that all of the residual lies where
-the complement is largest. Of the compression :math:`C_M` to the complement of the first :math:`M = N - p` vectors
-more is known: the last p steps are a Lanczos run of it from the residual :math:`r_M`, so :math:`H` holds moments of
-the residual's spectral measure. For :math:`x > u \ge \lambda_{\max}(C_M)`, by the Schur complement,
-
-.. math:: \#\{i : \lambda_i(A) > x\} = \#\{i : \lambda_i(H_M + f(x)\, e_M e_M^T) > x\}, \qquad
-          f(x) = r_M^T (x - C_M)^{-1} r_M,
-
-and Gauss-Radau quadrature with a node at u bounds :math:`f(x)` from above. That bound belongs to
-:math:`\hat H` with another last entry than u: the one that makes u the largest eigenvalue of its part behind M.
-
-**Nothing missed.** What remains is :math:`u`. A Krylov space can be blind to an eigenvector: always to
-further copies of a multiple eigenvalue, and to what an unlucky start is orthogonal to. So a fresh
-Gaussian vector :math:`z`, orthogonal to the basis (its first M vectors), starts a short Lanczos run on :math:`C`. Let
-:math:`p_0, p_1, \dots, p_m` be the orthonormal polynomials of that run (its three-term recurrence). If
-:math:`C w = \mu w` with :math:`\mu > u \ge` all zeros of :math:`p_m`, the Christoffel bound on a point mass
-says :math:`(w^T z)^2 \le \chi(u) = 1 / \sum_j p_j(u)^2`. That is deterministic; and for a uniformly random
-unit vector in :math:`d = P - M` dimensions, :math:`(w^T z)^2 \sim \mathrm{Beta}(1/2, (d-1)/2)`. So
-
-.. math:: \Pr\bigl[\lambda_{\max}(C) > u \text{ unseen}\bigr] \le I_{\chi(u)}\bigl(\tfrac12, \tfrac{d-1}{2}\bigr),
-
-valid for a run of any length, also one stopped by looking at it. As the basis holds the converged vectors
-*and* the half-converged ones, :math:`C` lies far below :math:`\theta_k` and some ten products suffice. When the
-probe sees an eigenvalue that is missing among the wanted ones, another one, orthogonal to all of the basis, joins
-it, and the run goes on with several chains.
-
-**Rounding** enters each bound as an additive term: the operator's own a-priori error, plus the
-asymmetry :math:`|v_i^T A v_j - v_j^T A v_i|` that the reorthogonalisation measures anyway.
+The page "Error bounds" of the documentation states and proves the theorem, and says which parts of the rounding term
+are proven, measured and assumed.
 
 References: Parlett, *The Symmetric Eigenvalue Problem* (1998), ch. 10-13, for interlacing and Lanczos;
 Akhiezer, *The Classical Moment Problem* (1965), ch. 2, for the bound on a point mass; Golub and Meurant, *Matrices,
@@ -58,6 +15,7 @@ Moments and Quadrature with Applications* (2010), ch. 6, for Gauss-Radau bounds 
 
 from __future__ import annotations
 
+import operator as operators
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -70,10 +28,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hessian_callback.algorithms.decomposition import Chain, Decomposition
-from hessian_callback.algorithms.missed_eigenvalues import Probe
+from hessian_callback.algorithms.missed_eigenvalues import Probe, level_of_run
 from hessian_callback.algorithms.ritz import Projection
 from hessian_callback.algorithms.solver_checkpoint import DEFAULT_SECONDS, CheckpointError, SolverCheckpoint
-from hessian_callback.algorithms.spectrum import Spectrum, StopReason
+from hessian_callback.algorithms.spectrum import RoundingBasis, Spectrum, StopReason, meets_tolerance
 from hessian_callback.linalg.full_float32 import full_float32
 from hessian_callback.linalg.linear_operator import SymmetricOperator
 
@@ -83,16 +41,18 @@ _Array = NDArray[np.float64]
 
 # Products of a probe after which it is better to go on with the main run.
 _LONGEST_PROBE = 64
-# By how much of the smallest wanted eigenvalue the complement must be believed to lie below what is provable, before a
-# probe is sent: a narrower margin takes longer probes, and more of them are in vain.
+# A probe is sent when the complement is believed to lie below the provable limit by this part of the smallest wanted
+# eigenvalue. A narrower margin takes longer probes, and more of them fail.
 _MARGIN = 0.02
-# By how many rounding levels a product may differ from a stored one of the same matrix: each is off by one.
+# A repeated product of the same matrix differs from the stored one by at most so many rounding levels.
 _REPEATED = 2
+# Random combinations of the Ritz vectors along which the operator measures the error of its products.
+_MEASURED_DIRECTIONS = 2
 
 
 @dataclass(frozen=True)
 class LanczosProgress:
-    """Where a running eigenvalue computation stands, reported after every product.
+    """Progress of a running eigenvalue computation, reported after every product.
 
     Attributes:
         num_matvecs: products spent so far.
@@ -129,15 +89,21 @@ def top_eigenvalues(
 ) -> Spectrum:
     r"""Compute the k largest eigenvalues (algebraically) of a symmetric operator.
 
-    An eigenvalue counts as converged when its error bound :math:`b_i` (see `Spectrum`) is at most
-    :math:`\max(\text{rtol}\,|\theta_i|,\; 4 \rho)`, :math:`\rho` being the rounding level.
+    The run stops when every error bound :math:`b_i` (see `Spectrum`) is at most
+    :math:`\max(\text{rtol}\,|\theta_i|,\; 4 \rho)`, where :math:`\rho` is the rounding level. An eigenvalue counts as
+    converged if :math:`b_i \le \text{rtol}\,|\theta_i|`, or if it can't be told from zero:
+    :math:`|\theta_i| \le b_i \le 4 \rho \le \text{rtol}\,\|A\|`.
+
+    Before a result is declared converged, the operator is asked for the error of its products along two random
+    combinations of the Ritz vectors, if it has a method ``product_error`` (see `SymmetricOperator`). Twice the larger
+    error is added to the rounding level. These products are not counted.
 
     Args:
         operator: the matrix; a `HessianOperator`, or a `MatvecOperator` around any function.
-        k: eigenvalues wanted. With fewer than ``k`` dimensions all of them are returned.
+        k: number of eigenvalues. With fewer than ``k`` dimensions all of them are returned.
         rtol: relative tolerance of each eigenvalue.
-        max_matvecs: products to spend at the most, the probe for missed eigenvalues included; ``None``: 10 k
-            (at least 50). The best values found, with their true bounds, are returned when it is reached.
+        max_matvecs: largest number of products, the probe for missed eigenvalues included; ``None``: 10 k
+            (at least 50). When it is reached, the k best values are returned, with bounds that hold.
         seed: seed of the start and probe vectors. They are drawn by coordinate, so the number of ranks and
             the device don't change them, and from a private stream, so no global generator moves.
         start: start vector, shape ``(P,)``, instead of the Gaussian one.
@@ -179,19 +145,7 @@ def top_eigenvalues(
         >>> bool((abs(spectrum.eigenvalues - truth) <= spectrum.error_bounds).all())
         True
     """
-    size = operator.partition.size
-    if k < 1:
-        raise ValueError(f"k must be at least 1, got {k}")
-    if not 0 < rtol < 1:
-        raise ValueError(f"rtol must lie between 0 and 1, got {rtol}")
-    if not 0 < probe_level < 1:
-        raise ValueError(f"probe_level must lie between 0 and 1, got {probe_level}")
-    if max_matvecs is None:
-        max_matvecs = max(10 * k, 50)
-    if max_matvecs < min(k + 1, size):
-        raise ValueError(
-            f"max_matvecs={max_matvecs} cannot give k={k} eigenvalues; allow at least {min(k + 1, size)} products"
-        )
+    k, seed, max_matvecs = _checked_arguments(operator, k, rtol, max_matvecs, seed, start, probe_level)
     stored: SolverCheckpoint | None = None
     if checkpoint is not None:
         run = {
@@ -213,20 +167,74 @@ def top_eigenvalues(
     return spectrum
 
 
+def _checked_arguments(
+    operator: SymmetricOperator,
+    k: int,
+    rtol: float,
+    max_matvecs: int | None,
+    seed: int,
+    start: Tensor | None,
+    probe_level: float,
+) -> tuple[int, int, int]:
+    """Return k, the seed and the number of products as integers; raise a `ValueError` if an argument is unusable."""
+    if not hasattr(operator, "matvec_slice") or not hasattr(operator, "partition"):
+        raise ValueError(
+            f"operator must be a SymmetricOperator, got {type(operator).__name__}; "
+            "wrap a matrix A as MatvecOperator(A.mv, len(A), dtype=A.dtype)"
+        )
+    size = operator.partition.size
+    k = _integer("k", k, 1)
+    seed = _integer("seed", seed, 0)
+    if seed >= 2**64:
+        raise ValueError(f"seed must be below 2**64, got {seed}")
+    if not 0 < rtol < 1:
+        raise ValueError(f"rtol must lie between 0 and 1, got {rtol}")
+    if not 0 < probe_level < 1:
+        raise ValueError(f"probe_level must lie between 0 and 1, got {probe_level}")
+    max_matvecs = max(10 * k, 50) if max_matvecs is None else _integer("max_matvecs", max_matvecs, 1)
+    if max_matvecs < min(k + 1, size):
+        raise ValueError(
+            f"max_matvecs={max_matvecs} cannot give k={k} eigenvalues; allow at least {min(k + 1, size)} products"
+        )
+    if start is not None:
+        if not isinstance(start, Tensor) or start.layout != torch.strided or start.is_complex():
+            raise ValueError(f"start must be a dense real tensor of shape ({size},), got {_kind_of(start)}")
+        if not bool(torch.isfinite(start).all()):
+            raise ValueError("the start vector holds NaN or infinity; pass another one, or none for a Gaussian vector")
+    return k, seed, max_matvecs
+
+
+def _integer(name: str, value: Any, least: int) -> int:
+    try:
+        number = operators.index(value)
+    except TypeError:
+        raise ValueError(f"{name} must be an integer, got {value!r}") from None
+    if number < least:
+        raise ValueError(f"{name} must be at least {least}, got {number}")
+    return number
+
+
+def _kind_of(value: Any) -> str:
+    return f"{value.layout} of {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
+
+
 @dataclass(frozen=True, eq=False)
 class _Proof:
     """Small matrices and a bound on a complement, from which the bounds of the eigenvalues follow.
 
     Attributes:
         projection: the small matrices.
-        first: the complement is that of so many vectors; ``None``: of all of them.
-        border: the largest eigenvalue that the compression to it may have.
-        k: how many eigenvalues are bounded.
+        first: number of basis vectors whose complement is bounded; ``None``: all of them.
+        border: bound on the eigenvalues of the compression of A to the complement.
+        rounding: the rounding level. The border is raised by it before it enters the small matrices, because the
+            corner of the Gauss-Radau matrix may depend on it arbitrarily strongly.
+        k: number of eigenvalues to bound.
     """
 
     projection: Projection
     first: int | None
     border: float
+    rounding: float
     k: int
 
     @property
@@ -237,13 +245,14 @@ class _Proof:
     @cached_property
     def upper(self) -> _Array:
         """Upper bounds, ``(k,)``."""
+        border = self.border + self.rounding
         if self.first is None:
-            return self.projection.upper_bounds(self.border, self.k)
-        return self.projection.radau_bounds(self.first, self.border, self.k)
+            return self.projection.upper_bounds(border, self.k)
+        return self.projection.radau_bounds(self.first, border, self.k)
 
 
 class _Solver:
-    """Grow the basis until the bounds hold, and prove that nothing was missed."""
+    """Grow the basis until the bounds are tight enough and a probe has excluded missed eigenvalues."""
 
     def __init__(
         self,
@@ -272,11 +281,15 @@ class _Solver:
         self._num_converged = 0
         self._leading: Tensor | None = None
         self._seen: tuple[int, float] | None = None  # the basis' size at the last vain probe, and what that saw
-        self._num_probes = 0
+        self._num_runs = 0  # random vectors that probes have started from
+        self._rounding_basis: RoundingBasis | None = None  # None until the products were measured
+        self._tested_size = 0  # size of the basis whose orthogonality was tested last
+        self._seed = seed
         self._decomposition = Decomposition(operator, seed, basis_device)
         self._checkpoint = checkpoint
-        # The last products are kept for a probe, so that what is returned unconverged has true bounds too.
-        self._reserve = min(12, max(1, max_matvecs // 5))
+        # The last products are kept for a probe, so that the bounds of unconverged eigenvalues hold too. The basis must
+        # have k vectors by then.
+        self._reserve = min(12, max(1, max_matvecs // 5), max(0, max_matvecs - self._k))
 
     def solve(self, start: Tensor | None, return_eigenvectors: bool) -> Spectrum:
         decomposition = self._decomposition
@@ -291,38 +304,57 @@ class _Solver:
             if self._checkpoint is not None and self._checkpoint.is_due(decomposition.size):
                 self._checkpoint.save(decomposition.basis, self._state(next_check, chain))
             if decomposition.size >= next_check or not decomposition.chains:
-                projection = decomposition.projection()
-                first = self._first_of_tail(projection)
-                limit = self._provable_limit(projection, first)
-                if limit is not None:
-                    proof, ruled_out = self._prove(projection, first, limit)
-                    if ruled_out:
-                        return self._result(proof, "converged", return_eigenvectors)
-                    if decomposition.num_matvecs >= self._max_matvecs:
-                        return self._result(proof, "max_matvecs", return_eigenvectors)
-                between = 50 if limit is None else 20
-                next_check = decomposition.size + max(1, decomposition.size // between)
+                proof, ruled_out = self._check()
+                if proof is not None and (ruled_out or decomposition.num_matvecs >= self._max_matvecs):
+                    return self._result(proof, "converged" if ruled_out else "max_matvecs", return_eigenvectors)
+                next_check = decomposition.size + max(1, decomposition.size // (50 if proof is None else 20))
                 chain = None
-                if limit is not None:
+                if proof is not None:
                     continue  # The probe may have filled the space.
             if decomposition.num_matvecs >= self._max_matvecs - self._reserve:
                 projection = decomposition.projection()
                 proof, _ = self._prove(projection, self._first_of_tail(projection), None)
                 if decomposition.size < self._dimensions:
                     return self._result(proof, "max_matvecs", return_eigenvectors)
-            elif decomposition.chains:
-                # Chosen anew at each check only: it takes the eigenvectors of H.
-                if chain not in decomposition.chains:
-                    chain = self._most_useful_chain()
-                if decomposition.expand(chain):
-                    self._report(decomposition)
-            elif decomposition.begin():
-                self._report(decomposition)
             else:
-                break
+                chain = self._grow(chain)
         # The basis spans the whole space: H is A.
         stopped: StopReason = "converged" if self._wanted <= self._dimensions else "exhausted"
-        return self._result(_Proof(decomposition.projection(), None, -np.inf, self._k), stopped, return_eigenvectors)
+        return self._result(self._proof(decomposition.projection(), None, -np.inf), stopped, return_eigenvectors)
+
+    def _check(self) -> tuple[_Proof | None, bool]:
+        """Send a probe if the bounds are believed to be tight enough.
+
+        Returns the proof, ``None`` if no probe was sent, and whether it suffices.
+        """
+        decomposition = self._decomposition
+        projection = decomposition.projection()
+        decomposition.raise_norm(self._agreed(float(np.abs(projection.ritz_values[[0, -1]]).max())))
+        first = self._first_of_tail(projection)
+        limit = self._provable_limit(projection, first)
+        if limit is not None and self._measure_errors(projection):
+            limit = self._provable_limit(projection, first)
+        if limit is None:
+            return None, False
+        proof, ruled_out = self._prove(projection, first, limit)
+        # The probe may have raised the rounding level.
+        proof = self._proof(proof.projection, proof.first, proof.border)
+        return proof, ruled_out and bool(self._agreed(float(self._sufficient(proof))))
+
+    def _grow(self, chain: Chain | None) -> Chain | None:
+        """Spend a product on the basis; return the chain that it was spent on."""
+        decomposition = self._decomposition
+        if decomposition.chains:
+            # Chosen anew at each check only: the choice takes the eigenvectors of H.
+            if chain not in decomposition.chains:
+                chain = self._most_useful_chain()
+            if decomposition.expand(chain):
+                self._report(decomposition)
+        elif decomposition.begin():
+            self._report(decomposition)
+        else:
+            raise _no_direction_left(decomposition)
+        return chain
 
     def _begin(self, start: Tensor | None) -> None:
         if start is None:
@@ -334,7 +366,7 @@ class _Solver:
         self._report(self._decomposition)
 
     def _prove(self, projection: Projection, first: int | None, limit: float | None) -> tuple[_Proof, bool]:
-        """Send a probe; return what it proves, and whether it ruled out eigenvalues above the limit.
+        """Send a probe; return the resulting proof, and whether it ruled out eigenvalues above the limit.
 
         Without a limit it takes all products that are left.
         """
@@ -343,6 +375,7 @@ class _Solver:
             branch = decomposition.branch(first)
             probe, ruled_out = self._probe(branch, limit, _LONGEST_PROBE)
             decomposition.absorb(branch)
+            self._bound_norm(projection, projection.link(first), probe)
             self._seen = (projection.size, probe.largest_seen)
             border = self._border(probe, limit if ruled_out else None)
             if not ruled_out:  # The basis may show more than the probe did.
@@ -351,16 +384,28 @@ class _Solver:
             smallest = projection.ritz_values[min(self._needed(projection.ritz_values), projection.size) - 1]
             found = bool(self._agreed(float(probe.largest_seen > smallest)))
             if ruled_out or not found or decomposition.num_matvecs >= self._max_matvecs:
-                return _Proof(projection, first, border, self._k), ruled_out
+                return self._proof(projection, first, border), ruled_out
             # It saw an eigenvalue that the basis may never show, such as a copy: a direction that must join.
         probe, ruled_out = self._probe(decomposition, limit, max(24, decomposition.size // 4))
+        decomposition.end_probe()
+        self._bound_norm(projection, float(np.sqrt(np.trace(projection.gram))), probe)
         ruled_out = ruled_out and first is None
         if not ruled_out:
             projection = decomposition.projection()
-        return _Proof(projection, None, self._border(probe, limit if ruled_out else None), self._k), ruled_out
+        return self._proof(projection, None, self._border(probe, limit if ruled_out else None)), ruled_out
+
+    def _proof(self, projection: Projection, first: int | None, border: float) -> _Proof:
+        return _Proof(projection, first, border, self._decomposition.rounding, self._k)
+
+    def _bound_norm(self, projection: Projection, link: float, probe: Probe) -> None:
+        """Raise the norm of A to a bound: that of a 2 x 2 matrix of the norms of the blocks."""
+        inside = float(np.abs(projection.ritz_values[[0, -1]]).max())
+        outside = max(abs(probe.confident_bound()), abs(probe.confident_lower_bound()))
+        norm = (inside + outside) / 2 + np.hypot((inside - outside) / 2, link)
+        self._decomposition.raise_norm(self._agreed(float(norm)))
 
     def _border(self, probe: Probe, limit: float | None) -> float:
-        border = self._agreed(probe.confident_bound(self._level))
+        border = self._agreed(probe.confident_bound())
         return border if limit is None else min(limit, border)
 
     # -- bounds --------------------------------------------------------------------------------
@@ -371,11 +416,11 @@ class _Solver:
 
     @property
     def _zero(self) -> float:
-        """Up to here, an eigenvalue can't be told from zero."""
+        """Return the level below which an eigenvalue can't be told from zero."""
         return 2 * self._decomposition.rounding
 
     def _needed(self, ritz: _Array) -> int:
-        """How many of the leading eigenvalues have to be known."""
+        """Return how many of the leading eigenvalues have to be known."""
         num_positive = int(np.sum(ritz[: self._k] > self._zero))
         if not self._positive_only or num_positive == 0:
             return self._k
@@ -383,7 +428,7 @@ class _Solver:
         return min(num_positive + 1, self._k)
 
     def _known(self, proof: _Proof) -> NDArray[np.bool_]:
-        """Which bounds are within tolerance, if the complement's eigenvalues are at most ``proof.border``."""
+        """Return which bounds are within tolerance, if the complement's eigenvalues are at most ``proof.border``."""
         ritz, upper = proof.ritz, proof.upper
         known = np.zeros(self._k, dtype=bool)
         known[: len(ritz)] = upper[: len(ritz)] - ritz + self._decomposition.rounding <= self._tolerance(ritz)
@@ -392,11 +437,11 @@ class _Solver:
         return known
 
     def _sufficient(self, proof: _Proof) -> bool:
-        """Whether the bounds are tight enough."""
+        """Return whether the bounds are tight enough."""
         return bool(self._known(proof)[: self._needed(proof.ritz)].all()) or self._accepted(proof)
 
     def _note(self, proof: _Proof) -> None:
-        """Keep for `LanczosProgress` how far the run has come."""
+        """Store the state of convergence for `LanczosProgress`."""
         self._num_converged = int(np.sum(np.cumprod(self._known(proof))))
         self._leading = torch.from_numpy(proof.ritz.copy())
 
@@ -407,9 +452,9 @@ class _Solver:
         return self._criterion(torch.from_numpy(proof.ritz - rounding), torch.from_numpy(proof.upper + rounding))
 
     def _first_of_tail(self, projection: Projection) -> int | None:
-        """Where the latest vectors begin, whose recurrence sharpens the bounds; None if there is no such tail.
+        """Return the index of the first vector of the tail whose recurrence sharpens the bounds; None without a tail.
 
-        In a small space a probe might come to its end, and of several chains no recurrence is known.
+        In a small space a probe might exhaust the complement, and several chains have no recurrence.
         """
         size = projection.size
         latest = min(max(12, size // 24), _LONGEST_PROBE, size // 4)
@@ -418,12 +463,12 @@ class _Solver:
         return size - latest
 
     def _provable_limit(self, projection: Projection, first: int | None) -> float | None:
-        """The largest limit on the complement under which the bounds are tight enough.
+        """Return the largest limit on the complement under which the bounds are tight enough.
 
         None while the complement is believed to reach above it.
         """
         limit = self._believed_limit(projection, first)
-        believed = _Proof(projection, first, limit, self._k)
+        believed = self._proof(projection, first, limit)
         self._note(believed)
         if not self._agreed(float(self._sufficient(believed))):
             return None
@@ -431,20 +476,20 @@ class _Solver:
         last = self._needed(ritz) - 1
         tolerated = ritz[last] + self._tolerance(ritz)[last] if last < len(ritz) else self._zero
         high = max(float(tolerated), self._zero if self._positive_only else -np.inf)
-        if self._criterion is not None:  # It may bear bounds that are wider by far.
+        if self._criterion is not None:  # It may accept much wider bounds.
             high = max(high, float(ritz[0]))
         for _ in range(12):
             middle = (limit + high) / 2
-            if self._sufficient(_Proof(projection, first, middle, self._k)):
+            if self._sufficient(self._proof(projection, first, middle)):
                 limit = middle
             else:
                 high = middle
         return self._agreed(limit)
 
     def _believed_limit(self, projection: Projection, first: int | None) -> float:
-        """An estimate of the complement's largest eigenvalue, from the latest basis vectors.
+        """Estimate the complement's largest eigenvalue from the latest basis vectors.
 
-        They lie in the complement of the basis as it was before them.
+        They lie in the complement of the basis that preceded them.
         """
         ritz = projection.ritz_values
         if not projection.columns:
@@ -458,7 +503,7 @@ class _Solver:
         return believed + _MARGIN * float(abs(ritz[min(self._needed(ritz), len(ritz)) - 1]))
 
     def _most_useful_chain(self) -> Chain:
-        """The chain whose residual stands most in the way of the k largest Ritz values."""
+        """Return the chain whose residual contributes most to the error of the k largest Ritz values."""
         chains = self._decomposition.chains
         if len(chains) == 1:
             return chains[0]
@@ -478,21 +523,25 @@ class _Solver:
         """Look for eigenvalues above ``limit`` in the complement of a basis.
 
         Returns the probe, and whether it ruled them out. It ends when it did, when it found one, after ``longest``
-        products, or when all are spent: without a limit, only then. Its vectors stay in the basis.
+        products, or when all are spent. Without a limit it ends only then. Its vectors stay in the basis.
         """
         first = decomposition.size
-        self._num_probes += 1
         probe = Probe()
-        while decomposition.begin():
+        while decomposition.begin(probing=True):
             start = decomposition.size - 1
+            self._num_runs += 1
+            probe.level = level_of_run(self._num_runs, self._level)
             while True:
                 self._report(decomposition)
                 size = decomposition.size
-                run = decomposition.projection().tail(start)
-                rounding = max(decomposition.eps * decomposition.norm, np.finfo(float).tiny)
-                probe.update(run, dimensions=self._dimensions - start, rounding=rounding, new=size == start + 1)
+                probe.update(
+                    decomposition.projection().tail(start),
+                    dimensions=self._dimensions - start,
+                    smallest_link=decomposition.smallest_link,
+                    new=size == start + 1,
+                )
                 if limit is not None:
-                    if self._agreed(probe.missed_probability(limit)) <= self._level:
+                    if self._agreed(float(probe.rules_out(limit))):
                         return probe, True
                     if self._agreed(probe.largest_seen) > limit or size - first >= longest:
                         return probe, False
@@ -501,7 +550,36 @@ class _Solver:
                 own = [chain for chain in decomposition.chains if chain.column == size - 1]
                 if not own or not decomposition.expand(own[0]):
                     break
-        raise ArithmeticError("a random vector lies in the span of fewer vectors than there are dimensions")
+        raise _no_direction_left(decomposition)
+
+    # -- measuring -----------------------------------------------------------------------------
+
+    def _measure_errors(self, projection: Projection) -> bool:
+        """Measure the orthogonality of the basis, and once the error of the operator's products.
+
+        Returns whether the rounding level has grown.
+        """
+        decomposition = self._decomposition
+        before = decomposition.rounding
+        if self._tested_size != decomposition.size:
+            decomposition.check_orthogonality()
+            self._tested_size = decomposition.size
+        if self._rounding_basis is None:
+            self._rounding_basis = "assumed" if self._operator.dtype != torch.float64 else "a-priori"
+            measure = getattr(self._operator, "product_error", None)
+            error = None if measure is None else measure(self._random_ritz_combinations(projection))
+            if error is not None:
+                self._rounding_basis = "measured"
+                decomposition.product_error = float(error)
+        return decomposition.rounding > before
+
+    def _random_ritz_combinations(self, projection: Projection) -> Tensor:
+        """Return random unit vectors in the span of the leading Ritz vectors, ``(slice_length, m)``."""
+        vectors = projection.eigenvectors(min(self._k, projection.size))
+        weights = vectors @ np.random.default_rng(self._seed).standard_normal((vectors.shape[1], _MEASURED_DIRECTIONS))
+        ranks = self._operator.ranks
+        agreed = ranks.broadcast(torch.from_numpy(weights / np.linalg.norm(weights, axis=0)).to(ranks.control_device))
+        return self._decomposition.basis.combine(agreed.cpu())
 
     # -- keeping -------------------------------------------------------------------------------
 
@@ -512,13 +590,15 @@ class _Solver:
             "next_check": next_check,
             "chain": chains.index(chain) if chain in chains else None,
             "seen": self._seen,
-            "num_probes": self._num_probes,
+            "num_probes": self._num_runs,
+            "rounding_basis": self._rounding_basis,
+            "tested_size": self._tested_size,
             "num_converged": self._num_converged,
             "leading": self._leading,
         }
 
     def _restore(self, state: Mapping[str, Any]) -> tuple[int, Chain | None]:
-        """Go on from a state; return when the next check is due, and the chain that is being expanded."""
+        """Restore a state; return the size at which the next check is due, and the chain that is being expanded."""
         decomposition = self._decomposition
         decomposition.restore(state["decomposition"])
         defect = self._agreed(decomposition.defect())
@@ -529,7 +609,8 @@ class _Solver:
                 f"those stored by {defect:.1e}, and rounding explains {decomposition.rounding:.1e}",
                 "restore the weights and the data it was begun with, or delete the folder to start over",
             )
-        self._seen, self._num_probes = state["seen"], state["num_probes"]
+        self._seen, self._num_runs = state["seen"], state["num_probes"]
+        self._rounding_basis, self._tested_size = state.get("rounding_basis"), state.get("tested_size", 0)
         self._num_converged, self._leading = state["num_converged"], state["leading"]
         position = state["chain"]
         return state["next_check"], None if position is None else decomposition.chains[position]
@@ -537,7 +618,7 @@ class _Solver:
     # -- reporting -----------------------------------------------------------------------------
 
     def _agreed(self, value: float) -> float:
-        """Rank 0's value on all ranks: libraries may round differently on different machines."""
+        """Return rank 0's value on all ranks: libraries may round differently on different machines."""
         ranks = self._operator.ranks
         if ranks.world_size == 1:
             return value
@@ -551,34 +632,44 @@ class _Solver:
             )
 
     def _result(self, proof: _Proof, stopped: StopReason, return_eigenvectors: bool) -> Spectrum:
-        projection = proof.projection
-        decomposition = self._decomposition
-        decomposition.check_orthogonality()
+        decomposition, projection = self._decomposition, proof.projection
+        self._measure_errors(projection)
+        proof = self._proof(projection, proof.first, proof.border)
         count = min(self._k, projection.size)
-        ritz = projection.ritz_values
-        rounding = decomposition.rounding
+        ritz, rounding = projection.ritz_values, decomposition.rounding
         values = torch.from_numpy(np.concatenate([ritz, proof.upper[:count] - ritz[:count] + rounding]))
         values = self._operator.ranks.broadcast(values.to(self._operator.ranks.control_device)).cpu()
         ritz_values, bounds = values.split([len(ritz), count])
         eigenvalues = ritz_values[:count].clone()
-        converged = bounds <= torch.clamp(self._rtol * eigenvalues.abs(), min=4 * rounding)
+        negligible = max(self._rtol * decomposition.norm, 4 * decomposition.underflow)
+        converged = meets_tolerance(eigenvalues, bounds, self._rtol, rounding, negligible)
         if stopped == "converged" and self._needed(ritz) < self._wanted:
             stopped = "no_more_positive"
-        elif stopped == "converged" and self._criterion is not None and not bool(converged.all()):
-            stopped = "criterion"
+        elif stopped == "converged" and not bool(converged.all()):
+            stopped = "precision" if self._criterion is None else "criterion"
         vectors = None
         if return_eigenvectors:
             vectors = decomposition.basis.combine(torch.from_numpy(projection.eigenvectors(count).copy()))
+        spent = sum(level_of_run(number, self._level) for number in range(1, self._num_runs + 1))
+        assert self._rounding_basis is not None
         return Spectrum(
             eigenvalues=eigenvalues,
             error_bounds=bounds.clone(),
             converged=converged,
             rtol=self._rtol,
-            missed_probability=0.0 if proof.border == -np.inf else min(1.0, self._num_probes * self._level),
+            missed_probability=0.0 if proof.border == -np.inf else spent,
             num_matvecs=decomposition.num_matvecs,
             stopped=stopped,
             rounding=rounding,
             symmetry_defect=decomposition.asymmetry,
             ritz_values=ritz_values.clone(),
             eigenvectors=vectors,
+            rounding_basis=self._rounding_basis,
         )
+
+
+def _no_direction_left(decomposition: Decomposition) -> ArithmeticError:
+    return ArithmeticError(
+        f"random vectors lie in the span of {decomposition.size} basis vectors, and the space has "
+        f"{decomposition.operator.partition.size} dimensions; compute in float64"
+    )

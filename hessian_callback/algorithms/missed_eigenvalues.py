@@ -1,4 +1,7 @@
-"""How sure it is that the complement of a basis holds no eigenvalue above a bound; `lanczos` has the proof."""
+"""Bound the eigenvalues of a complement that a Krylov basis has not seen, by Lanczos runs from random vectors.
+
+The page "Error bounds" of the documentation has the proof.
+"""
 
 from __future__ import annotations
 
@@ -8,63 +11,115 @@ from numpy.typing import NDArray
 
 from hessian_callback.algorithms.ritz import Projection
 
-__all__ = ["Probe"]
+__all__ = ["Probe", "level_of_run"]
 
 _Array = NDArray[np.float64]
 
+# Shares of a run's level for the two ends of the spectrum. The lower end only enters the scale of rounding errors.
+_UPPER_END, _LOWER_END = 0.9, 0.1
+
+
+def level_of_run(number: int, level: float) -> float:
+    r"""Return the part of a level that the ``number``-th random vector may spend: :math:`6 / (\pi^2 j^2)` of it.
+
+    The parts sum to ``level`` over any number of vectors, so it need not be known beforehand.
+
+    Example:
+        >>> round(level_of_run(1, 1e-3), 6), round(sum(level_of_run(j, 1e-3) for j in range(1, 10_000)), 6)
+        (0.000608, 0.001)
+    """
+    return float(6 / (np.pi * number) ** 2 * level)
+
 
 class Probe:
-    """What Lanczos runs of random vectors in a complement say about its largest eigenvalue.
+    """Lanczos runs from random vectors in a complement, and the bounds on its eigenvalues that follow.
 
-    There is one run, unless it ends in an invariant subspace; then a fresh vector begins another.
+    A probe is one run, unless that ends in an invariant subspace; then a fresh vector begins another.
+
+    Attributes:
+        largest_seen: the largest Ritz value of all runs.
+        level: largest acceptable probability of an error; set it for each run, see `level_of_run`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, level: float = 1e-3) -> None:
         self._runs: list[tuple[_Array, _Array, int]] = []
         self.largest_seen = -np.inf
+        self.smallest_seen = np.inf
+        self.level = level
 
-    def update(self, run: Projection, *, dimensions: int, rounding: float, new: bool) -> None:
-        """Take note of a run as it stands: its small matrix, and the dimensions its vector was drawn in.
+    def update(self, run: Projection, *, dimensions: int, smallest_link: float, new: bool) -> None:
+        """Add a run, or replace the last one by its continuation.
 
-        Of an error of norm ``rounding`` in some direction, ``rounding / sqrt(dimensions)`` points along a given
-        eigenvector: less than that was not seen.
+        Args:
+            run: the projected matrix of the run.
+            dimensions: dimensions of the space that its start vector was drawn in.
+            smallest_link: smallest link of the recurrence that counts as seen.
+            new: whether it is a new run.
         """
         self.largest_seen = max(self.largest_seen, float(run.ritz_values[0]))
-        recurrence = run.recurrence(floor=rounding / np.sqrt(dimensions))
+        self.smallest_seen = min(self.smallest_seen, float(run.ritz_values[-1]))
+        recurrence = run.recurrence(floor=smallest_link)
         if not new:
             self._runs.pop()
         self._runs.append((*recurrence, dimensions))
 
     def missed_probability(self, bound: float) -> float:
-        r"""The chance that all runs overlook an eigenvalue above ``bound``: :math:`\prod I_\chi(1/2, (d-1)/2)`."""
+        r"""Return a bound on the probability that all runs overlook an eigenvalue above ``bound``.
+
+        For one run, :math:`p = I_\chi(1/2, (d-1)/2)`. For n runs with the product c of these,
+        :math:`c \sum_{j<n} (-\ln c)^j / j!` (Fisher): c itself is not a probability.
+        """
         if bound <= self.largest_seen:
             return 1.0
-        probability = 1.0
-        for diagonal, off_diagonal, dimensions in self._runs:
-            mass = _point_mass_bound(diagonal, off_diagonal, bound)
-            if dimensions == 1:  # the vector is the eigenvector
-                probability *= float(mass >= 1)
-            else:
-                probability *= float(scipy.special.betainc(0.5, (dimensions - 1) / 2, mass))
-        return probability
+        return self._p_value(bound, 1)
 
-    def confident_bound(self, level: float) -> float:
-        """The smallest bound whose missed probability is at most ``level``, to three digits of its excess."""
-        step = max(abs(self.largest_seen), *(float(off[-1]) for _, off, _ in self._runs)) * 1e-6
-        while self.missed_probability(self.largest_seen + step) > level:
+    def rules_out(self, bound: float) -> bool:
+        """Return whether the runs exclude an eigenvalue above ``bound`` at the probe's level."""
+        return self.missed_probability(bound) <= _UPPER_END * self.level
+
+    def confident_bound(self) -> float:
+        """Return the smallest upper bound of the eigenvalues that the runs prove, to three digits of its excess."""
+        return self.largest_seen + self._excess(self.largest_seen, 1, _UPPER_END * self.level)
+
+    def confident_lower_bound(self) -> float:
+        """Return the largest lower bound of the eigenvalues that the runs prove, to three digits of its excess."""
+        return self.smallest_seen - self._excess(self.smallest_seen, -1, _LOWER_END * self.level)
+
+    def _excess(self, seen: float, sign: int, level: float) -> float:
+        """Return how far beyond the extreme Ritz value the bound lies."""
+        step = max(abs(seen), *(float(off[-1]) for _, off, _ in self._runs)) * 1e-6
+        while self._p_value(seen + sign * step, sign) > level:
             step *= 2
         low, high = step / 2, step
         for _ in range(10):
             middle = (low + high) / 2
-            if self.missed_probability(self.largest_seen + middle) > level:
+            if self._p_value(seen + sign * middle, sign) > level:
                 low = middle
             else:
                 high = middle
-        return self.largest_seen + high
+        return high
+
+    def _p_value(self, point: float, sign: int) -> float:
+        product = 1.0
+        for diagonal, off_diagonal, dimensions in self._runs:
+            mass = _point_mass_bound(sign * diagonal, off_diagonal, sign * point)
+            if dimensions == 1:  # the vector is the eigenvector
+                product *= float(mass >= 1)
+            else:
+                product *= float(scipy.special.betainc(0.5, (dimensions - 1) / 2, mass))
+        return _product_tail(product, len(self._runs))
+
+
+def _product_tail(product: float, count: int) -> float:
+    """Return the probability that the product of ``count`` independent uniform variables is at most ``product``."""
+    if count == 1 or product <= 0:
+        return product
+    # -2 ln of the product follows a chi-squared law with 2 count degrees of freedom.
+    return float(scipy.special.gammaincc(count, -np.log(product)))
 
 
 def _point_mass_bound(diagonal: _Array, off_diagonal: _Array, point: float) -> float:
-    r""":math:`1 / \sum_{j=0}^m p_j(x)^2` for the orthonormal polynomials of a three-term recurrence."""
+    r"""Compute :math:`1 / \sum_{j=0}^m p_j(x)^2` for the orthonormal polynomials of a three-term recurrence."""
     before, current, total = 0.0, 1.0, 1.0
     link = 0.0
     for centre, following in zip(diagonal, off_diagonal, strict=True):

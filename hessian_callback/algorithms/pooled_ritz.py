@@ -25,7 +25,7 @@ from torch import Tensor
 
 from hessian_callback.algorithms.lanczos import LanczosProgress
 from hessian_callback.algorithms.lanczos_tridiagonal import lanczos_tridiagonal
-from hessian_callback.algorithms.spectrum import Spectrum
+from hessian_callback.algorithms.spectrum import Spectrum, meets_tolerance
 from hessian_callback.linalg.full_float32 import full_float32
 from hessian_callback.linalg.linear_operator import SymmetricOperator
 from hessian_callback.linalg.random_vectors import Purpose, rademacher_slice
@@ -83,7 +83,7 @@ class PooledRitzValues:
         return Spectrum(
             eigenvalues=values,
             error_bounds=bounds,
-            converged=bounds <= torch.clamp(rtol * values.abs(), min=4 * self.rounding),
+            converged=meets_tolerance(values, bounds, rtol, self.rounding, rtol * float(self.ritz_values.abs().max())),
             rtol=rtol,
             missed_probability=1.0,
             num_matvecs=self.num_matvecs,

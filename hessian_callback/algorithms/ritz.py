@@ -137,10 +137,15 @@ class Projection:
         columns = [self.columns[position] - first for position in kept]
         return Projection(self.diagonal[first:], couplings, columns, self.gram[np.ix_(kept, kept)])
 
-    def recurrence(self, floor: float) -> tuple[_Array, _Array]:
-        """Diagonal (m) and off-diagonal (m) of an unbroken chain; the last link leads out of it.
+    def link(self, first: int) -> float:
+        """Return the entry of ``H`` that couples vector ``first`` to the one before, or the residual's norm."""
+        assert self._off_diagonal is not None, "only a single chain has a recurrence"
+        return float(self._off_diagonal[first - 1] if first < self.size else np.sqrt(self.gram[0, 0]))
 
-        A link of less than ``floor``, the rounding level, counts as ``floor``: what lies below it was not seen.
+    def recurrence(self, floor: float) -> tuple[_Array, _Array]:
+        """Return diagonal (m) and off-diagonal (m) of an unbroken chain; the last link leads out of it.
+
+        A last link below ``floor`` is replaced by ``floor``.
         """
         assert self._off_diagonal is not None, "only a single chain has a recurrence"
         last = float(np.sqrt(self.gram[0, 0])) if self.columns else 0.0

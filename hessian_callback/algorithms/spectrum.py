@@ -1,4 +1,4 @@
-"""The result of an eigenvalue computation, with what is proven about it."""
+"""The result of an eigenvalue computation: values, error bounds and their justification."""
 
 from __future__ import annotations
 
@@ -8,9 +8,36 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-__all__ = ["Spectrum", "StopReason"]
+__all__ = ["RoundingBasis", "Spectrum", "StopReason", "meets_tolerance"]
 
-StopReason = Literal["converged", "criterion", "no_more_positive", "exhausted", "max_matvecs"]
+StopReason = Literal["converged", "criterion", "no_more_positive", "precision", "exhausted", "max_matvecs"]
+RoundingBasis = Literal["a-priori", "measured", "assumed"]
+
+
+def meets_tolerance(values: Tensor, bounds: Tensor, rtol: float, rounding: float, negligible: float) -> Tensor:
+    """Return which eigenvalues count as converged.
+
+    Either the bound is at most ``rtol`` times the eigenvalue. Or the eigenvalue can't be told from zero: its bound
+    covers zero, is at most four rounding levels, and these are negligible.
+
+    Args:
+        values: eigenvalues, ``(k,)``.
+        bounds: their error bounds, ``(k,)``.
+        rtol: relative tolerance.
+        rounding: rounding level.
+        negligible: absolute error that is negligible beside the largest eigenvalue.
+
+    Returns:
+        ``(k,)``, bool.
+
+    Example:
+        >>> values = torch.tensor([1.0, 1e-5, 1e-9], dtype=torch.float64)
+        >>> bounds = torch.tensor([4e-6, 4e-6, 4e-6], dtype=torch.float64)
+        >>> meets_tolerance(values, bounds, rtol=1e-2, rounding=4e-6, negligible=1e-2)
+        tensor([ True, False,  True])
+    """
+    near_zero = (values.abs() <= bounds) & (bounds <= 4 * rounding)
+    return (bounds <= rtol * values.abs()) | (near_zero & (4 * rounding <= negligible))
 
 
 @dataclass(frozen=True)
@@ -28,21 +55,26 @@ class Spectrum:
         eigenvalues: ``(k,)``, descending, on the CPU in float64. Unconverged ones are among them:
             see ``converged``.
         error_bounds: ``(k,)``, float64, in the eigenvalues' unit; rounding included.
-        converged: ``(k,)``, bool: whether the bound met the tolerance.
-        missed_probability: the chance that the probe overlooked an eigenvalue that the bounds exclude.
+        converged: ``(k,)``, bool: whether the bound met the tolerance, see `meets_tolerance`.
+        missed_probability: bound on the probability that a probe overlooked an eigenvalue that the bounds exclude.
         num_matvecs: matrix-vector products spent, probes included.
-        rtol: the relative tolerance that was asked for.
+        rtol: the requested relative tolerance.
         stopped: why the computation ended: ``"converged"`` (all k within tolerance), ``"criterion"`` (the criterion
-            that was passed accepted the bounds before),
-            ``"no_more_positive"`` (the bounds exclude further eigenvalues above the rounding level),
-            ``"exhausted"`` (the operator has fewer than k dimensions) or ``"max_matvecs"``.
-        rounding: the part of each bound that rounding or inexact products account for. An eigenvalue
-            whose tolerance is below it cannot converge in this precision, however many products are spent.
-        symmetry_defect: largest :math:`|u^T H v - v^T H u|` seen over pairs of basis vectors, an
-            estimate of the products' own error.
+            accepted the bounds before), ``"no_more_positive"`` (the bounds exclude further eigenvalues above the
+            rounding level), ``"precision"`` (all bounds are at most four rounding levels, and further products can't
+            make them meet the tolerance), ``"exhausted"`` (the operator has fewer than k dimensions) or
+            ``"max_matvecs"``.
+        rounding: the part of each bound that covers rounding and inexact products. An eigenvalue whose tolerance is
+            below it cannot converge in this precision.
+        symmetry_defect: the Frobenius norm of the differences :math:`u^T A v - v^T A u` over pairs of basis vectors; if
+            rounding can't explain them, extrapolated to all directions.
         ritz_values: ``(m,)``, descending: all eigenvalues of the projected matrix. Those beyond the
             first k are estimates without a bound.
-        eigenvectors: this rank's slice ``(slice_length, k)`` of the Ritz vectors, if they were asked for.
+        eigenvectors: this rank's slice ``(slice_length, k)`` of the Ritz vectors, if they were requested.
+        rounding_basis: the source of the error of a product in ``rounding``: ``"measured"`` (the operator compared
+            products with those of higher precision), ``"a-priori"`` (float64, a multiple of the machine precision) or
+            ``"assumed"`` (a multiple of the machine precision of float32 or less, which cancellation in the loss can
+            exceed). The documentation's page "Error bounds" lists what else is proven, measured and assumed.
 
     Example:
         >>> spectrum = Spectrum(
@@ -69,6 +101,7 @@ class Spectrum:
     symmetry_defect: float
     ritz_values: Tensor
     eigenvectors: Tensor | None = None
+    rounding_basis: RoundingBasis = "assumed"
 
     @property
     def all_converged(self) -> bool:
@@ -77,19 +110,19 @@ class Spectrum:
 
     @property
     def num_converged(self) -> int:
-        """How many of the k eigenvalues met the tolerance."""
+        """Number of the k eigenvalues that met the tolerance."""
         return int(self.converged.sum())
 
     @property
     def num_negative(self) -> int:
-        """Negative values beyond rounding among all Ritz values: at least so many eigenvalues are negative."""
+        """Number of Ritz values below minus the rounding level: at least so many eigenvalues are negative."""
         return int((self.ritz_values < -self.rounding).sum())
 
     @property
     def resolved(self) -> Tensor:
         """``(k,)``, bool: positive, and known to the relative tolerance.
 
-        Narrower than ``converged``, which forgives an eigenvalue near zero a bound at the rounding level.
+        Narrower than ``converged``, which also holds for eigenvalues that can't be told from zero.
         """
         return self.error_bounds <= self.rtol * self.eigenvalues
 
@@ -97,8 +130,8 @@ class Spectrum:
     def positive_converged(self) -> Tensor:
         """The eigenvalues that a power law can be fitted to: the leading run of resolved ones.
 
-        A gap in the run would shift every later rank k of lambda_k = lambda_1 k^-s, so nothing behind
-        the first unresolved eigenvalue is returned.
+        A gap would shift every later rank k of lambda_k = lambda_1 k^-s, so the run ends before the first unresolved
+        eigenvalue.
         """
         resolved = self.resolved
         num_leading = int(torch.cumprod(resolved.to(torch.int64), dim=0).sum())

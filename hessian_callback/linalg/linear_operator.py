@@ -1,4 +1,4 @@
-"""What the eigenvalue solver needs to know of a matrix: its size, and how to multiply with it."""
+"""The operator protocol of the eigenvalue solvers: a symmetric matrix given by its size and its products."""
 
 from __future__ import annotations
 
@@ -14,7 +14,12 @@ __all__ = ["MatvecOperator", "SymmetricOperator"]
 
 
 class SymmetricOperator(Protocol):
-    """A symmetric matrix of size ``P`` whose vectors are cut over the ranks.
+    r"""A symmetric matrix of size ``P`` whose vectors are cut over the ranks.
+
+    An operator may also have a method ``product_error(vectors: Tensor) -> float | None``. It gets this rank's slice of
+    m unit vectors, ``(slice_length, m)``, and returns the largest :math:`\|\tilde A v - A v\|_2` over them, where the
+    product :math:`\tilde A v` is this operator's and :math:`A v` is computed in higher precision. It is called on all
+    ranks together and returns the same value on each; ``None`` if the error can't be measured.
 
     Attributes:
         ranks: the processes that share the matrix.
@@ -32,7 +37,7 @@ class SymmetricOperator(Protocol):
 
     @property
     def relative_error(self) -> float:
-        """A-priori error of a product."""
+        """A-priori error of a product, relative to the largest eigenvalue."""
         ...
 
     def matvec_slice(self, vector: Tensor) -> Tensor:
@@ -46,8 +51,11 @@ class MatvecOperator:
     Args:
         matvec: ``(P,) -> (P,)``; must be linear and symmetric.
         size: ``P``.
-        dtype: dtype of the vectors.
+        dtype: dtype of the vectors, a real floating-point type.
         device: device of the vectors.
+
+    Raises:
+        ValueError: if the size or the dtype is unusable, or if a product has another shape, dtype, device or layout.
 
     Example:
         >>> A = torch.diag(torch.tensor([3.0, 2.0, 1.0], dtype=torch.float64))
@@ -65,6 +73,10 @@ class MatvecOperator:
         device: torch.device | str = "cpu",
     ) -> None:
         """Wrap the function."""
+        if not isinstance(size, int) or size < 1:
+            raise ValueError(f"size must be an integer of at least 1, got {size!r}")
+        if not dtype.is_floating_point:
+            raise ValueError(f"dtype must be a real floating-point type, got {dtype}; use torch.float64")
         self._matvec = matvec
         self.ranks = Ranks()
         self.partition = self.ranks.partition(size)
@@ -74,4 +86,14 @@ class MatvecOperator:
 
     def matvec_slice(self, vector: Tensor) -> Tensor:
         """Multiply with the whole vector, which is the slice of the only rank."""
-        return self._matvec(vector)
+        image = self._matvec(vector)
+        if not isinstance(image, Tensor) or image.layout != torch.strided:
+            kind = image.layout if isinstance(image, Tensor) else type(image).__name__
+            raise ValueError(f"the product must be a dense tensor, got {kind}; convert it in the function")
+        if image.shape != vector.shape or image.dtype != vector.dtype or image.device != vector.device:
+            raise ValueError(
+                f"the product must have shape {tuple(vector.shape)}, {vector.dtype} on {vector.device}, got "
+                f"{tuple(image.shape)}, {image.dtype} on {image.device}; pass the matrix's own dtype and size to "
+                "MatvecOperator"
+            )
+        return image

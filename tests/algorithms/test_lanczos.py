@@ -200,7 +200,7 @@ def test_the_probe_misses_no_more_often_than_it_says() -> None:
         run.begin()
         probe = Probe()
         for step in range(14):
-            probe.update(run.projection(), dimensions=61, rounding=1e-16, new=step == 0)
+            probe.update(run.projection(), dimensions=61, smallest_link=1e-16, new=step == 0)
             if probe.missed_probability(bound) <= level:
                 passed += 1
                 break
@@ -218,9 +218,9 @@ def test_the_confident_bound_covers_the_truth() -> None:
         run.begin()
         for _ in range(3):
             run.expand(run.chains[0])
-        probe = Probe()
-        probe.update(run.projection(), dimensions=200, rounding=1e-16, new=True)
-        bound = probe.confident_bound(level)
+        probe = Probe(level)
+        probe.update(run.projection(), dimensions=200, smallest_link=1e-16, new=True)
+        bound = probe.confident_bound()
         excess = bound - probe.largest_seen
         assert probe.missed_probability(bound) <= level
         if excess > 1e-5:  # not tightened further
