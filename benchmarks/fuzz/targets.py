@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 import yaml
-from hessian_callback.algorithms.density import SpectralDensity
 from hypothesis import strategies as st
 
 from benchmarks.fuzz.inputs import changed_state, mutated
+from hessian_callback.algorithms.density import SpectralDensity
 from hessian_callback.algorithms.spectrum import Spectrum
 from hessian_callback.measurement.history import (
     FILE_NAME,

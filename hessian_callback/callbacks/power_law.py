@@ -26,6 +26,7 @@ from hessian_callback._options import (
 from hessian_callback.callbacks import compatibility
 from hessian_callback.callbacks.hyperparameters import announce_columns
 from hessian_callback.callbacks.live_prediction import HELD_OUT, LivePrediction
+from hessian_callback.callbacks.log_names import check_log_name
 from hessian_callback.callbacks.module_loss import resolve_loss
 from hessian_callback.callbacks.moved_options import moved_options
 from hessian_callback.callbacks.progress import announce
@@ -53,9 +54,7 @@ from hessian_callback.measurement.sample_size import warn_of_few_samples
 from hessian_callback.measurement.samples import SampleSet
 from hessian_callback.measurement.solvers import Solver
 from hessian_callback.operators.derivatives import DoubleBackwardError
-from hessian_callback.operators.parameters import ParameterFilter
-from hessian_callback.callbacks.log_names import check_log_name
-from hessian_callback.operators.parameters import compile_pattern
+from hessian_callback.operators.parameters import ParameterFilter, compile_pattern
 
 __all__ = ["PowerLawHessianCallback"]
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
 
-from hessian_callback.callbacks.options import (
+from hessian_callback._options import (
     OptionError,
     check_bool,
     check_choice,

@@ -12,10 +12,8 @@ from typing import Any
 
 import pytest
 
-from hessian_callback import PowerLawHessianCallback
 from hessian_callback.algorithms import solver_checkpoint
 from hessian_callback.algorithms.lanczos import top_eigenvalues
-from hessian_callback.linalg.linear_operator import MatvecOperator
 from hessian_callback.measurement import solvers
 from tests.helpers.faults import Killed, full_disk
 from tests.helpers.killed_measurement import fit
