@@ -14,19 +14,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
-from hessian_callback._options import (
-    MAX_SEED,
-    check_bool,
-    check_callable,
-    check_choice,
-    check_int,
-    check_str,
-    optional,
-)
+from hessian_callback._options import check_bool, check_callable, check_choice, check_int, check_str, optional
 from hessian_callback.callbacks import compatibility
+from hessian_callback.callbacks.callback_options import checked_groups, checked_parameters, checked_prefix
 from hessian_callback.callbacks.hyperparameters import announce_columns
 from hessian_callback.callbacks.live_prediction import HELD_OUT, LivePrediction
-from hessian_callback.callbacks.log_names import check_log_name
 from hessian_callback.callbacks.module_loss import resolve_loss
 from hessian_callback.callbacks.moved_options import moved_options
 from hessian_callback.callbacks.progress import announce
@@ -36,17 +28,20 @@ from hessian_callback.callbacks.reporters.history_file import HistoryFileReporte
 from hessian_callback.callbacks.reporters.listeners import ListenerReporter
 from hessian_callback.callbacks.reporters.metrics import MetricReporter, restore_monitored
 from hessian_callback.callbacks.reporters.pictures import LayoutReporter, PictureReporter
-from hessian_callback.callbacks.run_losses import losses_of
+from hessian_callback.callbacks.run_prediction import RunPrediction
 from hessian_callback.callbacks.sample_source import SampleSource
-from hessian_callback.callbacks.schedule import Cadence, TimeShare
+from hessian_callback.callbacks.schedule import MeasurementSchedule
 from hessian_callback.callbacks.state_guard import Snapshot
 from hessian_callback.callbacks.trainer_observer import Announcements, TrainerObserver
+from hessian_callback.callbacks.trainer_state import EpochClock, callbacks_of, is_last, logged_step
 from hessian_callback.callbacks.training_problem import ranks_of, run_guarded, training_problem
 from hessian_callback.linalg.distributed import PeerError, Ranks
+from hessian_callback.measurement.comparability import incomparable
+from hessian_callback.measurement.errors import NotReadyError, UserCodeError
 from hessian_callback.measurement.extras.base import Extra
-from hessian_callback.measurement.failure_policy import FailurePolicy, SigtermReceived
+from hessian_callback.measurement.failure_policy import FailurePolicy, Outcome, SigtermReceived
 from hessian_callback.measurement.history import STATE_VERSION, history_from_state
-from hessian_callback.measurement.measurement import Measurement, When
+from hessian_callback.measurement.measurement import Measurement
 from hessian_callback.measurement.measurer import Measured, Measurer, seconds_since
 from hessian_callback.measurement.observer import Observer
 from hessian_callback.measurement.place import Place
@@ -54,12 +49,14 @@ from hessian_callback.measurement.sample_size import warn_of_few_samples
 from hessian_callback.measurement.samples import SampleSet
 from hessian_callback.measurement.solvers import Solver
 from hessian_callback.operators.derivatives import DoubleBackwardError
-from hessian_callback.operators.parameters import ParameterFilter, compile_pattern
+from hessian_callback.operators.parameters import ParameterFilter
 
 __all__ = ["PowerLawHessianCallback"]
 
 # The message of such an error stays true for the whole run, so it is raised while nothing is lost.
 _PERMANENT_ERRORS = (MisconfigurationException, DoubleBackwardError, ValueError, TypeError)
+# The message of such an error is a whole sentence, which the name of its type does not improve.
+_PLAIN_ERRORS = (MisconfigurationException, NotReadyError, PeerError, UserCodeError)
 
 # The last values of these stand in TensorBoard's table of hyperparameters.
 _COLUMNS = ("slope", "fit_error")
@@ -132,7 +129,6 @@ class PowerLawHessianCallback(Callback):
         history: the measurements in order of time, each a `Measurement`, those without a slope included. It is filled
             in the callback among ``trainer.callbacks``, which is a copy if a library or ``strategy="ddp_spawn"`` copies
             callbacks. Beside the files of a TensorBoardLogger or CSVLogger it is kept as ``hessian_history.jsonl``.
-        prediction: a `LivePrediction` of the history; ``None`` if nothing is predicted.
 
     Raises:
         ValueError: if an option is out of range.
@@ -179,14 +175,10 @@ class PowerLawHessianCallback(Callback):
         verbose: bool = True,
     ) -> None:
         super().__init__()
-        self.prefix = _checked_prefix(prefix)
-        self.parameters = _checked_parameters(parameters)
+        self.prefix = checked_prefix(prefix)
+        self.parameters = checked_parameters(parameters)
         self.measurer = Measurer(
-            num_eigenvalues,
-            solver=solver,
-            extras=extras,
-            groups=_checked_groups(groups),
-            seed=check_int("seed", seed, at_least=0, at_most=MAX_SEED),
+            num_eigenvalues, solver=solver, extras=extras, groups=checked_groups(groups), seed=seed
         )
         if isinstance(dataloader, str):
             check_choice("dataloader", dataloader, ("val", "train"))
@@ -197,34 +189,36 @@ class PowerLawHessianCallback(Callback):
             batch_weight=optional(check_callable, "batch_weight", batch_weight),
             seed=self.measurer.seed,
         )
-        self.at_end = check_bool("at_end", at_end)
-        self.cadence = Cadence.checked(every_n_epochs, every_n_train_steps, at_steps, may_be_empty=at_end)
+        self.schedule = MeasurementSchedule(
+            every_n_epochs=every_n_epochs,
+            every_n_train_steps=every_n_train_steps,
+            at_steps=at_steps,
+            at_end=at_end,
+            max_overhead=max_overhead,
+        )
         self.loss_fn = optional(check_callable, "loss_fn", loss_fn)
-        optional(check_str, "predict", predict)
-        self.predict = None if self.source.on_training_data and predict == HELD_OUT else predict
-        self.train_loss = optional(check_str, "train_loss", train_loss)
         self.figures = check_bool("figures", figures)
         self.verbose = check_bool("verbose", verbose)
+        self.failures = FailurePolicy(on_error, permanent=_PERMANENT_ERRORS, plain=_PLAIN_ERRORS)
+        self.reporters = self._make_reporters()
 
         self.history = []
-        self.prediction = (
-            None
-            if self.predict is None
-            else LivePrediction(self.predict, on_training_data=self.source.on_training_data)
+        self._prediction = RunPrediction(
+            optional(check_str, "predict", predict),
+            optional(check_str, "train_loss", train_loss),
+            on_training_data=self.source.on_training_data,
         )
-        self.failures = FailurePolicy(
-            on_error, permanent=_PERMANENT_ERRORS, plain=(MisconfigurationException, PeerError)
-        )
-        self.reporters = self._make_reporters()
         self._announcements = Announcements(self.prefix, self.verbose)
-        self._time = TimeShare(max_overhead)
         self._states: Mapping[str, Any] = {}
         self._active = True
         self._restored = False
-        self._at_train_epoch_end = True
-        self._steps_seen = 0
         self._validated_at: int | None = None
-        self._epoch_began: tuple[float, float] | None = None
+        self._epoch = EpochClock()
+
+    @property
+    def prediction(self) -> LivePrediction | None:
+        """The prediction of the run's loss; ``None`` if nothing is predicted."""
+        return self._prediction.live
 
     def _make_reporters(self) -> list[Reporter]:
         reporters: list[Reporter] = [MetricReporter(), HistoryFileReporter(self.prefix)]
@@ -247,25 +241,26 @@ class PowerLawHessianCallback(Callback):
             return
         compatibility.check_strategy(trainer.strategy)
         compatibility.check_precision(str(trainer.precision))
-        callbacks = [other for other in _callbacks(trainer) if isinstance(other, PowerLawHessianCallback)]
+        callbacks = [other for other in callbacks_of(trainer) if isinstance(other, PowerLawHessianCallback)]
         if sum(other.prefix == self.prefix for other in callbacks) > 1:
             raise MisconfigurationException(
                 f"two PowerLawHessianCallbacks log under prefix={self.prefix!r}, and Lightning would average "
                 "their values; give one of them another prefix"
             )
         resolve_loss(pl_module, self.loss_fn)
+        cadence = self.schedule.cadence
         self.source.check(trainer)
-        if self.predict not in (None, HELD_OUT) and not self.cadence.by_epochs:
+        if self._prediction.predict not in (None, HELD_OUT) and not cadence.by_epochs:
             raise MisconfigurationException(
-                f"predict={self.predict!r} is known at ends of validation only, and measurements by steps come before; "
-                f"use predict={HELD_OUT!r}, the loss on the Hessian's own samples, or every_n_epochs"
+                f"predict={self._prediction.predict!r} is known at ends of validation only, and measurements by steps "
+                f"come before; use predict={HELD_OUT!r}, the loss on the Hessian's own samples, or every_n_epochs"
             )
         if stage == "fit":
             if trainer.is_global_zero and callbacks[0] is self:
                 # TensorBoard takes the first announcement of a run, so one callback announces for all.
                 columns = [f"{callback.prefix}/{name}" for callback in callbacks for name in _COLUMNS]
                 announce_columns(trainer, pl_module, columns)
-            every_epoch = self.cadence.by_epochs and self.cadence.every_n_epochs == 1 and self._time.limit is None
+            every_epoch = cadence.by_epochs and cadence.every_n_epochs == 1 and self.schedule.time.limit is None
             compatibility.warn_of_strict_monitors(trainer, self.prefix, every_epoch=every_epoch)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -291,33 +286,34 @@ class PowerLawHessianCallback(Callback):
         if not self._active:
             return
         compatibility.warn_of_strict_schedulers(trainer, self.prefix)
-        self._steps_seen = trainer.global_step
-        # Lightning's EarlyStopping and ModelCheckpoint decide in the same way whether to look here or after validation.
-        simple = trainer.val_check_interval == 1.0 and trainer.check_val_every_n_epoch == 1
-        self._at_train_epoch_end = simple or not trainer.enable_validation
         if trainer.global_step == 0 and not self._restored:
             # A run from the start: nothing of an earlier run with the same callback may be left.
             self.history = [entry for entry in self.history if entry.when == "validate"]
-            self._time = TimeShare(self._time.limit)
-        self._time.start()
-        if trainer.global_step > 0 or any(entry.when == "fit_start" for entry in self.history):
-            self._restore_monitored(trainer, pl_module)
-        elif self.cadence.at_start:
-            self._measure(trainer, pl_module, "fit_start")
-        else:
+            self.schedule.reset()
+        # Lightning's EarlyStopping and ModelCheckpoint decide in the same way where to look.
+        simple = trainer.val_check_interval == 1.0 and trainer.check_val_every_n_epoch == 1
+        place = self.schedule.at_train_start(
+            epoch=trainer.current_epoch,
+            step=trainer.global_step,
+            history=self.history,
+            after_validation=trainer.enable_validation and not simple,
+        )
+        if place is not None:
+            self._measure(trainer, pl_module, place, at_start=True)
+        elif trainer.global_step == 0 and not self._restored:
             self._collect_ahead(trainer, pl_module)
+        self._restore_monitored(trainer, pl_module)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note the time, to compare a measurement with an epoch."""
-        self._epoch_began = (time.monotonic(), self._time.spent)
+        self._epoch.start(self.schedule.time.spent)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Measure if this batch took an optimizer step that is due; never within an accumulation."""
-        before, self._steps_seen = self._steps_seen, trainer.global_step
-        if self._active and self.cadence.at_step(before, trainer.global_step):
-            self._measure_if_affordable(trainer, pl_module, "step")
+        if self._active:
+            self._measure_if_affordable(trainer, pl_module, self.schedule.at_batch_end(**self._here(trainer)))
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure in ``trainer.validate()``, and if monitoring callbacks look after validation."""
@@ -325,27 +321,33 @@ class PowerLawHessianCallback(Callback):
             return
         self._validated_at = trainer.global_step
         if trainer.state.fn == TrainerFn.VALIDATING:
-            self._measure(trainer, pl_module, "validate")
-        elif not self._at_train_epoch_end and self._epoch_is_due(trainer):
-            self._measure_if_affordable(trainer, pl_module, "epoch")
+            self._measure(trainer, pl_module, Place(trainer.current_epoch, trainer.global_step, "validate"))
+        else:
+            self._measure_if_affordable(trainer, pl_module, self.schedule.at_validation_end(**self._here(trainer)))
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure if monitoring callbacks look after the training epoch."""
+        """Measure if monitoring callbacks look after the training epoch, or the epoch had no validation."""
         if not self._active:
             return
-        epoch_seconds = self._epoch_seconds()
-        if self._at_train_epoch_end and (self._epoch_is_due(trainer) or self._end_is_due(trainer)):
-            self._measure_if_affordable(trainer, pl_module, "epoch")
-        self._warn_of_cost(epoch_seconds)
+        epoch_seconds = self._epoch.seconds(self.schedule.time.spent)
+        place = self.schedule.at_epoch_end(**self._here(trainer), is_last=is_last(trainer))
+        self._measure_if_affordable(trainer, pl_module, place, after_epoch=True)
+        if self.history:
+            self._epoch.warn_of(self.history[-1], epoch_seconds)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure the end of training if it is wanted and was not measured at the end of an epoch."""
-        thinned_out = self._time.limit is not None and bool(self.history)
-        if self._active and (self.at_end or thinned_out) and not self._measured_at(trainer.global_step):
-            self._measure(trainer, pl_module, "fit_end")
-        summary = None if self.prediction is None or not self._active else self.prediction.summary()
+        if not self._active:
+            return
+        place = self.schedule.at_train_end(**self._here(trainer))
+        if place is not None:
+            self._measure(trainer, pl_module, place)
+        summary = None if self.prediction is None else self.prediction.summary()
         if summary and self.verbose:
             announce(trainer, f"{self.prefix}: {summary}")
+
+    def _here(self, trainer: Trainer) -> dict[str, Any]:
+        return {"epoch": trainer.current_epoch, "step": trainer.global_step, "history": self.history}
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Release the samples and the state of the extras."""
@@ -354,87 +356,100 @@ class PowerLawHessianCallback(Callback):
         for reporter in self.reporters:
             reporter.forget()
         self._restored = False
-        self._epoch_began = None
+        self._epoch.stop()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Release the samples, because `teardown` is not called then."""
         self.teardown(trainer, pl_module, "fit")
 
-    def _epoch_is_due(self, trainer: Trainer) -> bool:
-        last = next((entry.epoch for entry in reversed(self.history) if entry.when == "epoch"), None)
-        return self.cadence.at_epoch(trainer.current_epoch, last)
-
-    def _end_is_due(self, trainer: Trainer) -> bool:
-        # Before the checkpoint of that epoch, so that a run that is killed while it measures makes up for it.
-        return self.at_end and _is_last(trainer) and not self._measured_at(trainer.global_step)
-
-    def _measured_at(self, step: int) -> bool:
-        return bool(self.history) and self.history[-1].step == step
-
-    def _measure_if_affordable(self, trainer: Trainer, pl_module: LightningModule, when: When) -> None:
-        here = (when, trainer.current_epoch, trainer.global_step)
-        if any((entry.when, entry.epoch, entry.step) == here for entry in self.history):
-            return  # A resumed run passes again the place at which its checkpoint was written.
-        if self._time.limit is not None:
-            first = not any(entry.when in ("epoch", "step") for entry in self.history)
-            affordable = first or _is_last(trainer) or self._time.allows_another()
+    def _measure_if_affordable(
+        self, trainer: Trainer, pl_module: LightningModule, place: Place | None, *, after_epoch: bool = False
+    ) -> None:
+        if place is None:
+            return
+        if self.schedule.time.limit is not None:
+            affordable = self.schedule.is_affordable(self.history, is_last=is_last(trainer))
             # Clocks differ, so one rank decides for all.
             ranks = ranks_of(trainer)
             decision = torch.tensor([float(affordable)], device=ranks.control_device)
             if not bool(ranks.broadcast(decision)):
                 return
-        self._measure(trainer, pl_module, when)
+        self._measure(trainer, pl_module, place, after_epoch=after_epoch)
 
     # -- a measurement ---------------------------------------------------------------------------
 
-    def _measure(self, trainer: Trainer, pl_module: LightningModule, when: When) -> None:
-        """Measure, note and report; on all ranks together, whatever fails."""
+    def _measure(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        place: Place,
+        *,
+        after_epoch: bool = False,
+        at_start: bool = False,
+    ) -> None:
+        """Measure, note and report; on all ranks together, whatever fails.
+
+        Args:
+            trainer: the trainer.
+            pl_module: its module.
+            place: the place, which is an earlier one for an owed measurement.
+            after_epoch: whether the hook comes after the training epoch.
+            at_start: whether the hook is that of the start of training.
+        """
         began = time.monotonic()
         ranks = ranks_of(trainer)
-        place = Place(trainer.current_epoch, trainer.global_step, when)
-        losses = self._losses(trainer, ranks, when)
+        self.schedule.begin(place)
+        of_training = place.when not in ("fit_start", "validate")
+        val_loss, train_loss = None, None
+        if of_training:
+            validated = self._validated_at == place.step
+            val_loss, train_loss = self._prediction.losses(trainer, ranks, self.failures, validated=validated)
         try:
             outcome = run_guarded(
                 trainer,
                 pl_module,
-                lambda snapshot: self._examine(trainer, pl_module, snapshot, ranks, place),
+                lambda snapshot, arrived: self._examine(trainer, pl_module, snapshot, ranks, place, arrived),
                 ranks,
                 self.failures,
                 stage="measuring the Hessian",
                 consequence="the Hessian could not be measured, and training goes on without its slope",
                 # Nothing is lost if no training is under way.
-                raise_permanent=when in ("fit_start", "validate"),
+                raise_permanent=not of_training,
             )
         except SigtermReceived:
-            announce(trainer, f"{self.prefix}: gave up the measurement, because the process got SIGTERM")
+            self.schedule.add_overhead(time.monotonic() - began)
+            announce(
+                trainer, f"{self.prefix}: gave up the measurement because of SIGTERM; a resumed run makes it first"
+            )
             return
-        if outcome.value is None:
-            measurement = self._failed(place, outcome.reason, ranks)
-        else:
-            measurement = outcome.value.measurement
-            # Kept only now: the guard restores everything that the module refers to, which may be its callbacks.
-            self._states = outcome.value.states
-        if outcome.reason is not None:
-            measurement = replace(measurement, reason=outcome.reason)
-        val_loss, train_loss = losses
+        measurement = self._measurement_of(outcome, place, ranks)
         measurement = replace(
             measurement, seconds=seconds_since(began, ranks), val_loss=val_loss, train_loss=train_loss
         )
-        self._warn_of_another_protocol(measurement)
+        reason = incomparable(self.history, measurement)
+        if reason is not None:
+            rank_zero_warn(reason)
         self.history.append(measurement)
-        self._predict(ranks)
-        self._time.add(measurement.seconds)
-        self._report(trainer, pl_module, measurement, ranks)
+        self._prediction.follow(self.history, ranks, self.failures)
+        self.schedule.finish(measurement.seconds)
+        self._report(trainer, pl_module, measurement, ranks, after_epoch=after_epoch, at_start=at_start)
         # Logging and drawing take the callback's time as well.
-        self._time.spent += time.monotonic() - began - measurement.seconds
+        self.schedule.add_overhead(time.monotonic() - began - measurement.seconds)
 
     def _examine(
-        self, trainer: Trainer, pl_module: LightningModule, snapshot: Snapshot, ranks: Ranks, place: Place
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        snapshot: Snapshot,
+        ranks: Ranks,
+        place: Place,
+        arrived: Sequence[int],
     ) -> Measured:
         """Go from the run's state to a measurement, inside the guard."""
         problem = training_problem(
             trainer,
             pl_module,
+            snapshot,
             self._collect(trainer, snapshot, ranks),
             self.source,
             loss_fn=self.loss_fn,
@@ -446,23 +461,29 @@ class PowerLawHessianCallback(Callback):
             problem,
             place,
             states=self._states,
-            observer=self._observer(trainer, ranks),
+            observer=self._observer(trainer, ranks, arrived),
             failures=self.failures,
             checkpoint=None if folder is None else folder / f"{quote(self.prefix, safe=' ')}-step={place.step}",
             draws_figures=self.figures and bool(trainer.loggers),
         )
 
-    def _observer(self, trainer: Trainer, ranks: Ranks) -> Observer:
-        return TrainerObserver(trainer, ranks, self._announcements, self.measurer.solver.hvp)
+    def _observer(self, trainer: Trainer, ranks: Ranks, arrived: Sequence[int]) -> Observer:
+        return TrainerObserver(trainer, ranks, self._announcements, self.measurer.solver.hvp, arrived)
 
-    def _failed(self, place: Place, reason: str | None, ranks: Ranks) -> Measurement:
+    def _measurement_of(self, outcome: Outcome[Measured], place: Place, ranks: Ranks) -> Measurement:
+        """Return the measurement of an outcome, and keep the extras' states for the next one."""
+        if outcome.value is not None:
+            # Kept only now: the guard restores everything that the module refers to, which may be its callbacks.
+            self._states = outcome.value.states
+            measurement = outcome.value.measurement
+            return measurement if outcome.reason is None else replace(measurement, reason=outcome.reason)
         return Measurement(
             epoch=place.epoch,
             step=place.step,
             when=place.when,
             spectrum=None,
             fit=None,
-            reason=reason,
+            reason=outcome.reason,
             seconds=0.0,
             world_size=ranks.world_size,
             mode=self.measurer.solver.mode,
@@ -489,7 +510,7 @@ class PowerLawHessianCallback(Callback):
         run_guarded(
             trainer,
             pl_module,
-            lambda snapshot: self._collect(trainer, snapshot, ranks),
+            lambda snapshot, _: self._collect(trainer, snapshot, ranks),
             ranks,
             # Its warnings are forgotten: the same error is worth another one when it costs the slope.
             self.failures.copy(),
@@ -497,15 +518,24 @@ class PowerLawHessianCallback(Callback):
             consequence="the samples could not be collected before training; the measurement tries again",
             raise_permanent=True,
         )
-        self._time.spent += time.monotonic() - began
+        self.schedule.add_overhead(time.monotonic() - began)
 
-    def _report(self, trainer: Trainer, pl_module: LightningModule, measurement: Measurement, ranks: Ranks) -> None:
-        fraction = torch.tensor([self._time.fraction], dtype=torch.float64, device=ranks.control_device)
+    def _report(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        measurement: Measurement,
+        ranks: Ranks,
+        *,
+        after_epoch: bool,
+        at_start: bool,
+    ) -> None:
+        fraction = torch.tensor([self.schedule.time.fraction], dtype=torch.float64, device=ranks.control_device)
         overhead = float(ranks.broadcast(fraction))
         values = measurement.scalars()
-        if self.prediction is not None and measurement.when not in ("fit_start", "validate"):
-            values |= self.prediction.scalars()
-        if self._time.limit is not None and measurement.when != "validate":
+        if measurement.when not in ("fit_start", "validate"):
+            values |= self._prediction.scalars()
+        if self.schedule.time.limit is not None and measurement.when != "validate":
             values["overhead"] = overhead
         report = Report(
             trainer=trainer,
@@ -514,7 +544,8 @@ class PowerLawHessianCallback(Callback):
             prefix=self.prefix,
             history=self.history,
             values=values,
-            step=self._logged_step(trainer, measurement),
+            step=logged_step(trainer, measurement, after_epoch=after_epoch),
+            can_log=not at_start,
             prediction=self.prediction,
             states=self._states,
             ranks=ranks,
@@ -523,91 +554,13 @@ class PowerLawHessianCallback(Callback):
         for reporter in self.reporters:
             reporter.report(report)
 
-    def _logged_step(self, trainer: Trainer, measurement: Measurement) -> int:
-        """Return the step under which the measurement's scalars are in the logger."""
-        if measurement.when not in ("epoch", "validate"):
-            return measurement.step
-        # Lightning subtracts one from the step of values that are logged after the epoch's last batch.
-        stepped = int(trainer.fit_loop.epoch_loop._batches_that_stepped)
-        return stepped - (measurement.when == "epoch" and self._at_train_epoch_end)
-
-    # -- prediction ------------------------------------------------------------------------------
-
-    def _losses(self, trainer: Trainer, ranks: Ranks, when: When) -> tuple[float | None, float | None]:
-        """Read the run's own losses, the validation loss only if it is that of the present weights."""
-        if self.prediction is None or when in ("fit_start", "validate"):
-            return None, None
-        fresh = self.predict != HELD_OUT and self._validated_at == trainer.global_step
-        read = self.failures.run(
-            lambda: losses_of(trainer, [self.predict if fresh else None, self.train_loss], ranks),
-            ranks,
-            stage="reading the run's losses",
-            consequence="nothing is predicted from this measurement",
-        )
-        if read.value is None:
-            return None, None
-        val_loss, train_loss = read.value
-        if fresh and val_loss is None and self._announcements.is_new("no loss to predict"):
-            rank_zero_warn(
-                f"predict={self.predict!r}, but no finite metric of that name is logged in validation, so nothing can "
-                f"be predicted; log it in validation_step, or use predict={HELD_OUT!r}"
-            )
-        return val_loss, train_loss
-
-    def _predict(self, ranks: Ranks) -> None:
-        prediction = self.prediction
-        if prediction is None:
-            return
-        followed = self.failures.run(
-            lambda: prediction.follow(self.history),
-            ranks,
-            stage="predicting the next loss",
-            consequence="the next loss is not predicted",
-        )
-        if followed.reason is not None:
-            self.prediction = None
-
     def _restore_monitored(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Give callbacks that monitor the slope the last one before the interruption."""
+        """Give callbacks that monitor the slope the last one before an interruption."""
         last = next(
             (entry for entry in reversed(self.history) if entry.when in ("epoch", "step") and entry.logged), None
         )
         if last is not None:
-            values = last.scalars() | (self.prediction.scalars() if self.prediction is not None else {})
-            restore_monitored(trainer, pl_module, self.prefix, values)
-
-    # -- cost ------------------------------------------------------------------------------------
-
-    def _epoch_seconds(self) -> float | None:
-        """Return the seconds of the present epoch without the measurements in it."""
-        if self._epoch_began is None:
-            return None
-        began, spent = self._epoch_began
-        return time.monotonic() - began - (self._time.spent - spent)
-
-    def _warn_of_cost(self, epoch_seconds: float | None) -> None:
-        if epoch_seconds is None or not self.history:
-            return
-        seconds = self.history[-1].seconds
-        if seconds > epoch_seconds and self._announcements.is_new("cost warning"):
-            rank_zero_warn(
-                f"a measurement of the Hessian took {seconds:.2g} s, more than a training epoch "
-                f"({epoch_seconds:.2g} s); measure less often (every_n_epochs, max_overhead), on fewer "
-                "samples (num_samples), or fewer eigenvalues (num_eigenvalues)"
-            )
-
-    def _warn_of_another_protocol(self, measurement: Measurement) -> None:
-        """Warn of a slope that must not be compared with the last one."""
-        last = next((entry for entry in reversed(self.history) if entry.logged and entry.fit is not None), None)
-        if last is None or not measurement.logged or measurement.fit is None:
-            return
-        now, before = ((entry.num_fitted, entry.mode) for entry in (measurement, last))
-        if now != before:
-            rank_zero_warn(
-                f"this slope is of {now[0]} eigenvalues (mode={now[1]!r}), the one before was of {before[0]} "
-                f"(mode={before[1]!r}), and they must not be compared: the slope of one spectrum depends on the number "
-                "of eigenvalues. Keep num_eigenvalues and solver within a run, and allow_fewer=False"
-            )
+            restore_monitored(trainer, pl_module, self.prefix, last.scalars() | self._prediction.scalars())
 
     # -- state -----------------------------------------------------------------------------------
 
@@ -621,7 +574,7 @@ class PowerLawHessianCallback(Callback):
         return {
             "version": STATE_VERSION,
             "history": [measurement.to_state() for measurement in self.history],
-            "time": self._time.state(),
+            "time": self.schedule.state_dict(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -633,33 +586,8 @@ class PowerLawHessianCallback(Callback):
         self.history = history_from_state(state_dict)
         if self.prediction is not None:
             self.prediction.follow(self.history)
-        self._time.restore(state_dict["time"])
+        self.schedule.load_state_dict(state_dict["time"])
         self._restored = True
-
-
-def _checked_prefix(prefix: str) -> str:
-    check_str("prefix", prefix)
-    if prefix != prefix.strip("/"):
-        raise ValueError(f"prefix must be a name without slashes at its ends, got {prefix!r}")
-    check_log_name("prefix", prefix)
-    return prefix
-
-
-def _checked_parameters(parameters: str | Callable[..., Any] | None) -> str | Callable[..., Any] | None:
-    if isinstance(parameters, str):
-        compile_pattern("parameters", parameters)
-        return parameters
-    return optional(check_callable, "parameters", parameters)
-
-
-def _checked_groups(groups: Mapping[str, str] | None) -> dict[str, str]:
-    checked = dict(groups or {})
-    for group, expression in checked.items():
-        if not group or "/" in group:
-            raise ValueError(f"the names in groups must not be empty or contain slashes, got {group!r}")
-        check_log_name("the names in groups", group)
-        compile_pattern(f"groups[{group!r}]", expression)
-    return checked
 
 
 def _check_group(pl_module: LightningModule, group: str, parameters: ParameterFilter, num_eigenvalues: int) -> None:
@@ -667,19 +595,3 @@ def _check_group(pl_module: LightningModule, group: str, parameters: ParameterFi
         compatibility.check_parameters(pl_module, parameters, num_eigenvalues)
     except MisconfigurationException as error:
         raise MisconfigurationException(f"groups[{group!r}]: {error}") from error
-
-
-def _callbacks(trainer: Trainer) -> list[Callback]:
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    return callbacks
-
-
-def _is_last(trainer: Trainer) -> bool:
-    """Return whether training is known to end here, at the end of an epoch."""
-    epochs, steps = trainer.max_epochs, trainer.max_steps
-    long_enough = trainer.current_epoch + 1 >= (trainer.min_epochs or 0)
-    return (
-        (trainer.should_stop and long_enough and trainer.global_step >= (trainer.min_steps or 0))
-        or (epochs is not None and epochs >= 0 and trainer.current_epoch + 1 >= epochs)
-        or 0 <= steps <= trainer.global_step
-    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -54,9 +54,13 @@ class TrainerObserver(Observer):
         ranks: its processes.
         announcements: the lines that were printed before.
         hvp: the engine that was asked for.
+        arrived: gets an entry when SIGTERM arrives.
     """
 
-    def __init__(self, trainer: Trainer, ranks: Ranks, announcements: Announcements, hvp: str) -> None:
+    def __init__(
+        self, trainer: Trainer, ranks: Ranks, announcements: Announcements, hvp: str, arrived: Sequence[int]
+    ) -> None:
+        self._arrived = arrived
         self._trainer = trainer
         self._ranks = ranks
         self._announcements = announcements
@@ -116,8 +120,8 @@ class TrainerObserver(Observer):
 
     def between_parts(self) -> None:
         """End the measurement when SIGTERM arrived."""
-        # Several ranks get the signal at different products, so they go on to the end together.
-        if self._trainer.received_sigterm and self._ranks.world_size == 1:
+        # Ranks get the signal at different products, and must end at the same one.
+        if self._ranks.any(bool(self._arrived) or bool(self._trainer.received_sigterm)):
             raise SigtermReceived
 
     def warn(self, text: str) -> None:

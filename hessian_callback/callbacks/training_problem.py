@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any, TypeVar
 
@@ -32,6 +32,7 @@ def ranks_of(trainer: Trainer) -> Ranks:
 def training_problem(
     trainer: Trainer,
     pl_module: LightningModule,
+    snapshot: Snapshot,
     samples: SampleSet,
     source: SampleSource,
     *,
@@ -46,6 +47,7 @@ def training_problem(
     Args:
         trainer: the trainer.
         pl_module: its module.
+        snapshot: of the guard.
         samples: this rank's samples.
         source: their source.
         loss_fn: ``callable(pl_module, batch)`` that replaces the module's own loss.
@@ -69,13 +71,15 @@ def training_problem(
         batch_weight=source.batch_weight,
         parameters=parameters,
         precision=precision,
+        # A copy in float32 has state of its own.
+        restore_state=snapshot.restore_loss_state if model is pl_module else None,
     )
 
 
 def run_guarded(
     trainer: Trainer,
     pl_module: LightningModule,
-    task: Callable[[Snapshot], T],
+    task: Callable[[Snapshot, Sequence[int]], T],
     ranks: Ranks,
     failures: FailurePolicy,
     *,
@@ -88,7 +92,7 @@ def run_guarded(
     Args:
         trainer: the trainer.
         pl_module: its module.
-        task: gets the guard's snapshot.
+        task: gets the guard's snapshot, and a list to which SIGTERM is added when it arrives.
         ranks: the processes of the run; all of them must call.
         failures: what happens if the task fails.
         stage: see `FailurePolicy.run`.
@@ -101,8 +105,8 @@ def run_guarded(
     values: list[T] = []
 
     def guarded() -> None:
-        with preserve_training_state(trainer, pl_module) as snapshot:
-            values.append(task(snapshot))
+        with preserve_training_state(trainer, pl_module) as snapshot, defer_sigterm() as arrived:
+            values.append(task(snapshot, arrived))
 
     with defer_sigterm() if ranks.world_size > 1 else nullcontext():
         outcome = failures.run(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,12 +12,14 @@ from torch import Tensor, nn
 
 from hessian_callback.linalg.distributed import Ranks
 from hessian_callback.measurement.extras.base import Extra
+from hessian_callback.measurement.loss import CheckedLoss
 from hessian_callback.measurement.measurement import Measurement
 from hessian_callback.measurement.measurer import Measurer
 from hessian_callback.measurement.observer import Observer
 from hessian_callback.measurement.place import Place
 from hessian_callback.measurement.problem import Problem
 from hessian_callback.measurement.solvers import Solver
+from hessian_callback.measurement.state_guard import preserve_state
 from hessian_callback.operators.batches import leading_dimension
 from hessian_callback.operators.parameters import ParameterFilter
 
@@ -94,7 +97,7 @@ def measure(
     ).tolist()
     problem = Problem(
         model=model,
-        loss_fn=loss_fn,
+        loss_fn=CheckedLoss(loss_fn, getattr(loss_fn, "__name__", type(loss_fn).__name__)),
         batches=own,
         weights=shares,
         keys=[ranks.rank + ranks.world_size * number for number in range(len(own))],
@@ -109,7 +112,9 @@ def measure(
     place = Place(epoch=epoch, step=step, when="step")
     folder = measurer.solver.checkpoint_folder
     checkpoint = None if folder is None else folder / f"step={step}"
-    return measurer.measure(problem, place, observer=observer, checkpoint=checkpoint).measurement
+    with preserve_state(model) as snapshot:
+        guarded = replace(problem, restore_state=snapshot.restore_loss_state)
+        return measurer.measure(guarded, place, observer=observer, checkpoint=checkpoint).measurement
 
 
 def _weights(

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from hessian_callback._options import check_int
+from hessian_callback._options import MAX_SEED, check_int
 from hessian_callback.algorithms.density import SpectralDensity
 from hessian_callback.algorithms.solver_checkpoint import CheckpointError, delete_files
 from hessian_callback.algorithms.spectrum import Spectrum
@@ -28,6 +28,7 @@ from hessian_callback.operators.engine_selection import TracingStatistics
 from hessian_callback.operators.fully_shard import is_sharded
 from hessian_callback.operators.hessian import HessianOperator
 from hessian_callback.operators.parameters import ParameterFilter
+from hessian_callback.operators.product_check import check_products
 from hessian_callback.power_law.fit import PowerLawFit
 
 __all__ = ["Measured", "Measurer", "seconds_since"]
@@ -74,8 +75,9 @@ class Measurer:
         self.solver.check(self.num_eigenvalues)
         self.extras = make_extras(extras, self.num_eigenvalues, self.solver)
         self.groups = dict(groups or {})
-        self.seed = seed
+        self.seed = check_int("seed", seed, at_least=0, at_most=MAX_SEED)
         self._tracing_statistics: dict[Hashable, TracingStatistics] = {}
+        self._checked: set[Hashable] = set()
 
     @property
     def needs_eigenvectors(self) -> bool:
@@ -137,6 +139,16 @@ class Measurer:
             draws_figures=draws_figures,
         ).measure()
 
+    def check_products(self, operator: HessianOperator, problem: Problem) -> None:
+        """Compare one product with a difference of gradients, at the first measurement of a choice of parameters.
+
+        Raises:
+            WrongProductError: if products are not derivatives of the gradient.
+        """
+        if problem.parameters not in self._checked:
+            check_products(operator, seed=self.seed)
+            self._checked.add(problem.parameters)
+
     def tracing_statistics(self, problem: Problem) -> TracingStatistics:
         """Return the timings of earlier operators with the same parameters."""
         return self._tracing_statistics.setdefault(problem.parameters, TracingStatistics())
@@ -173,6 +185,7 @@ class _Run:
             # A forward pass of a sharded module is a collective, and ranks hold different numbers of batches.
             whole = not is_sharded(problem.model) or operator.exact
             loss = operator.mean_loss if whole else None
+            measurer.check_products(operator, problem)
             self.observer.operator_made(operator, problem, measurer.expected_cost(operator.num_parameters))
             spectrum = self._solve(operator, eigenvectors=measurer.needs_eigenvectors)
             self.observer.operator_used(operator)
@@ -264,6 +277,7 @@ class _Run:
             began = time.monotonic()
             problem = self.problem.on_parameters(parameters)
             with self._operator(problem) as operator:
+                self.measurer.check_products(operator, problem)
                 spectrum = self._solve(operator, name=f"Hessian ({group})", part=f"group={group}")
             fit, reason = self.measurer.solver.fit(spectrum, self.measurer.num_eigenvalues)
             return self._measurement(operator, spectrum, fit, reason, seconds=seconds_since(began, self.ranks))

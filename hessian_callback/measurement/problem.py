@@ -34,6 +34,7 @@ class Problem:
         batch_weight: ``batch -> float``, the number of terms that a batch's mean loss averages over.
         parameters: the chosen parameters, see `HessianOperator`.
         precision: of the parameters, such as ``"float32"``.
+        restore_state: puts the state that an evaluation of the loss changes back, see `HessianOperator`.
     """
 
     model: nn.Module
@@ -47,6 +48,7 @@ class Problem:
     batch_weight: Callable[[Any], float] | None = None
     parameters: ParameterFilter | None = None
     precision: str = "float32"
+    restore_state: Callable[[], None] | None = None
 
     def on_parameters(self, parameters: ParameterFilter) -> Problem:
         """Return the same loss with other chosen parameters: a diagonal block of the Hessian."""
@@ -77,4 +79,5 @@ class Problem:
             hvp=hvp,
             memory_budget=memory_budget,
             tracing_statistics=tracing_statistics,
+            restore_state=self.restore_state,
         )

@@ -91,7 +91,7 @@ class EndWhenTold(Callback):
             RuntimeError: if it was not, since the checkpoint is then behind the measurement that is missing.
         """
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if not isinstance(callback, PowerLawHessianCallback) or not callback.at_end:
+            if not isinstance(callback, PowerLawHessianCallback) or not callback.schedule.at_end:
                 continue
             if not callback.history or callback.history[-1].step != trainer.global_step:
                 raise RuntimeError(

@@ -29,6 +29,7 @@ class Report:
         history: its measurements, the new one last.
         values: the numbers to log, by name without the prefix.
         step: the step under which loggers show the values.
+        can_log: whether the hook is one in which ``self.log`` stands for this measurement.
         prediction: the prediction of the run's loss, if there is one.
         states: the extras' states after the measurement, by name.
         ranks: the processes of the run.
@@ -42,6 +43,7 @@ class Report:
     history: Sequence[Measurement]
     values: Mapping[str, float]
     step: int
+    can_log: bool
     prediction: LivePrediction | None
     states: Mapping[str, Any]
     ranks: Ranks

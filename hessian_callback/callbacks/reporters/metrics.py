@@ -24,10 +24,10 @@ class MetricReporter(Reporter):
     def report(self, report: Report) -> None:
         """Log all values, through the module where the hook allows it, else to the loggers."""
         measurement = report.measurement
-        if measurement.when in ("epoch", "validate"):
+        if report.can_log and measurement.when in ("epoch", "validate"):
             self._log_as_metrics(report)
             return
-        if measurement.when == "step":
+        if report.can_log and measurement.when == "step":
             # For callbacks that monitor it. Logged separately below, because Lightning subsamples steps.
             for name, value in report.values.items():
                 report.pl_module.log(

@@ -1,0 +1,81 @@
+"""What a trainer's state says about the present place of its run."""
+
+from __future__ import annotations
+
+import time
+
+from lightning.pytorch import Callback, Trainer
+from lightning_utilities.core.rank_zero import rank_zero_warn
+
+from hessian_callback.measurement.measurement import Measurement
+
+__all__ = ["EpochClock", "callbacks_of", "is_last", "logged_step"]
+
+
+def callbacks_of(trainer: Trainer) -> list[Callback]:
+    """Return the trainer's callbacks."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return callbacks
+
+
+def is_last(trainer: Trainer) -> bool:
+    """Return whether training is known to end here, at the end of an epoch."""
+    epochs, steps = trainer.max_epochs, trainer.max_steps
+    long_enough = trainer.current_epoch + 1 >= (trainer.min_epochs or 0)
+    return (
+        (trainer.should_stop and long_enough and trainer.global_step >= (trainer.min_steps or 0))
+        or (epochs is not None and epochs >= 0 and trainer.current_epoch + 1 >= epochs)
+        or 0 <= steps <= trainer.global_step
+    )
+
+
+def logged_step(trainer: Trainer, measurement: Measurement, *, after_epoch: bool) -> int:
+    """Return the step under which a measurement's scalars are in the logger.
+
+    Args:
+        trainer: the trainer.
+        measurement: the measurement.
+        after_epoch: whether it is logged in ``on_train_epoch_end``.
+    """
+    if measurement.when not in ("epoch", "validate"):
+        return measurement.step
+    # Lightning subtracts one from the step of values that are logged after the training epoch.
+    return int(trainer.fit_loop.epoch_loop._batches_that_stepped) - after_epoch
+
+
+class EpochClock:
+    """Compares the time of a measurement with that of a training epoch, and warns once if it is longer."""
+
+    def __init__(self) -> None:
+        self._began: tuple[float, float] | None = None
+        self._warned = False
+
+    def start(self, spent: float) -> None:
+        """Start an epoch.
+
+        Args:
+            spent: seconds that all measurements took before.
+        """
+        self._began = (time.monotonic(), spent)
+
+    def seconds(self, spent: float) -> float | None:
+        """Return the seconds of the epoch without the measurements in it; ``None`` if no epoch was started."""
+        if self._began is None:
+            return None
+        began, before = self._began
+        return time.monotonic() - began - (spent - before)
+
+    def stop(self) -> None:
+        """End the run."""
+        self._began = None
+
+    def warn_of(self, measurement: Measurement, epoch_seconds: float | None) -> None:
+        """Warn if a measurement took longer than the epoch."""
+        if epoch_seconds is None or self._warned or measurement.seconds <= epoch_seconds:
+            return
+        self._warned = True
+        rank_zero_warn(
+            f"a measurement of the Hessian took {measurement.seconds:.2g} s, more than a training epoch "
+            f"({epoch_seconds:.2g} s); measure less often (every_n_epochs, max_overhead), on fewer "
+            "samples (num_samples), or fewer eigenvalues (num_eigenvalues)"
+        )
