@@ -1,9 +1,9 @@
-"""What the live prediction is worth: on real runs against log(step), and on series whose truth is known.
+"""Evaluate the live prediction on training runs, against log(step), and on simulated series.
 
     python -m benchmarks.prediction_report
 
-writes benchmarks/PREDICTION.md, in about five minutes of one core. Runs and series are seeded; the remarks under the
-title are about the committed run and are to be read again after another.
+writes benchmarks/PREDICTION.md, in about five minutes of one core. Runs and series are seeded. The remarks under the
+title are about the committed run; check them after another one.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ Series = Callable[[np.random.Generator, int], list[Observation]]
 
 
 class WideMLP(DigitsCNN):
-    """One hidden layer, without weight decay, so that it fits wrong labels in the end."""
+    """An MLP with one hidden layer and no weight decay, which fits wrong labels in the end."""
 
     def __init__(self) -> None:
         super().__init__(learning_rate=0.1, weight_decay=0.0)
@@ -50,7 +50,7 @@ class WideMLP(DigitsCNN):
 
 
 class FewDigits(DigitsData):
-    """200 training images, 40 of them with a label drawn by chance."""
+    """200 training images, 40 of them with random labels."""
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
@@ -65,7 +65,7 @@ class FewDigits(DigitsData):
 
 
 def measured(name: str, seed: int) -> LivePrediction:
-    """Train one run and return what its callback predicted."""
+    """Train one run and return the predictions of its callback."""
     pl.seed_everything(seed, verbose=False)
     callback = PowerLawHessianCallback(
         num_eigenvalues=20,
@@ -126,18 +126,18 @@ def correlation_table(runs: list[tuple[str, int, LivePrediction]]) -> str:
     return table(["run", "seed", "statistic", "Kendall's tau", "Spearman's rho"], rows)
 
 
-# -- series whose truth is known -----------------------------------------------------------------
+# -- simulated series ----------------------------------------------------------------------------
 
 
 def exchangeable(rng: np.random.Generator, num: int) -> list[Observation]:
-    """A linear relation with independent errors."""
+    """Return a linear relation with independent errors."""
     feature, noise = rng.standard_normal((2, num))
     targets = np.concatenate([[0.0], 0.5 * feature[:-1]]) + noise
     return [Observation(float(y), {"log_step": float(x)}) for x, y in zip(feature, targets, strict=True)]
 
 
 def decaying(rng: np.random.Generator, num: int, *, noise: float = 0.1) -> list[Observation]:
-    """A loss that falls to a floor while the slope is noise: a line in log(step) lags behind."""
+    """Return a loss that falls to a floor while the slope is noise; a line in log(step) lags behind."""
     observations = []
     for n in range(1, num + 1):
         loss = (0.05 + 1.0 / n) * math.exp(noise * rng.standard_normal())
@@ -147,7 +147,7 @@ def decaying(rng: np.random.Generator, num: int, *, noise: float = 0.1) -> list[
 
 
 def wandering(rng: np.random.Generator, num: int) -> list[Observation]:
-    """Loss, slope and fit error are random walks that know nothing of each other."""
+    """Return independent random walks as loss, slope and fit error."""
     walks = np.cumsum(rng.standard_normal((3, num)), axis=1)
     return [
         Observation(float(y), {"log_step": math.log(n + 1), "slope": float(s), "fit_error": float(d)})
@@ -156,7 +156,7 @@ def wandering(rng: np.random.Generator, num: int) -> list[Observation]:
 
 
 def breaking(rng: np.random.Generator, num: int) -> list[Observation]:
-    """As `exchangeable`, but halfway the errors become three times as large."""
+    """Return a series as `exchangeable` does, whose errors are three times as large in the second half."""
     feature, noise = rng.standard_normal((2, num))
     noise[num // 2 :] *= 3
     targets = np.concatenate([[0.0], 0.5 * feature[:-1]]) + noise
@@ -164,7 +164,7 @@ def breaking(rng: np.random.Generator, num: int) -> list[Observation]:
 
 
 def leading(rng: np.random.Generator, num: int) -> list[Observation]:
-    """A trend in log(step), and departures from it that the slope knows one measurement before."""
+    """Return a trend in log(step) with deviations that the slope shows one measurement before."""
     ahead = rng.standard_normal(num + 1)
     return [
         Observation(
@@ -261,17 +261,9 @@ def verdict_rates(draws: int) -> str:
     return table(["series", "comparisons", "adds, at the end, %", "adds, at any look, %"], rows)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--draws", type=int, default=200)
-    parser.add_argument("--output", type=Path, default=Path(__file__).with_name("PREDICTION.md"))
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    draws = arguments.draws
+def report(draws: int) -> str:
     runs = [(name, seed, measured(name, seed)) for name in EPOCHS for seed in SEEDS]
-    arguments.output.write_text(f"""# What the live prediction is worth
+    return f"""# What the live prediction is worth
 
 Written by `python -m benchmarks.prediction_report`. K = 20, 200 held-out samples, a measurement each epoch.
 `digits`: the example's CNN, {EPOCHS["digits"]} epochs. `overfitting`: an MLP on 200 digits, 40 of them with a label
@@ -333,7 +325,18 @@ Percent of nominal 95 % intervals that hold the true value, {5 * draws} draws. O
 walk that knows nothing of the loss, each "adds" is a false one.
 
 {verdict_rates(draws)}
-""")
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--draws", type=int, default=200)
+    parser.add_argument("--output", type=Path, default=Path(__file__).with_name("PREDICTION.md"))
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    arguments.output.write_text(report(arguments.draws))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Whether a trainer, a module and the callback's options go together, found out before training starts."""
+"""Checks of the trainer, its strategy and the parameters before training starts."""
 
 from __future__ import annotations
 
@@ -26,11 +26,12 @@ __all__ = [
     "check_strategy",
     "check_trainer",
     "warn_of_strict_monitors",
+    "warn_of_strict_schedulers",
 ]
 
 
 def check_trainer(trainer: Any) -> None:
-    """Refuse the Trainer of the other package, whose classes are not those of this one.
+    """Raise an error for the Trainer of the other package, whose classes differ.
 
     Raises:
         MisconfigurationException: if it is not ``lightning.pytorch``'s.
@@ -38,32 +39,31 @@ def check_trainer(trainer: Any) -> None:
     if not isinstance(trainer, pl.Trainer):
         package = type(trainer).__module__.partition(".")[0]
         raise MisconfigurationException(
-            f"this Trainer comes from the package {package!r}, whose classes differ from those of "
-            "'lightning' that the callback works with; import Trainer and LightningModule from "
-            "lightning.pytorch instead"
+            f"this Trainer is of the package {package!r}, and the callback supports 'lightning', whose classes "
+            "differ; import Trainer and LightningModule from lightning.pytorch instead"
         )
 
 
 def check_strategy(strategy: Strategy) -> None:
-    """Refuse strategies under which the Hessian of the whole model cannot be had.
+    """Raise an error for strategies under which the Hessian of the whole model cannot be measured.
 
     Raises:
-        MisconfigurationException: with the reason and what to use instead.
+        MisconfigurationException: if the strategy is not supported, with the reason and an alternative.
     """
     name = type(strategy).__name__
-    # The unsupported ones first: some are subclasses of supported ones.
+    # Unsupported strategies first, because some are subclasses of supported ones.
     reasons = {
         DeepSpeedStrategy: "DeepSpeed partitions parameters and gradients and replaces autograd's backward",
         FSDPStrategy: "FSDP flattens and shards the parameters, and its hooks have no double backward",
     }
     reason = next((text for kind, text in reasons.items() if isinstance(strategy, kind)), None)
     if reason is None and "XLA" in name:
-        reason = "XLA traces the step as a whole and offers no graph to differentiate again"
+        reason = "XLA traces the step as a whole and keeps no graph for a second differentiation"
     if isinstance(strategy, ModelParallelStrategy):
         if strategy.device_mesh["tensor_parallel"].size() > 1:
             reason = "it also cuts layers over ranks (tensor_parallel_size > 1), which then share a batch"
     elif reason is None and not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)):
-        reason = "only strategies with whole parameters, or those of fully_shard, are known to work"
+        reason = "only strategies with whole parameters or fully_shard were tested"
     if reason is not None:
         raise MisconfigurationException(
             f"PowerLawHessianCallback does not support {name}: {reason}. Use a single device, strategy='ddp', or "
@@ -73,28 +73,28 @@ def check_strategy(strategy: Strategy) -> None:
 
 
 def check_precision(precision: str) -> None:
-    """Refuse precisions whose layers exist in less than half precision only.
+    """Raise an error for precisions whose layers exist in less than half precision only.
 
     Raises:
-        MisconfigurationException: with what to use instead.
+        MisconfigurationException: if the precision is not supported, with an alternative.
     """
     if precision.startswith("transformer-engine"):
         raise MisconfigurationException(
-            f"precision={precision!r} replaces layers by ones that have no double backward; use 'bf16-mixed' or "
+            f"precision={precision!r} replaces layers by ones without double backward; use 'bf16-mixed' or "
             "'bf16-true', or examine a checkpoint with Trainer(precision='32-true').validate()"
         )
 
 
 def check_parameters(pl_module: nn.Module, parameters: ParameterFilter | None, num_eigenvalues: int) -> None:
-    """Check that the chosen parameters are there and no fewer than the eigenvalues asked for.
+    """Check that the chosen parameters exist and are at least as many as the eigenvalues.
 
     Raises:
-        MisconfigurationException: if not, or if some have no shape yet.
+        MisconfigurationException: if they are not, or some have no shape yet.
     """
     if any(isinstance(parameter, nn.UninitializedParameter) for parameter in pl_module.parameters()):
         raise MisconfigurationException(
-            "the module has lazy parameters without a shape; run a batch through it before training, for "
-            "example in configure_model, so that a measurement is not what initialises them"
+            "the module has lazy parameters without a shape, which a measurement would initialise; run a batch "
+            "through it before training, for example in configure_model"
         )
     try:
         chosen = select_parameters(pl_module, parameters)
@@ -109,7 +109,7 @@ def check_parameters(pl_module: nn.Module, parameters: ParameterFilter | None, n
 
 
 def warn_of_strict_monitors(trainer: pl.Trainer, prefix: str, *, every_epoch: bool) -> None:
-    """Warn of callbacks that would stop the run for want of a slope, or take an old one for a new one."""
+    """Warn of callbacks that would fail if no slope is logged, or mistake a stale value for a new one."""
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         key = getattr(callback, "monitor", None)
         if not isinstance(key, str) or not key.startswith(f"{prefix}/"):
@@ -117,30 +117,29 @@ def warn_of_strict_monitors(trainer: pl.Trainer, prefix: str, *, every_epoch: bo
         name = type(callback).__name__
         if isinstance(callback, EarlyStopping) and callback.strict:
             rank_zero_warn(
-                f"{name} monitors {key!r} with strict=True: should the first measurement fail, it ends the "
-                "run with an error. Pass strict=False to let it wait for the first slope"
+                f"{name} monitors {key!r} with strict=True: if the first measurement fails, it ends the run "
+                "with an error. Pass strict=False to let it wait for the first slope"
             )
-        # Who is told of measurements needs no warning of epochs without one.
+        # A callback with this hook decides after measurements, so epochs without one don't matter.
         if isinstance(callback, EarlyStopping) and not every_epoch and not hasattr(callback, "on_hessian_measured"):
             rank_zero_warn(
-                f"{name} monitors {key!r}, which is not measured every epoch: where it is not, it sees the last "
-                f"value again and counts that as a check without improvement, of which patience={callback.patience} "
-                "allows. PowerLawEarlyStopping counts measurements instead; or choose patience accordingly"
+                f"{name} monitors {key!r}, which is not measured every epoch: in other epochs it sees the last value "
+                f"again and counts a check without improvement, and stops after patience={callback.patience} of them. "
+                "PowerLawEarlyStopping counts measurements instead; or choose patience accordingly"
             )
         if isinstance(callback, ModelCheckpoint):
             rank_zero_warn(
-                f"{name} monitors {key!r}: should the first measurement fail, Lightning ends the run with an "
-                "error when there is a validation loop. A second ModelCheckpoint without monitor keeps the "
-                "run's checkpoints apart from its slopes"
+                f"{name} monitors {key!r}: if the first measurement fails, Lightning ends a run with a validation "
+                "loop with an error. A second ModelCheckpoint without monitor saves checkpoints that don't depend "
+                "on the slope"
             )
 
 
 def warn_of_strict_schedulers(trainer: pl.Trainer, prefix: str) -> None:
-    """Warn of a ReduceLROnPlateau that would stop the run for want of a slope."""
+    """Warn of a ReduceLROnPlateau that would fail if no slope is logged."""
     for config in trainer.lr_scheduler_configs:
         if config.reduce_on_plateau and str(config.monitor).startswith(f"{prefix}/") and config.strict:
             rank_zero_warn(
-                f"ReduceLROnPlateau monitors {config.monitor!r} with strict=True: should the first "
-                "measurement fail, it ends the run with an error. Put 'strict': False into the scheduler's "
-                "dictionary"
+                f"ReduceLROnPlateau monitors {config.monitor!r} with strict=True: if the first measurement fails, it "
+                "ends the run with an error. Put 'strict': False into the scheduler's dictionary"
             )

@@ -1,4 +1,4 @@
-"""TensorBoard's table of hyperparameters, with the measured numbers in its columns."""
+"""TensorBoard's table of hyperparameters, with columns for the measured numbers."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ __all__ = ["announce_columns"]
 
 
 def announce_columns(trainer: Trainer, pl_module: LightningModule, curves: Collection[str]) -> None:
-    """Name curves as metrics of the table of hyperparameters, whose cells then show their last values.
+    """Add curves to the metrics of the table of hyperparameters, whose cells then show their last values.
 
-    TensorBoard believes the first such announcement of a run, and Lightning makes one at the start of training that
-    names ``hp_metric`` alone. This one names that and the curves, and must be called before, in ``setup``. Nothing is
-    written where Lightning would write nothing: without saved hyperparameters, or with ``default_hp_metric=False``.
+    TensorBoard uses the first such announcement of a run, and Lightning writes one with ``hp_metric`` alone when
+    training starts. This function writes one with that metric and the curves, and must be called before, in ``setup``.
+    Nothing is written if Lightning would write nothing: without saved hyperparameters, or with
+    ``default_hp_metric=False``.
 
     Args:
-        trainer: whose loggers to write to; on rank zero only.
-        pl_module: whose hyperparameters, merged with those of the data module, fill the other columns.
+        trainer: trainer whose loggers to write to; call this on rank zero only.
+        pl_module: module whose hyperparameters, merged with those of the data module, are the other columns.
         curves: full names of scalars that will be logged.
     """
     saved = _saved(pl_module) | _saved(trainer.datamodule)  # type: ignore[attr-defined]
@@ -42,5 +43,5 @@ def announce_columns(trainer: Trainer, pl_module: LightningModule, curves: Colle
 def _saved(source: Any) -> dict[str, Any]:
     if source is None or not source._log_hyperparams:
         return {}
-    # The class path is the command line's own.
+    # LightningCLI adds the class path.
     return {name: value for name, value in source.hparams_initial.items() if name != "_class_path"}

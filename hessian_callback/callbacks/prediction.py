@@ -159,13 +159,9 @@ def predict_next(
     the logarithms of features that have a unit (losses, eigenvalues). A prediction is clipped to the range of the
     window's targets, extended by its own length on both sides, because a line through four points extrapolates poorly.
 
-    The interval is the jackknife+: with :math:`\mu_{-i}` fitted without pair i, and :math:`R_i` its error there,
-
-    .. math:: \big[\, q^-\{\mu_{-i}(x) - R_i\},\; q^+\{\mu_{-i}(x) + R_i\} \,\big]
-
-    where :math:`q^\pm` are the :math:`\lceil \text{level} (n + 1) \rceil`-th values counted from the inner side. For
-    exchangeable pairs its coverage is at least :math:`2\,\text{level} - 1`, and about ``level`` in practice. The pairs
-    of a training run drift and are not exchangeable, so `PredictionTrack` stretches the interval.
+    The interval is the jackknife+ of :math:`\mu_{-i}`, fitted without pair i. For exchangeable pairs its coverage is at
+    least :math:`2\,\text{level} - 1`, and about ``level`` in practice. The pairs of a training run drift and are not
+    exchangeable, so `PredictionTrack` stretches the interval.
 
     Args:
         observations: in order of time.
@@ -202,15 +198,24 @@ def predict_next(
     if not enough or not known[-1] or (features and len(pairs) < len(features) + 2):
         return None
     value, others, errors, logarithmic = _fit(observations, pairs, features, logarithms)
-    # Counted from the inner side: the rank-th smallest upper value and the rank-th largest lower one.
-    high = float(np.sort(others + errors)[rank - 1])
-    low = float(np.sort(others - errors)[::-1][rank - 1])
+    low, high = _jackknife_plus(others, errors, rank)
     low, high = value + stretch * min(low - value, 0.0), value + stretch * max(high - value, 0.0)
     if not logarithmic:
         return Prediction(value, low, high)
     if high > 700:  # The exponential would overflow; no loss is that large.
         return None
     return Prediction(math.exp(value), math.exp(low), math.exp(high))
+
+
+def _jackknife_plus(others: FloatArray, errors: FloatArray, rank: int) -> tuple[float, float]:
+    r"""Return the ends of the jackknife+ interval.
+
+    .. math:: \big[\, q^-\{\mu_{-i}(x) - R_i\},\; q^+\{\mu_{-i}(x) + R_i\} \,\big]
+
+    with the predictions :math:`\mu_{-i}(x)` without pair i, the errors :math:`R_i` at pair i, and the
+    :math:`\lceil \text{level} (n + 1) \rceil`-th values :math:`q^\pm` counted from the inner side.
+    """
+    return float(np.sort(others - errors)[::-1][rank - 1]), float(np.sort(others + errors)[rank - 1])
 
 
 def _fit(

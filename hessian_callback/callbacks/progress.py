@@ -1,4 +1,4 @@
-"""Showing that a measurement is under way, beside whichever progress bar the trainer has."""
+"""Progress of a measurement, beside the progress bar of the trainer."""
 
 from __future__ import annotations
 
@@ -24,23 +24,30 @@ def announce(trainer: Trainer, text: str) -> None:
     """Print a line on rank zero, above the progress bar if one is drawn."""
     if not trainer.is_global_zero:
         return
-    # Standard output may be a full disk, or closed: no reason to fail, least of all on one rank alone.
+    # Standard output may be closed or on a full disk. That must not end a run, least of all on one rank alone.
     with suppress(OSError, ValueError):
         if isinstance(trainer.progress_bar_callback, TQDMProgressBar):
-            # Lightning's own `bar.print` says nothing while no bar of its own is open.
+            # Lightning's own `bar.print` prints nothing if none of its bars is open.
             Tqdm.write(text)
         else:
-            print(text, flush=True)  # Rich, if it is drawing, takes standard output over.
+            print(text, flush=True)  # While Rich draws, it redirects standard output.
 
 
 @contextmanager
 def measuring(trainer: Trainer, description: str, expected: int | None = None) -> Iterator[Report]:
-    """Show progress while the context is open; yields the function that is told of each product.
+    """Show progress inside a block, whose value is the function to call after each product.
 
-    The bar is full at ``expected`` products; beyond them, at the most that may be spent.
+    The bar is full at ``expected`` products, and beyond them at the largest number that may be spent. Nothing is shown
+    if the trainer's progress bar is off or of an unknown kind, and on ranks other than zero. A display that fails is
+    closed with a warning, and the measurement continues without it.
 
-    Nothing is shown where the trainer's progress bar is off, on ranks other than zero, and beside progress
-    bars of unknown kind. A display that fails is given up, and the measurement goes on without it.
+    Args:
+        trainer: the trainer.
+        description: text before the bar.
+        expected: expected number of products; ``None`` if it is unknown.
+
+    Yields:
+        The function that shows the progress.
     """
     display: _Display | None = None
 
@@ -70,11 +77,11 @@ class _Display:
     """A line beside the trainer's progress bar."""
 
     def show(self, progress: LanczosProgress) -> _Display:
-        """Show where the computation stands; returns itself."""
+        """Show the progress, and return the display itself."""
         raise NotImplementedError
 
     def close(self) -> None:
-        """Take the line away."""
+        """Remove the line."""
         raise NotImplementedError
 
 
@@ -88,7 +95,7 @@ def _display(trainer: Trainer, description: str, expected: int | None) -> _Displ
 
 
 def _found(progress: LanczosProgress) -> str:
-    """Say how many eigenvalues are known, and the slope of those that there are so far, known or not."""
+    """Return the number of converged eigenvalues, and the slope of the present estimates, as text."""
     found = f"{progress.num_converged}/{progress.k} eigenvalues"
     values = progress.ritz_values
     if values is None or len(values) < progress.k or not bool((values > 0).all()):
@@ -97,7 +104,7 @@ def _found(progress: LanczosProgress) -> str:
 
 
 def _end(progress: LanczosProgress, expected: int | None) -> int:
-    """How many products it takes, as far as is known."""
+    """Return the number of products at which the bar is full."""
     return expected if expected is not None and progress.num_matvecs <= expected else progress.max_matvecs
 
 
@@ -129,13 +136,13 @@ class _RichLine(_Display):
 
         self._description = description
         self._expected = expected
-        # Before the trainer's own bars are up, and after they are gone, it needs some of its own.
+        # Before the trainer's own bars are started, and after they are stopped, the line needs a display of its own.
         shared: Any = bar.progress
         self._own: Any = None if shared is not None and shared.live.is_started else Progress(transient=True)
         self._bars: Any = shared if self._own is None else self._own
         if self._own is not None:
             self._own.start()
-        # Hidden and shown again, never removed: Lightning before 2.6.1 takes a task's id for its place in the list.
+        # Tasks are hidden, never removed, because Lightning before 2.6.1 uses a task's id as its index in the list.
         ours = [task.id for task in self._bars.tasks if task.fields.get("hessian")]
         self._task = ours[0] if ours else self._bars.add_task(description, total=1, hessian=True)
         self._bars.reset(self._task, description=description, total=1, visible=True)

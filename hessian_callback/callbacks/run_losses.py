@@ -1,4 +1,4 @@
-"""What a run itself knows of its losses when a measurement is made, equal on all ranks."""
+"""Losses that a run has logged before a measurement, equal on all ranks."""
 
 from __future__ import annotations
 
@@ -17,23 +17,27 @@ __all__ = ["losses_of"]
 
 
 def losses_of(trainer: Trainer, names: Sequence[str | None], ranks: Ranks) -> list[float | None]:
-    """Read metrics that the run has logged, by their names in ``trainer.callback_metrics``.
+    """Read logged metrics by their names in ``trainer.callback_metrics``.
 
-    At the end of an epoch Lightning computes them when they are asked for, so the values are those that EarlyStopping
-    will see. Without ``sync_dist=True`` each rank logs its own: the mean over the ranks that have one is returned.
+    At the end of an epoch Lightning computes metrics at access, so the values are those that EarlyStopping gets.
+    Without ``sync_dist=True`` each rank logs its own value; then the mean over the ranks that have one is returned.
 
-    Call it on all ranks. A metric that cannot be read is an error on all of them.
+    This is a collective: call it on all ranks. An error on one rank raises on all of them.
 
     Args:
         trainer: the trainer, in a hook.
-        names: keys; ``None`` for one that is not wanted.
+        names: keys; ``None`` for a metric that is not needed.
         ranks: the processes that share the run.
 
     Returns:
-        A number for each name; ``None`` where no rank has it, or the mean is not finite.
+        A number for each name; ``None`` if no rank has the metric, or the mean is not finite.
+
+    Raises:
+        Exception: if a metric cannot be read on this rank.
+        PeerError: if it cannot be read on another rank.
     """
-    with ranks.propagate_errors("reading the losses that the run has logged"):
-        # Lightning computes metrics at each access, so only once, and only if one is wanted.
+    with ranks.propagate_errors("reading the logged losses"):
+        # Lightning computes metrics at each access, so access them once, and only if one is needed.
         metrics: Mapping[str, torch.Tensor] = trainer.callback_metrics if any(names) else {}
         own = [float(metrics[name]) if name is not None and name in metrics else None for name in names]
     rows = [[float(value is not None), 0.0 if value is None else value] for value in own]

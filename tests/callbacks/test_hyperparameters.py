@@ -1,4 +1,4 @@
-"""What TensorBoard's table of hyperparameters is told, read from the files of real runs."""
+"""TensorBoard's table of hyperparameters, read from the files of training runs."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_the_table_has_the_slope_beside_lightnings_own_metric(tmp_path: Path, pr
     assert len(list(Path(logger.log_dir).glob("events*"))) == 1
 
 
-def test_nothing_is_announced_that_lightning_would_not(tmp_path: Path) -> None:
+def test_nothing_is_announced_if_lightning_announces_nothing(tmp_path: Path) -> None:
     for module, logger in (
         (Net(), TensorBoardLogger(tmp_path, "plain")),
         (Described(), TensorBoardLogger(tmp_path, "without", default_hp_metric=False)),

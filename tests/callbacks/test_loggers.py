@@ -1,6 +1,8 @@
-"""Loggers get what they can show: a layout in TensorBoard, pictures where there is a place for them."""
+"""Layouts in TensorBoard, pictures in loggers that show them, and errors of loggers."""
 
 from __future__ import annotations
+
+from hessian_callback import Density, Subspace
 
 import re
 from pathlib import Path
@@ -15,8 +17,15 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 
-from hessian_callback import Density, Subspace
-from hessian_callback.callbacks.loggers import curve_layout, show_layout, show_picture, shows_pictures
+from hessian_callback.callbacks.loggers import (
+    CHARTS,
+    Chart,
+    LoggerError,
+    curve_layout,
+    show_layout,
+    show_picture,
+    shows_pictures,
+)
 from tests.helpers.launched import finish, launch
 from tests.helpers.toy_runs import loader, measure, seeded, trainer
 
@@ -51,7 +60,7 @@ def test_a_run_has_a_layout_of_the_curves_it_logged(tmp_path: Path) -> None:
     assert (band.value, band.lower) == ("mine-hessian/slope", "mine-hessian/slope_low")
 
 
-def test_pictures_stand_at_the_steps_of_their_numbers(tmp_path: Path) -> None:
+def test_pictures_have_the_steps_of_their_scalars(tmp_path: Path) -> None:
     logger = TensorBoardLogger(tmp_path, name="", version="run")
     callback = measure(figures=True, extras=[Density(num_hvps=8), Subspace(dimension=2)], max_hvps=200)
     trainer(tmp_path, callback, logger=logger).fit(seeded(), loader(), loader(seed=1))
@@ -64,7 +73,7 @@ def test_pictures_stand_at_the_steps_of_their_numbers(tmp_path: Path) -> None:
     assert not callback._states
 
 
-def test_kept_eigenspaces_have_the_overlap_that_is_logged(tmp_path: Path) -> None:
+def test_stored_eigenspaces_have_the_logged_overlap(tmp_path: Path) -> None:
     class Watcher(Callback):
         def on_hessian_measured(self, run: Any, module: Any, callback: Any) -> None:
             kept.append(callback._states["subspace"].spaces.overlaps)
@@ -79,7 +88,7 @@ def test_kept_eigenspaces_have_the_overlap_that_is_logged(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("options", [{"figures": False}, {"extras": ["density"]}])
-def test_no_eigenspace_is_kept_for_nothing(options: dict[str, Any], tmp_path: Path) -> None:
+def test_no_eigenspace_is_stored_without_a_picture(options: dict[str, Any], tmp_path: Path) -> None:
     class Watcher(Callback):
         def on_hessian_measured(self, run: Any, module: Any, callback: Any) -> None:
             kept.append(len(callback._states["subspace"].spaces) if "subspace" in callback._states else 0)
@@ -123,6 +132,48 @@ def test_charts_without_curves_are_left_out() -> None:
     assert critical == ["Multiline", ["h/fit_error$", "h/critical_distance$"]]
 
 
+def test_charts_of_extras_are_shown_beside_the_others() -> None:
+    extra = (Chart("moments", "third and fourth", ("skewness", "kurtosis")), Chart("cost", "graphs", ("graphs",)))
+    names = ["skewness", "graphs", "seconds"]
+    layout = curve_layout("h", names, charts=(*CHARTS, *extra))
+    assert layout["h: moments"] == {"third and fourth": ["Multiline", ["h/skewness$"]]}
+    assert list(layout["h: cost"]) == ["seconds that training stood still", "graphs"]
+    assert curve_layout("h", ["skewness", "graphs"]) == {}
+
+
+def test_bands_need_all_three_curves() -> None:
+    chart = Chart("c", "band", ("x", "x_low", "x_high"), is_band=True)
+    assert curve_layout("h", ["x", "x_low"], charts=[chart]) == {}
+    full = curve_layout("h", ["x_high", "x", "x_low"], charts=[chart], logger_prefix="mine-")
+    assert full == {"h: c": {"band": ["Margin", ["mine-h/x", "mine-h/x_low", "mine-h/x_high"]]}}
+
+
+class Failing:
+    """A logger that fails to show pictures."""
+
+    def log_image(self, **options: Any) -> None:
+        raise ConnectionError("the server\nis away")
+
+
+def test_errors_of_a_logger_are_its_own(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    logger = TensorBoardLogger(tmp_path / "file", name="", version="run")
+    with pytest.raises(LoggerError, match=r"^TensorBoardLogger failed to write the layout of the curves: \w+Error: "):
+        show_layout([logger], {"hessian": ["seconds"]})
+    with pytest.raises(LoggerError, match=r"^TensorBoardLogger failed to start: \w+Error: ") as raised:
+        shows_pictures(logger)
+    assert isinstance(raised.value.__cause__, OSError)
+    message = r"^Failing failed to show the picture 'hessian/spectrum': ConnectionError: the server is away$"
+    with pytest.raises(LoggerError, match=message):
+        show_picture(Failing(), "hessian/spectrum", PICTURE, 0)
+
+
+@pytest.mark.parametrize("image", [PICTURE[:, :, 0], PICTURE.astype(float), PICTURE.tolist(), PICTURE[:, :, :2]])
+def test_pictures_of_another_form_are_refused(image: Any) -> None:
+    with pytest.raises(TypeError, match=r"picture 'h/density' must be an array of uint8 of shape"):
+        show_picture(Failing(), "h/density", image, 0)
+
+
 def test_csv_gets_every_number_and_no_picture(tmp_path: Path) -> None:
     logger = CSVLogger(tmp_path)
     callback = measure(figures=True)
@@ -133,11 +184,11 @@ def test_csv_gets_every_number_and_no_picture(tmp_path: Path) -> None:
     logged = [float(row.split(",")[column]) for row in rows if row.split(",")[column]]
     assert logged == pytest.approx([m.slope for m in callback.history], rel=1e-6)
     assert not shows_pictures(logger)
-    with pytest.raises(TypeError, match="ask shows_pictures"):
+    with pytest.raises(TypeError, match="call shows_pictures before"):
         show_picture(logger, "tag", PICTURE, 0)
 
 
-def test_a_logger_that_claims_everything_is_not_believed() -> None:
+def test_a_logger_with_every_attribute_shows_no_pictures() -> None:
     assert not shows_pictures(DummyLogger())
     show_layout([DummyLogger()], {"hessian": ["num_hvps"]})
 
