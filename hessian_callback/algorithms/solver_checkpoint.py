@@ -157,10 +157,15 @@ class SolverCheckpoint:
                 f"{path} is not a solver's checkpoint: no saved state is beside it",
                 "move it elsewhere, or use another folder",
             )
-        self._write_state(0, {})
-        if 1 in found:  # The other ranks were killed within their first save.
-            self._path("state1").unlink()
-        self._replace("basis", b"")
+        try:
+            self._write_state(0, {})
+            if 1 in found:  # Other ranks were killed within their first save.
+                self._path("state1").unlink()
+            self._replace("basis", b"")
+        except OSError:
+            with suppress(OSError):
+                delete_files(self.folder, self._ranks.rank)
+            raise
 
     def _read_basis(self, basis: KrylovBasis, state: Mapping[str, Any]) -> None:
         vector = torch.empty_like(self._like, device="cpu")

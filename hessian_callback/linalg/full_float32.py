@@ -1,4 +1,4 @@
-"""Arithmetic of float32 that is that of float32, where a run or a library's default allows less."""
+"""Disable TF32 and other reduced-precision float32 modes inside a block."""
 
 from __future__ import annotations
 
@@ -16,16 +16,17 @@ __all__ = ["full_float32"]
 
 @contextmanager
 def full_float32() -> Iterator[None]:
-    """Keep matrix products and convolutions of float32 numbers from being rounded to TF32 or bfloat16.
+    """Disable TF32 and bfloat16 in float32 matrix products, convolutions and recurrent layers inside a block.
 
-    On GPUs from Ampere on, cuDNN's convolutions round their factors to ten bits by default, and
-    ``torch.set_float32_matmul_precision("high")``, which Lightning recommends for training, lets matrix products do so.
-    Error bounds that rest on the precision of float32 would then be untrue. When the block is left all settings read as
-    before, and training keeps its speed. Also usable as a decorator.
+    On GPUs since Ampere, cuDNN's convolutions round their factors to ten bits by default. So do matrix products after
+    ``torch.set_float32_matmul_precision("high")``, which Lightning recommends for training. Error bounds that rest on
+    the precision of float32 would not hold then. After the block all settings read as before. Also usable as a
+    decorator.
 
-    Only settings that allow less are touched. One of them that was inherited, from ``torch.backends.fp32_precision``
-    or from a library's default, can't be told from one that was set, so from then on it is set to what it was: choose
-    the generic setting before the block, and a later change of it no longer reaches those.
+    Only settings that allow less than float32 are changed. If one of them was inherited, from
+    ``torch.backends.fp32_precision`` or from a library's default, it is restored as an explicit setting, because torch
+    does not report the difference. A later change of the generic setting no longer reaches it, so choose the generic
+    setting before the block.
 
     Example:
         >>> torch.set_float32_matmul_precision("medium")
@@ -45,14 +46,14 @@ def full_float32() -> Iterator[None]:
         yield
     finally:
         with _quiet():
-            # In the same order: old names, which stand for several settings, before those themselves.
+            # In the same order: old names, which set several settings at once, before those settings.
             for setting in settings:
                 setting.bring_to(setting.before)
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the warnings that come with old names."""
+    """Suppress the warnings of deprecated names."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
@@ -66,7 +67,8 @@ class _Setting:
     full: object
 
     def bring_to(self, value: object) -> None:
-        # Read again, for an earlier one may stand for several. What can't be read, old names among new ones, is put.
+        # Read again, because an earlier one may have set this one too. torch refuses to read old names after new ones
+        # were used; those are set without reading.
         with suppress(RuntimeError):
             if self.get() == value:
                 return
@@ -74,9 +76,9 @@ class _Setting:
 
 
 def _settings() -> Iterator[_Setting]:
-    """What decides, under old names and new; torch compares the two and wants both."""
+    """Yield the settings under their old and new names; torch compares the two and requires both."""
     backends = torch.backends
-    # A run that mixes old and new names gets an error from the old ones, which then decide nothing.
+    # After a run has mixed old and new names, the old ones raise an error and have no effect.
     with suppress(RuntimeError):
         get = torch.get_float32_matmul_precision
         yield _Setting(get, torch.set_float32_matmul_precision, get(), "highest")

@@ -304,6 +304,18 @@ def test_a_folder_that_cannot_be_written_is_found_before_the_first_product(tmp_p
     assert not products
 
 
+@pytest.mark.parametrize("written", [0, 1], ids=["state", "basis"])
+def test_a_full_disk_is_found_before_the_first_product(
+    written: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(solver_checkpoint.os, "fsync", partial(full_disk, count(written, -1)))
+    products: list[LanczosProgress] = []
+    with pytest.raises(CheckpointError, match=r"can't be used for the .*: No space left on device"):
+        top_eigenvalues(operator_of(POWER_LAW), 3, checkpoint=tmp_path / "run", progress=products.append)
+    assert not products
+    assert list(tmp_path.iterdir()) == []
+
+
 # -- runs that must be refused ------------------------------------------------------------------------
 
 

@@ -49,7 +49,7 @@ def test_overlap_does_not_depend_on_the_basis() -> None:
 
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=20), st.integers(1, 6))
-def test_what_is_kept_are_the_first_the_newest_and_right_overlaps(gaps: list[int], capacity: int) -> None:
+def test_the_first_and_newest_spaces_stay_with_their_overlaps(gaps: list[int], capacity: int) -> None:
     steps = np.cumsum(gaps).tolist()
     made = spaces(len(steps))
     history = filled(made, steps=steps, capacity=capacity)
@@ -64,7 +64,7 @@ def test_what_is_kept_are_the_first_the_newest_and_right_overlaps(gaps: list[int
     np.testing.assert_allclose(history.overlaps, products, atol=1e-12)
 
 
-def test_what_is_kept_covers_the_run_evenly() -> None:
+def test_the_kept_spaces_cover_the_run_evenly() -> None:
     steps = list(range(200))
     names, _ = filled(spaces(200), steps=steps, capacity=10).labels
     gaps = np.diff([int(name) for name in names])
@@ -79,7 +79,7 @@ def test_memory_is_bounded() -> None:
     assert len(filled(made, max_bytes=0)) == 1
 
 
-def test_epochs_are_names_only_where_they_tell_spaces_apart() -> None:
+def test_epochs_are_labels_only_if_they_are_unique() -> None:
     history = SubspaceHistory()
     for step, (vectors, label) in enumerate(zip(spaces(3), ["start", "0", "0"], strict=True)):
         history.add(vectors, history.overlaps_with(vectors, Ranks()), step=step, label=label)
@@ -88,7 +88,7 @@ def test_epochs_are_names_only_where_they_tell_spaces_apart() -> None:
     assert history.labels == (["0", "1", "2"], "step")
 
 
-def test_other_parameters_begin_anew() -> None:
+def test_another_shape_clears_the_history() -> None:
     history = filled(spaces(3))
     (other,) = spaces(1, size=7)
     overlaps = history.overlaps_with(other, Ranks())
@@ -98,10 +98,12 @@ def test_other_parameters_begin_anew() -> None:
     torch.testing.assert_close(history.overlaps, torch.ones(1, 1, dtype=torch.float64))
 
 
-def test_bad_input_says_the_remedy() -> None:
+def test_bad_input_is_refused() -> None:
     with pytest.raises(ValueError, match="capacity must be at least 1"):
         SubspaceHistory(capacity=0)
-    with pytest.raises(ValueError, match="max_bytes must not be negative"):
+    with pytest.raises(TypeError, match=r"capacity must be an integer, got 2\.5"):
+        SubspaceHistory(capacity=2.5)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="max_bytes must be at least 0, got -1"):
         SubspaceHistory(max_bytes=-1)
     with pytest.raises(ValueError, match="take them from overlaps_with"):
         filled(spaces(2)).add(spaces(2)[0], [0.5], step=2)

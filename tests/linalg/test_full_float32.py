@@ -1,4 +1,4 @@
-"""That float32 is computed in float32, whichever way a run asked for less, and that the run gets its settings back."""
+"""Reduced-precision float32 modes are off inside the block, however they were set, and restored after it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 from hessian_callback.linalg.full_float32 import full_float32
 
-# How a run may have asked for TF32: each in a process of its own, since torch refuses some mixtures for good.
+# Ways in which a run can enable TF32. Each needs a process of its own, because torch refuses some mixtures for good.
 WAYS = {
     "defaults": "",
     "high": "torch.set_float32_matmul_precision('high')",
@@ -65,7 +65,7 @@ assert set(inside.values()) <= allowed, inside
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_inside_full_and_outside_as_before(way: str) -> None:
+def test_the_block_disables_reduced_precision_and_restores_it(way: str) -> None:
     if "fp32_precision" in WAYS[way] and not hasattr(torch.backends.cuda.matmul, "fp32_precision"):
         pytest.skip("this torch has the old names only")
     script = SCRIPT.replace("WAY", repr(WAYS[way]))
@@ -73,12 +73,12 @@ def test_inside_full_and_outside_as_before(way: str) -> None:
     assert ended.returncode == 0, ended.stderr
 
 
-def test_warnings_inside_are_the_users() -> None:
+def test_warnings_of_the_block_are_not_suppressed() -> None:
     with pytest.warns(UserWarning, match="mine"), full_float32():
         warnings.warn("mine", stacklevel=1)
 
 
-def test_what_is_full_already_still_follows_the_generic_setting() -> None:
+def test_untouched_settings_still_follow_the_generic_setting() -> None:
     if not hasattr(torch.backends, "fp32_precision"):
         pytest.skip("this torch has the old names only")
     script = """
