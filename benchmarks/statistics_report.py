@@ -1,8 +1,8 @@
-"""What the statistics are worth, by simulation: bias, coverage, size and power.
+"""Bias, coverage, size and power of the statistics, by simulation.
 
     python -m benchmarks.statistics_report
 
-writes benchmarks/STATISTICS.md. Every number comes from the seed below; some eight minutes on one core.
+writes benchmarks/STATISTICS.md. Every number follows from the seed below. It takes about eight minutes on one core.
 """
 
 from __future__ import annotations
@@ -325,7 +325,13 @@ def covariance_section(scale: float) -> str:
     )
 
 
-def network_section(scale: float) -> str:
+def _network_hessian_spectra() -> tuple[FloatArray, Callable[[FloatArray], FloatArray], int]:
+    """Train a small network on digits and return spectra of its Hessian.
+
+    Returns:
+        The spectrum on all 1000 held-out images; a function from indices of such images to the spectrum on them;
+        the number of parameters.
+    """
     import torch
     from sklearn.datasets import load_digits
 
@@ -356,25 +362,25 @@ def network_section(scale: float) -> str:
     flat = parameters.detach()
     hessian = torch.func.hessian(loss)
 
-    def spectrum(rows: torch.Tensor) -> FloatArray:
-        # Drawn with replacement, so repeated rows are given a weight instead.
-        chosen, counts = rows.unique(return_counts=True)
+    def spectrum(indices: FloatArray) -> FloatArray:
+        # Rows are drawn with replacement, so repeated rows have a weight.
+        chosen, counts = held_out[torch.from_numpy(indices)].unique(return_counts=True)
         matrix = hessian(flat, inputs[chosen], labels[chosen], counts.float()).double()
         values: FloatArray = torch.linalg.eigvalsh(0.5 * (matrix + matrix.T)).flip(0).numpy()
         return values
 
-    with torch.no_grad():
-        whole = spectrum(held_out)
+    return spectrum(np.arange(len(held_out))), spectrum, len(flat)
+
+
+def network_section(scale: float) -> str:
+    whole, spectrum, num_parameters = _network_hessian_spectra()
     rng = np.random.default_rng([SEED, 7])
     table_rows = []
     for num in (20, 50):
         target = fit_power_law(whole[:num])
         for ratio in (3, 10, 30):
             draws = max(4, int(100 * scale))
-            fits = []
-            for _ in range(draws):
-                rows = held_out[torch.from_numpy(rng.integers(len(held_out), size=ratio * num))]
-                fits.append(fit_power_law(spectrum(rows)[:num]))
+            fits = [fit_power_law(spectrum(rng.integers(1000, size=ratio * num))[:num]) for _ in range(draws)]
             slopes = np.array([fit.slope for fit in fits])
             table_rows.append(
                 [
@@ -406,8 +412,8 @@ def network_section(scale: float) -> str:
     ]
     return (
         "## A small network's Hessian over resampled held-out batches\n\n"
-        f"Digits, 64-8-10 tanh network ({len(flat)} parameters), Adam for 400 full-batch steps on 797 images; dense "
-        "Hessians of the mean loss of N images drawn with replacement from 1000 held-out ones. The target is the "
+        f"Digits, 64-8-10 tanh network ({num_parameters} parameters), Adam for 400 full-batch steps on 797 images; "
+        "dense Hessians of the mean loss of N images drawn with replacement from 1000 held-out ones. The target is the "
         "slope of all 1000 at the same K.\n\n" + table(head, table_rows)
     )
 
