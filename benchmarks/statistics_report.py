@@ -528,7 +528,7 @@ def outlier_section(scale: float) -> str:
     head = ["top 10 multiplied by", "all fitted", "top 10 dropped", "top 10 censored"]
     return (
         f"## Ten outliers among K = 100, s = 1\n\nMean slope (sd) over {draws} Pareto samples, each "
-        "freed of its (K - 1)/K. Dropping is biased where the largest belong to the law; censoring is not, whatever "
+        "freed of its (K - 1)/K. Dropping is biased if the largest belong to the law. Censoring is not, whatever "
         "the largest are.\n\n" + table(head, rows)
     )
 
@@ -547,7 +547,7 @@ SECTIONS: dict[str, Callable[[float], str]] = {
 
 def report(names: list[str], scale: float) -> Iterator[str]:
     yield (
-        "# What the statistics are worth\n\nWritten by `python -m benchmarks.statistics_report`, seed "
+        "# Bias, coverage, size and power of the statistics\n\nWritten by `python -m benchmarks.statistics_report`, seed "
         f"{SEED}" + ("." if scale == 1 else f", number of draws scaled by {scale:g}.")
     )
     for name in names:
