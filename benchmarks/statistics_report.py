@@ -547,8 +547,9 @@ SECTIONS: dict[str, Callable[[float], str]] = {
 
 def report(names: list[str], scale: float) -> Iterator[str]:
     yield (
-        "# Bias, coverage, size and power of the statistics\n\nWritten by `python -m benchmarks.statistics_report`, seed "
-        f"{SEED}" + ("." if scale == 1 else f", number of draws scaled by {scale:g}.")
+        "# Bias, coverage, size and power of the statistics\n\n"
+        f"Written by `python -m benchmarks.statistics_report`, seed {SEED}"
+        + ("." if scale == 1 else f", number of draws scaled by {scale:g}.")
     )
     for name in names:
         started = time.monotonic()
