@@ -10,8 +10,8 @@ effects are simulated here for
 with the number of samples N, the number of parameters P and the number of fitted eigenvalues K.
 
 A Hessian is such a matrix only approximately. If the terms of different samples are dependent, or their size varies
-from sample to sample, the number of independent samples is below N, and the slope is biased for N below 10 K. See
-benchmarks/STATISTICS.md for sizes and coverages that were measured.
+from sample to sample, the number of independent samples is below N, and the slope is biased for N below 10 K.
+``python -m benchmarks.statistics_report --only population`` measures size and coverage.
 """
 
 from __future__ import annotations
