@@ -1,8 +1,8 @@
-"""Simulate the critical values of the fit error that `hessian_callback.power_law.fit` tabulates.
+"""Simulate the critical values of the fit error that `hessian_callback.power_law.critical_values` tabulates.
 
     python -m benchmarks.critical_values
 
-prints both tables as Python source, with two standard errors of Monte Carlo. Ten minutes on one core.
+prints both tables as Python source, with two standard errors of Monte Carlo. It takes ten minutes on one core.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ NUM_BATCHES = 20
 
 
 def quantiles(num_eigenvalues: int, draws: int) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """Upper quantiles of sqrt(K) d_ks at each level, and their standard errors, by batches."""
+    """Compute upper quantiles of sqrt(K) d_ks at each level, and their standard errors from batches."""
     scaled = np.sqrt(num_eigenvalues) * simulate_ks_distances(num_eigenvalues, draws, seed=SEED)
     upper = 1.0 - np.array(LEVELS)
     per_batch = np.quantile(scaled.reshape(NUM_BATCHES, -1), upper, axis=1)
@@ -30,7 +30,7 @@ def quantiles(num_eigenvalues: int, draws: int) -> tuple[npt.NDArray[np.float64]
 
 
 def draws_for(num_eigenvalues: int) -> int:
-    """Fewer for the large K, where a draw is dear and the smooth fit shares the information."""
+    """Return the number of draws: fewer for large K, whose draws are expensive and whose quantiles share one fit."""
     return 2_000_000 if num_eigenvalues <= 100 else 1_000_000 if num_eigenvalues <= 1000 else 200_000
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 
 import numpy as np
 import pytest
-from scipy import integrate, optimize, stats
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import integrate, optimize, special, stats
 
 from hessian_callback.power_law.alternatives import (
     ALTERNATIVES,
@@ -215,6 +218,62 @@ def test_same_eigenvalues_above_the_same_cutoff_as_the_fit() -> None:
     assert test.num_eigenvalues == fit_power_law(x, **options).num_eigenvalues == 60
 
 
+NEIGHBOUR = math.nextafter(1.0, 2.0)
+
+
+@pytest.mark.parametrize("name", ALTERNATIVES)
+@pytest.mark.parametrize(
+    "values",
+    [[1.0, 1.0, NEIGHBOUR], [1.0] + [NEIGHBOUR] * 19, [5e-324, 1e-323, 1.5e-323, 1e-322], [1.0 + 1e-9, 1.0, 1.0, 1.0]],
+    ids=["one above", "one below", "subnormal", "one outlier"],
+)
+def test_degenerate_spectra_give_finite_numbers_without_a_warning(name: Alternative, values: list[float]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        test = likelihood_ratio_test(values, name)
+    assert math.isfinite(test.log_likelihood_ratio)
+    assert 0.0 <= test.p_value <= 1.0
+    assert all(math.isfinite(value) for value in test.parameters.values())
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    st.lists(st.floats(0.0, 50.0), min_size=4, max_size=15).filter(lambda y: max(y) - min(y) > 0.1),
+    st.floats(-14.0, 0.8),
+    st.sampled_from(ALTERNATIVES),
+)
+def test_any_spectrum_has_a_ratio_and_a_p_value(y: list[float], log_width: float, name: Alternative) -> None:
+    test = likelihood_ratio_test(np.exp(10.0**log_width * np.array(y)), name)
+    assert math.isfinite(test.log_likelihood_ratio)
+    assert 0.0 <= test.p_value <= 1.0
+    assert name == "exponential" or test.log_likelihood_ratio <= 0.0
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_narrow_spectra_cannot_tell_truncated_from_lognormal_nor_exponential_from_the_law(seed: int) -> None:
+    # As the width vanishes, both laws are a normal law truncated at the cutoff, in units of the mean.
+    y = np.abs(np.random.default_rng(seed).standard_normal(60))
+    tests = {width: compare_alternatives(np.exp(width * y)) for width in (1e-4, 1e-6, 1e-8)}
+    for width, found in tests.items():
+        truncated, lognormal = found["truncated_power_law"], found["lognormal"]
+        assert truncated.log_likelihood_ratio == pytest.approx(lognormal.log_likelihood_ratio, rel=10 * width, abs=1e-5)
+        # The exponential law in x differs from the power law by terms of the order of the width.
+        scaled = found["exponential"].log_likelihood_ratio / width
+        assert scaled == pytest.approx(tests[1e-4]["exponential"].log_likelihood_ratio / 1e-4, rel=1e-2)
+        assert found["exponential"].p_value == pytest.approx(tests[1e-4]["exponential"].p_value, rel=1e-2)
+
+
+def test_truncated_law_of_widely_spread_eigenvalues_is_a_gamma_law() -> None:
+    # The cutoff truncates nothing that counts here, so x has a gamma law, whose shape solves a known equation.
+    y = np.log([1e140] * 9 + [1.0])
+    log_mean_x = float(special.logsumexp(y)) - math.log(10)
+    shape = optimize.brentq(lambda k: math.log(k) - special.digamma(k) - (log_mean_x - y.mean()), 1e-6, 10.0)
+    gamma = 10 * (shape * y.mean() - shape - special.gammaln(shape) + shape * (math.log(shape) - log_mean_x))
+    power_law = -10 * (math.log(y.mean()) + 1)
+    test = likelihood_ratio_test(np.exp(y), "truncated_power_law")
+    assert test.log_likelihood_ratio == pytest.approx(power_law - gamma, rel=1e-3)
+
+
 @pytest.mark.parametrize("name", ALTERNATIVES)
 @pytest.mark.parametrize("spectrum", [[3.0, 2.0, 1.0], [1e100, 1e50, 1.0, 1.0], np.linspace(2.0, 1.0, 400)])
 def test_extreme_spectra_give_finite_numbers(name: Alternative, spectrum: list[float]) -> None:
@@ -238,5 +297,9 @@ def test_errors_name_the_remedy() -> None:
         likelihood_ratio_test([3.0, 2.0, 1.0], "exponential", bootstrap_draws=10)
     with pytest.raises(ValueError, match="compute more eigenvalues"):
         compare_alternatives([1.0, 0.5])
+    with pytest.raises(TypeError, match=r"bootstrap_draws is 2\.5, which is not an integer"):
+        likelihood_ratio_test([3.0, 2.0, 1.0], "lognormal", bootstrap_draws=2.5)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="seed is -1"):
+        likelihood_ratio_test([3.0, 2.0, 1.0], "lognormal", bootstrap_draws=2, seed=-1)
     with pytest.raises(ValueError, match=r"such as 0\.05"):
         likelihood_ratio_test([3.0, 2.0, 1.0], "lognormal").verdict(5)

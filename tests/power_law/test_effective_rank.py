@@ -63,3 +63,7 @@ def test_outlier_ratio_needs_one_more_than_the_classes() -> None:
         outlier_ratio([4.0, 2.0, 1.0, -3.0], num_classes=3)
     with pytest.raises(ValueError, match="give the number of classes"):
         outlier_ratio([4.0, 2.0, 1.0], num_classes=0)
+    with pytest.raises(TypeError, match="not an integer; give the number of classes"):
+        outlier_ratio([4.0, 2.0, 1.0], num_classes=1.5)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="overflows"):
+        outlier_ratio([1e300, 1e-300], num_classes=1)

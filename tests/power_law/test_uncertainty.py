@@ -45,6 +45,17 @@ def test_no_error_leaves_the_slope() -> None:
     assert slope_numerical_interval(values, torch.zeros(50)) == pytest.approx((expected, expected), rel=1e-12)
 
 
+@pytest.mark.parametrize("scale", [5e-324, 1e-300, 1.0, 1e300])
+def test_interval_of_neighbours_contains_their_slope(scale: float) -> None:
+    values = np.array([scale] * 4)
+    for index in range(4):
+        for _ in range(index):
+            values[index] = np.nextafter(values[index], np.inf)
+    expected = fit_power_law(values).slope
+    assert expected > 0.0
+    assert slope_numerical_interval(values, np.zeros(4)) == pytest.approx((expected, expected), rel=1e-12, abs=0.0)
+
+
 def test_ritz_values_err_to_one_side() -> None:
     values = np.arange(1.0, 31) ** -1.0
     bounds = 0.02 * values
@@ -80,6 +91,8 @@ def test_order_and_dropped_eigenvalues_do_not_matter() -> None:
         ([3.0, 2.0, 1.0], [0.1, 0.1, 0.1], {"num_eigenvalues": 5}, "compute more eigenvalues"),
         ([3.0, 2.0, 1.0], [0.1, 0.1, 0.1], {"sides": "below"}, "'both' or 'above'"),
         ([3.0, 2.0, 1.0], [0.1, float("nan"), 0.1], {}, "error_bounds are NaN"),
+        ([1.6e308, 2.0, 1.0], [1.5e308, 0.1, 0.1], {}, "scale eigenvalues and bounds"),
+        ([3.0, 2.0, 1.0], [0.1, 0.1, 0.1], {"num_eigenvalues": 2}, "at least 3"),
     ],
 )
 def test_errors_name_the_remedy(
