@@ -116,6 +116,9 @@ class DigitsData(pl.LightningDataModule):
     ) -> None:
         """Remember the options; nothing is loaded before ``setup``."""
         super().__init__()
+        for name, value in (("batch_size", batch_size), ("val_batch_size", val_batch_size)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
         if not 0 < val_fraction < 1:
             raise ValueError(f"val_fraction must lie between 0 and 1, got {val_fraction}")
         self.batch_size = batch_size
