@@ -32,6 +32,7 @@ def decorated(inputs: Any, run: Callable[[Any], None], number: int, max_examples
         suppress_health_check=list(HealthCheck),
         phases=[Phase.generate, Phase.shrink],
         print_blob=False,
+        report_multiple_bugs=False,
     )
     return seed(number)(quiet(given(inputs)(run)))
 
