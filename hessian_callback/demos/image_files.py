@@ -89,7 +89,7 @@ def read_idx(path: str | os.PathLike[str], *, sha256: str | None = None) -> Tens
     if content[2] != _UNSIGNED_BYTES:
         raise ValueError(
             f"{path} holds IDX values of type 0x{content[2]:02x}, and images and labels are unsigned bytes (0x08); "
-            "write it anew with that type"
+            "write it with that type"
         )
     num_dimensions = content[3]
     header = 4 + 4 * num_dimensions

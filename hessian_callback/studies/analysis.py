@@ -122,7 +122,7 @@ class Series:
             if len(values) != len(self.steps):
                 raise ValueError(f"{self.name}: {len(values)} values of {name} at {len(self.steps)} steps")
             if not all(value is None or math.isfinite(value) for value in values):
-                raise ValueError(f"{self.name}: {name} must be finite, or None where it is unknown")
+                raise ValueError(f"{self.name}: {name} must be finite, or None if unknown")
         if any(step < 0 for step in self.steps) or any(a >= b for a, b in pairwise(self.steps)):
             raise ValueError(f"{self.name}: steps must ascend from 0 or later")
 
@@ -401,7 +401,7 @@ def _sign_test(rows: Sequence[Row], baseline: str, what: str) -> str:
         return f"Within runs, too few to say whether {what} better than {baseline} ({counts})"
     p = float(stats.binomtest(wins, wins + losses).pvalue) if wins + losses else 1.0
     if p >= _SIGNIFICANCE:
-        return f"Within runs, it cannot be told whether {what} better or worse than {baseline} ({counts}, p = {p:.3g})"
+        return f"Within runs, it is undecided whether {what} better or worse than {baseline} ({counts}, p = {p:.3g})"
     how = "better" if wins > losses else "worse"
     return f"Within runs, {what} {how} than {baseline} ({counts}, p = {p:.3g})"
 
@@ -449,7 +449,7 @@ def _compared_across(own: Row, other: Row | None, baseline: str, of_what: str) -
     if low > base_high or high < base_low:
         how = "better" if low > base_high else "worse"
         return f"{own.predictor} goes with {of_what} {how} than {baseline} ({beside})"
-    return f"{own.predictor} and {baseline} cannot be told apart by how they go with {of_what} ({beside})"
+    return f"{own.predictor} and {baseline} cannot be distinguished by their association with {of_what} ({beside})"
 
 
 def _sizes(found: Association) -> tuple[float, float]:

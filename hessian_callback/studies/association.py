@@ -199,7 +199,7 @@ def partial_association(
     for name, residual in zip(names, left, strict=True):
         if not np.isfinite(residual).all():
             how = "in order" if kind == "spearman" else "on a straight line"
-            raise ValueError(f"{name} follows what is given {how}; nothing of it is left to correlate")
+            raise ValueError(f"{name} follows the given series {how}; nothing of it is left to correlate")
     value = float(_cosines(left[:1], left[1:])[0])
     inner = float(_inner(kind, np.array(value), num))
     reach = float(stats.norm.ppf((1 + level) / 2)) * math.sqrt(_variance(kind, inner, num, num_given))

@@ -88,7 +88,7 @@ class Published:
     Attributes:
         at: the setting: a level for some of the factors, and ``when`` for the place in the run.
         fit_error: d_ks.
-        slope: s_hat; ``None`` where none is printed.
+        slope: s_hat; ``None`` if none is published.
         holds: whether the power law was accepted there.
         gap_exponent: exponent of the eigengaps.
     """

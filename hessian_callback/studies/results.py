@@ -52,7 +52,7 @@ class Row:
         labels: levels by factor; and ``when``, which is ``"random init"``, ``"trained"``, or the number of epochs or
             steps.
         seed: the run's seed.
-        part: prefix of the callback, where there are several, and group of parameters, with a slash between.
+        part: prefix of the callback, if there are several, and group of parameters, with a slash between.
         step: optimizer steps before the measurement.
         num_eigenvalues: requested K.
         fit: the fit; ``None`` if fewer eigenvalues are positive and known to their tolerance.
