@@ -2,7 +2,7 @@
 
     python -m benchmarks.reproduction
 
-writes the tables between the page's markers anew. benchmarks/reproduction/NAME.csv is the results.csv of
+replaces the tables between the page's markers. benchmarks/reproduction/NAME.csv is the results.csv of
 example_configs/studies/NAME.yaml, as `hessian-callback study` wrote it.
 """
 
@@ -74,7 +74,7 @@ def spread(texts: Sequence[str], digits: int) -> str:
 
 
 def written(page: str) -> str:
-    """The page with its tables made anew."""
+    """Return the page with new tables."""
 
     def block(match: re.Match[str]) -> str:
         name, numbers = match.groups()

@@ -32,12 +32,13 @@ def decorated(inputs: Any, run: Callable[[Any], None], number: int, max_examples
         suppress_health_check=list(HealthCheck),
         phases=[Phase.generate, Phase.shrink],
         print_blob=False,
+        report_multiple_bugs=False,
     )
     return seed(number)(quiet(given(inputs)(run)))
 
 
-def fuzz(target: Any, seconds: float, first_seed: int = 0) -> tuple[Counter[str], list[str]]:
-    """Try inputs until the time is over.
+def fuzz(target: Any, seconds: float, first_seed: int = 0, rounds: int | None = None) -> tuple[Counter[str], list[str]]:
+    """Try inputs until the time is over, in rounds of 500, each of which ends at its first new finding.
 
     Returns:
         How often the parser read and refused, and the findings, one for each type of exception and line of code.
@@ -46,8 +47,11 @@ def fuzz(target: Any, seconds: float, first_seed: int = 0) -> tuple[Counter[str]
     findings: dict[tuple[str, str], str] = {}
     end = time.monotonic() + seconds
 
+    shrinking = False
+
     def one(value: Any) -> None:
-        if time.monotonic() > end:
+        nonlocal shrinking
+        if time.monotonic() > end and not shrinking:
             return
         try:
             outcomes[target.run(value)] += 1
@@ -55,11 +59,13 @@ def fuzz(target: Any, seconds: float, first_seed: int = 0) -> tuple[Counter[str]
             place = str(traceback.extract_tb(error.__traceback__)[-1])
             if (type(error).__name__, place) not in findings:
                 outcomes["found"] += 1
+                shrinking = True
                 raise
             outcomes["found again"] += 1
 
     number = first_seed
-    while time.monotonic() < end:
+    while time.monotonic() < end and (rounds is None or number < first_seed + rounds):
+        shrinking = False
         try:
             decorated(target.inputs, one, number, 500)()
         except Exception as error:

@@ -236,8 +236,7 @@ def event_files() -> list[bytes]:
 
 
 def study_files() -> list[bytes]:
-    """The studies of the examples, and one with everything."""
-    folder = Path(__file__).parents[2] / "example_configs" / "studies"
+    """A study with every key, one without factors, and one with aliases."""
     whole = {
         "title": "A study",
         "base": {"model": {"width": 1}, "trainer": {"callbacks": [{"class_path": "a.B", "init_args": {"k": 1}}]}},
@@ -253,8 +252,10 @@ def study_files() -> list[bytes]:
         "predict": True,
         "published": [{"at": {"width": 10, "when": "trained"}, "fit_error": 0.1, "slope": 1.0, "holds": True}],
     }
-    texts = [path.read_bytes() for path in sorted(folder.glob("*.yaml"))[:2]]
-    return [yaml.safe_dump(whole).encode(), yaml.safe_dump({**whole, "factors": {}}).encode(), *texts]
+    plain = {name: whole[name] for name in ("title", "base", "seeds")}
+    aliases = b"title: x\nbase: {a: &a {b: 1}, c: {<<: *a, d: 2}, e: [*a, *a]}\nseeds: [0]\nfactors:\n"
+    aliases += b"  f: {levels: {g: &g {a.b: 2}, h: {<<: *g, c.d: [1]}}}\n"
+    return [yaml.safe_dump(whole).encode(), yaml.safe_dump(plain).encode(), aliases]
 
 
 def of_bytes(seeds: Sequence[bytes], run: Callable[[bytes], str]) -> Target:

@@ -1,15 +1,18 @@
-"""The command ``hessian-callback``: a LightningCLI that ends with a table of what was measured, and a report."""
+"""The command ``hessian-callback``: a LightningCLI that prints a table of the measurements at the end."""
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
+import traceback
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -22,14 +25,22 @@ from hessian_callback.measurement.measurement import Measurement
 
 __all__ = ["HessianCLI", "main", "print_report", "stop_messages", "table_row"]
 
+_MOST_CHARACTERS = 600
+# The module of Lightning that loads checkpoints.
+_CHECKPOINTS = "lightning.pytorch.trainer.connectors.checkpoint_connector"
+# Packages whose own checks refuse options and files.
+_CHECKING = ("hessian_callback.", "lightning.", "torch.optim.", "torch.utils.data.")
+# Types of errors by which a class refuses its options.
+_REFUSALS = (ValueError, TypeError, RuntimeError, OSError, ImportError, MisconfigurationException)
+
 _DESCRIPTION = """\
 Measure the power-law slope of a network's Hessian spectrum while it trains.
 
-  fit        train a model, measuring as PowerLawHessianCallback is told to
+  fit        train a model, and measure it with PowerLawHessianCallback
   spectrum   measure a model or a checkpoint without training
   validate   validate a checkpoint, and measure it
   report     make an HTML page and a CSV of one run or several
-  study      run a grid of trainings and compare what they measure with printed figures
+  study      run a grid of trainings and compare their measurements with published figures
 """
 
 _EPILOG = """\
@@ -47,7 +58,7 @@ the slope of a checkpoint, without training:
   hessian-callback spectrum --config example_configs/digits_cnn.yaml --ckpt_path FILE.ckpt \\
       --output eigenvalues.csv
 
-what a run measured as a page to look at, beside its losses; or several runs side by side:
+the measurements of a run as a page, beside its losses; or several runs side by side:
   hessian-callback report runs/digits_cnn/version_0
   hessian-callback report runs
 
@@ -58,13 +69,13 @@ your own model and data, any LightningModule and LightningDataModule that Python
   hessian-callback fit --model my_package.MyModel --data my_package.MyData \\
       --trainer.callbacks+=hessian_callback.PowerLawHessianCallback
 
-what can be set, and the whole of it as a file to edit:
+all options, and all of them as a file to edit:
   hessian-callback fit --help
   hessian-callback fit --trainer.callbacks.help hessian_callback.PowerLawHessianCallback
   hessian-callback fit --config example_configs/digits_cnn.yaml --print_config > my.yaml
 
-what the numbers mean, cost and hide: docs/statistics.md; several processes and machines: docs/distributed.md;
-which models and precisions were tried: docs/compatibility.md
+meaning, cost and limits of the numbers: docs/statistics.md; several processes and machines: docs/distributed.md;
+tested models and precisions: docs/compatibility.md
 """
 
 
@@ -73,26 +84,26 @@ class HessianCLI(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """The trainer's methods that measure; ``test`` and ``predict`` do not."""
+        """Return the trainer's methods that measure; ``test`` and ``predict`` do not."""
         return {name: skip for name, skip in LightningCLI.subcommands().items() if name in ("fit", "validate")}
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
-        """Make a parser whose errors say what to do."""
+        """Make a parser whose errors name a remedy."""
         kwargs.setdefault("dump_header", [f"hessian-callback {__version__}"])
         parser = _HelpfulParser(**kwargs)
         parser.add_argument("-c", "--config", action="config", help="Path to a configuration file in yaml format.")
         return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add what concerns the process rather than model, data or trainer."""
+        """Add options of the process."""
         from jsonargparse.typing import PositiveInt
 
         parser.add_argument(
             "--num_threads",
             type=PositiveInt | None,
             default=None,
-            help="Threads that torch uses on the CPU; its own choice unless given. One is often as fast for small "
-            "networks, and does not wait for a core that another process holds.",
+            help="Number of CPU threads of torch; default: torch's own choice. One is often as fast for small "
+            "networks, and does not wait for a core that another process uses.",
         )
 
     def before_instantiate_classes(self) -> None:
@@ -174,19 +185,69 @@ class SpectrumCLI(HessianCLI):
             print(f"Eigenvalues with error bounds: {_shown(output)}")
 
 
+def _formatter() -> type[Any]:
+    """Make the formatter of the help; jsonargparse is optional, so it is imported when it is used."""
+    from jsonargparse import DefaultHelpFormatter
+
+    class Formatter(DefaultHelpFormatter):
+        """Keeps the line breaks of the examples; wraps all other texts as usual."""
+
+        def _fill_text(self, text: str, width: int, indent: str) -> str:
+            if text in (_DESCRIPTION, _EPILOG):
+                return text
+            return super()._fill_text(text, width, indent)
+
+    return Formatter
+
+
 class _HelpfulParser(LightningArgumentParser):
-    """A parser that says in a few lines what is wrong and what to do."""
+    """A parser whose errors are a sentence and a remedy."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """End with the message and a remedy, without the hundred options in between."""
+        """Exit with the message and a remedy, without the list of all options."""
         if not getattr(self, "exit_on_error", True):
             super().error(message, ex)
-        sys.stderr.write(f"hessian-callback: {message.strip()}\n{_remedy(message)}\n")
-        sys.exit(2)
+        _exit(message)
+
+
+def _exit(message: str, *, remedy: str | None = None) -> NoReturn:
+    """End the process with status 2 and a sentence on standard error, with the remedy in a line of its own."""
+    sentence = " ".join(message.split())
+    if len(sentence) > _MOST_CHARACTERS:
+        sentence = f"{sentence[:_MOST_CHARACTERS]}…"
+    sys.stderr.write(f"hessian-callback: {sentence}\n{_remedy(message) if remedy is None else remedy}\n")
+    sys.exit(2)
+
+
+def _user_error(error: Exception) -> str | None:
+    """Describe an error that a user causes by options or files; ``None`` for any other one, whose traceback matters.
+
+    An error counts as the user's if it was raised while objects were made from options, while a checkpoint was
+    loaded, or by a check of this package, of Lightning, of an optimizer or of a loader.
+    """
+    frames = [
+        (str(frame.f_globals.get("__name__")), frame.f_code.co_name)
+        for frame, _ in traceback.walk_tb(error.__traceback__)
+    ]
+    text = " ".join(str(error).split()) or type(error).__name__
+    if any(
+        name == "_parse_ckpt_path"  # LightningCLI looks for hyperparameters in the checkpoint.
+        or (module == _CHECKPOINTS and name.lstrip("_").startswith(("resume", "restore")))
+        for module, name in frames
+    ):
+        return f"the checkpoint of --ckpt_path can't be loaded ({type(error).__name__}: {text})"
+    if isinstance(error, _REFUSALS) and any(name == "instantiate_classes" for _, name in frames):
+        return text
+    innermost = frames[-1][0] if frames else ""
+    if isinstance(error, (ValueError, OSError, ImportError, MisconfigurationException)):
+        raised_by_check = innermost.startswith(_CHECKING)
+    else:
+        raised_by_check = type(error) is RuntimeError and innermost.startswith("lightning.pytorch.callbacks.")
+    return text if raised_by_check or isinstance(error, MisconfigurationException) else None
 
 
 def _remedy(message: str) -> str:
-    """What helps against an error of the parser.
+    """Return the remedy for an error of the parser.
 
     Example:
         >>> _remedy("the following arguments are required: fit.model")
@@ -211,6 +272,9 @@ def main(args: Sequence[str] | None = None) -> None:
 
     Args:
         args: the arguments behind the program's name; ``None`` for those of the process.
+
+    Raises:
+        SystemExit: with status 2, a sentence and a remedy, if options or files are not usable.
     """
     given = sys.argv[1:] if args is None else list(args)
     if given[:1] == ["report"]:
@@ -224,25 +288,15 @@ def main(args: Sequence[str] | None = None) -> None:
         command.main(given[1:])
         return
     if find_spec("jsonargparse") is None:
-        sys.exit(
-            "hessian-callback: the command line needs jsonargparse, which is not installed; "
-            "pip install 'hessian-callback[demo]'. The callback itself works without it."
+        _exit(
+            "the command line needs jsonargparse, which is not installed",
+            remedy="pip install 'hessian-callback[demo]'. The callback itself works without it.",
         )
-    from jsonargparse import DefaultHelpFormatter
-
-    class Formatter(DefaultHelpFormatter):
-        """Keeps the line breaks of the examples; wraps everything else as usual."""
-
-        def _fill_text(self, text: str, width: int, indent: str) -> str:
-            if text in (_DESCRIPTION, _EPILOG):
-                return text
-            return super()._fill_text(text, width, indent)
-
     if str(Path.cwd()) not in sys.path:
         # `python -m` finds modules in the current directory, a console script does not; one's own model is there.
         sys.path.append(str(Path.cwd()))
     if args is None and len(sys.argv) == 1:
-        # Without a sub-command there is nothing to do but to explain them.
+        # Without a sub-command, explain them.
         args = ["--help"]
     options: dict[str, Any] = {
         "parser_kwargs": {
@@ -250,25 +304,31 @@ def main(args: Sequence[str] | None = None) -> None:
             "version": __version__,
             "description": _DESCRIPTION,
             "epilog": _EPILOG,
-            "formatter_class": Formatter,
+            "formatter_class": _formatter(),
         },
     }
-    if given[:1] == ["spectrum"]:
-        SpectrumCLI(run=False, save_config_callback=None, args=given[1:], **options).run()
-        return
-    HessianCLI(
-        # A run's folder is new for each run, but not where a logger is told its version.
-        save_config_kwargs={"overwrite": True},
-        args=None if args is None else list(args),
-        **options,
-    )
+    try:
+        if given[:1] == ["spectrum"]:
+            SpectrumCLI(run=False, save_config_callback=None, args=given[1:], **options).run()
+            return
+        HessianCLI(
+            # A run's folder is new for each run, unless a logger has a fixed version.
+            save_config_kwargs={"overwrite": True},
+            args=None if args is None else list(args),
+            **options,
+        )
+    except Exception as error:
+        sentence = _user_error(error)
+        if sentence is None or "JSONARGPARSE_DEBUG" in os.environ:
+            raise
+        _exit(sentence, remedy="With JSONARGPARSE_DEBUG=true in the environment the traceback is shown.")
 
 
 # -- the report ------------------------------------------------------------------------------------
 
 
 def print_report(trainer: Trainer) -> None:
-    """Print what a trainer's callbacks measured, why it stopped early and where its curves are."""
+    """Print the measurements of a trainer's callbacks, why it stopped early, and the paths of its curves."""
     if not trainer.is_global_zero:
         return
     measuring = [c for c in trainer.callbacks if isinstance(c, PowerLawHessianCallback)]  # type: ignore[attr-defined]
@@ -318,7 +378,7 @@ def _print_history(callback: PowerLawHessianCallback, history: Sequence[Measurem
         console.print(table)
     for measurement in history:
         if measurement.reason is not None:
-            print(f"{_place(measurement)}, step {measurement.step}: not logged, because {measurement.reason}")
+            print(f"{measurement.location}, step {measurement.step}: not logged, because {measurement.reason}")
     fits = [measurement.fit for measurement in history if measurement.fit is not None]
     if fits:
         last = fits[-1]
@@ -329,7 +389,7 @@ def _print_history(callback: PowerLawHessianCallback, history: Sequence[Measurem
 
 
 def table_row(measurement: Measurement) -> list[str]:
-    """Return a measurement as the cells of the table; what is not known is a dash.
+    """Return a measurement as the cells of the table; unknown values are dashes.
 
     Example:
         >>> failed = Measurement(epoch=3, step=120, when="epoch", spectrum=None, fit=None,
@@ -339,7 +399,7 @@ def table_row(measurement: Measurement) -> list[str]:
     """
     m = measurement
     return [
-        _place(m),
+        m.location,
         str(m.step),
         "-" if m.loss is None else f"{m.loss:.4f}",
         "-" if m.slope is None else f"{m.slope:.3f} ± {m.slope_stderr:.3f}",
@@ -350,23 +410,18 @@ def table_row(measurement: Measurement) -> list[str]:
     ]
 
 
-def _place(measurement: Measurement) -> str:
-    names = {"fit_start": "start", "fit_end": "end", "validate": "validation"}
-    return names.get(measurement.when, f"epoch {measurement.epoch}")
-
-
 def stop_messages(trainer: Trainer) -> list[str]:
-    """Say which early stopping ended the training, on what value and at which epoch; empty if none did."""
+    """Describe which early stopping ended the training, at which value and epoch; empty if none did."""
     if not trainer.should_stop:
         return []
     messages = []
     for stopper in trainer.early_stopping_callbacks:
         assert isinstance(stopper, EarlyStopping)
-        # Lightning before 2.6 keeps no reason, and a stopper that did not stop says epoch 0.
+        # Lightning before 2.6 stores no reason, and the epoch of a stopper that did not stop is 0.
         stopped = getattr(stopper, "stopping_reason_message", "unknown") is not None
         if not stopped or stopper.stopped_epoch != trainer.current_epoch - 1:
             continue
-        if hasattr(stopper, "on_hessian_measured"):  # PowerLawEarlyStopping, which has words of its own.
+        if hasattr(stopper, "on_hessian_measured"):  # PowerLawEarlyStopping, whose message is complete.
             messages.append(
                 f"{type(stopper).__name__} stopped the training at epoch {stopper.stopped_epoch}: "
                 f"{stopper.stopping_reason_message}."
@@ -384,13 +439,13 @@ def stop_messages(trainer: Trainer) -> list[str]:
 
 
 def _shown(path: str) -> str:
-    """A path as one would type it: relative, if it lies below the current directory."""
+    """Return a path relative to the current directory if it lies below it."""
     absolute = Path(path).absolute()
     return str(absolute.relative_to(Path.cwd())) if absolute.is_relative_to(Path.cwd()) else str(absolute)
 
 
 def _tensorboard() -> str:
-    """The command that starts TensorBoard, with a path where this environment's scripts are not on PATH."""
+    """Return the command that starts TensorBoard, with its path if this environment's scripts are not on PATH."""
     own = Path(sys.executable).with_name("tensorboard")
     found = shutil.which("tensorboard")
     return _shown(str(own)) if own.exists() and (found is None or Path(found) != own) else "tensorboard"

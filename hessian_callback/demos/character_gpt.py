@@ -1,4 +1,4 @@
-"""A language model of characters in nanoGPT's shape, small enough to measure on a CPU."""
+"""A language model of characters with the architecture of nanoGPT, small enough for a CPU."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["CharacterGPT", "paper_adamw"]
 _INIT_STD = 0.02
 
 
-# Not a lambda: LightningCLI could not write it into the configuration that a run saves.
+# Not a lambda, which LightningCLI can't write into a saved configuration.
 def paper_adamw(parameters: Iterable[Any]) -> torch.optim.AdamW:
     """AdamW at the paper's rate and weight decay, with the second moment of language models.
 
@@ -49,17 +49,17 @@ class CharacterGPT(pl.LightningModule):
     with the initialisation of nanoGPT.
 
     Args:
-        vocab_size: different characters, at least as many as the data has. Vectors of characters that never occur
-            are trained, and measured, all the same.
-        context_length: characters that a prediction can see, at least as many as a sequence has.
+        vocab_size: number of different characters, at least that of the data. Embeddings of characters that never
+            occur are parameters as well, and part of the Hessian.
+        context_length: length of the context, at least that of a sequence.
         num_layers: blocks.
         num_heads: attention heads in each block.
         width: size of a character's vector, a multiple of ``num_heads``.
-        dropout: share of the embedded vectors, attention weights and residuals that training leaves out.
-        optimizer: makes the optimizer of two parameter groups: matrices, and vectors, whose ``weight_decay`` is 0.
-            The rate is constant, as in the paper. In a file: ``class_path`` and ``init_args`` of an optimizer, whose
-            own defaults then hold for what is not named. Default: AdamW with rate 6e-4, weight decay .1 and betas .9
-            and .95.
+        dropout: probability of dropout in embeddings, attention weights and residuals.
+        optimizer: function from two parameter groups to their optimizer: matrices, and vectors, whose
+            ``weight_decay`` is 0. The rate is constant, as in the paper. In a file: ``class_path`` and ``init_args`` of
+            an optimizer, whose own defaults apply to the other options. Default: AdamW with rate 6e-4, weight decay .1
+            and betas .9 and .95.
 
     Raises:
         ValueError: if ``num_heads`` does not divide ``width``; in ``setup``, if the data module has more
@@ -103,7 +103,7 @@ class CharacterGPT(pl.LightningModule):
         for name, parameter in self.named_parameters():
             if parameter.ndim < 2:
                 continue
-            # Each block adds two residuals, so the sum of all of them keeps the embedding's scale.
+            # Each block adds two residuals; their sum then has the scale of the embedding.
             to_residual = name.endswith((".attention.out.weight", ".mlp.down.weight"))
             nn.init.normal_(parameter, std=_INIT_STD / (2 * num_layers) ** 0.5 if to_residual else _INIT_STD)
 
@@ -135,11 +135,11 @@ class CharacterGPT(pl.LightningModule):
         return loss
 
     def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
-        """Log the loss on text that was held out."""
+        """Log the loss on the held-out text."""
         self.log("val_loss", self._loss(batch), prog_bar=True, batch_size=len(batch[0]))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """The optimizer, with weight decay for matrices only."""
+        """Return the optimizer, with weight decay for matrices only."""
         parameters = list(self.parameters())
         matrices: dict[str, Any] = {"params": [p for p in parameters if p.ndim >= 2]}
         vectors: dict[str, Any] = {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0}

@@ -1,4 +1,4 @@
-"""Any network that classifies images, trained as the paper trains its networks or by another optimizer."""
+"""A classifier of images with any network, trained by the paper's recipe or another optimizer."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from hessian_callback.demos.optimizers import OptimizerCallable, check_decay, st
 __all__ = ["ImageClassifier", "paper_sgd"]
 
 
-# Not a lambda: LightningCLI would read its arguments, and hand momentum and weight decay on to any other optimizer
-# that a file names without them.
+# Not a lambda with defaults: LightningCLI would pass its momentum and weight decay to any other optimizer that a file
+# names without them.
 def paper_sgd(parameters: Iterable[Any]) -> torch.optim.SGD:
     """SGD as the paper trains its convolutional networks.
 
@@ -29,22 +29,22 @@ def paper_sgd(parameters: Iterable[Any]) -> torch.optim.SGD:
 
 
 class ImageClassifier(pl.LightningModule):
-    """A network under mean cross entropy; by default SGD whose rate falls tenfold twice, the paper's recipe.
+    """A network trained on the mean cross entropy, by default with the paper's recipe: SGD with two tenfold decays.
 
     Logged: ``train_loss`` and ``train_acc``, means over the epoch's batches as they were trained on, and
     ``val_loss`` and ``val_acc``.
 
-    The network is not part of a checkpoint's hyperparameters, only its weights are: give it again to
-    ``load_from_checkpoint(path, network=...)``; the command line does so from its configuration.
+    A checkpoint contains the weights of the network but not the network, so pass it again in
+    ``load_from_checkpoint(path, network=...)``. The command line does this from its configuration.
 
     Args:
         network: ``(N, ...) -> (N, classes)`` logits.
-        optimizer: makes the optimizer of the parameters it is given. In a file: ``class_path`` and ``init_args``
-            of an optimizer, whose own defaults then hold for what is not named. Default: SGD with rate .1, momentum .9
-            and weight decay 5e-4.
+        optimizer: function from parameters to their optimizer. In a file: ``class_path`` and ``init_args`` of an
+            optimizer, whose own defaults apply to the other options. Default: SGD with rate .1, momentum .9 and weight
+            decay 5e-4.
         decay_at: shares of the run's optimizer steps after which the rate falls. The run ends with ``max_steps`` or
             ``max_epochs``, whichever comes first. Empty for a constant rate.
-        decay_factor: what the rate is multiplied by, each time.
+        decay_factor: factor of each decrease.
 
     Raises:
         ValueError: if ``decay_at`` or ``decay_factor`` are out of range; before training, if the rate is to fall and
@@ -64,7 +64,7 @@ class ImageClassifier(pl.LightningModule):
         decay_at: Sequence[float] = (0.4, 0.8),
         decay_factor: float = 0.1,
     ) -> None:
-        """Keep the network and what trains it."""
+        """Store the network and the recipe."""
         super().__init__()
         check_decay(decay_at, decay_factor)
         self.network = network
@@ -90,7 +90,7 @@ class ImageClassifier(pl.LightningModule):
         self.log_dict({"val_loss": loss, "val_acc": accuracy}, prog_bar=True, batch_size=len(batch[1]))
 
     def configure_optimizers(self) -> torch.optim.Optimizer | OptimizerLRSchedulerConfig:
-        """The optimizer, and when its rate falls."""
+        """Return the optimizer, and the schedule of its rate."""
         optimizer = self.optimizer(self.parameters())
         if not self.decay_at:
             return optimizer

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
+from hessian_callback.demos.options import check_at_least
+
 __all__ = ["DigitsCNN", "DigitsData"]
 
 
@@ -85,19 +87,19 @@ class DigitsCNN(pl.LightningModule):
 class DigitsData(pl.LightningDataModule):
     """The digits of scikit-learn, split into training and validation images.
 
-    They ship inside scikit-learn, so nothing is downloaded. The split is stratified and depends on
-    ``split_seed`` alone, never on the run's own seed: runs with different seeds are then judged,
-    and their Hessians measured, on the same images.
+    scikit-learn contains them, so nothing is downloaded. The split is stratified and depends on ``split_seed`` alone,
+    not on the run's seed, so runs with different seeds are validated and measured on the same images.
 
     Args:
         batch_size: images in a training batch.
-        val_batch_size: images in a validation batch. The callback forms Hessian products batch by batch, so
-            one large batch costs a tenth of many small ones.
+        val_batch_size: images in a validation batch. Hessian products are summed over batches, and one large batch
+            costs a tenth of many small ones.
         val_fraction: share of the 1797 images that is held out.
         split_seed: seed of the split.
 
     Raises:
-        ModuleNotFoundError: in ``setup``, where scikit-learn is missing.
+        ValueError: if an option is out of range.
+        ModuleNotFoundError: in ``setup``, if scikit-learn is missing.
 
     Example:
         >>> data = DigitsData()
@@ -114,8 +116,9 @@ class DigitsData(pl.LightningDataModule):
         val_fraction: float = 1 / 3,
         split_seed: int = 0,
     ) -> None:
-        """Remember the options; nothing is loaded before ``setup``."""
+        """Store the options; nothing is loaded before ``setup``."""
         super().__init__()
+        check_at_least(1, batch_size=batch_size, val_batch_size=val_batch_size)
         if not 0 < val_fraction < 1:
             raise ValueError(f"val_fraction must lie between 0 and 1, got {val_fraction}")
         self.batch_size = batch_size

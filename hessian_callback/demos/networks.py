@@ -1,4 +1,4 @@
-"""The convolutional and fully connected networks whose spectra the paper prints."""
+"""The convolutional and fully connected networks of the paper."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["FullyConnected", "LeNet", "ResNet18"]
 class LeNet(nn.Module):
     """LeNet-5 with rectifiers and max-pooling, for images of 28 x 28 pixels; 61,706 parameters by default.
 
-    The first convolution is padded to the 32 x 32 pixels that the network was made for.
+    The first convolution is padded to 32 x 32 pixels, the input size of the original network.
 
     Source: LeCun, Bottou, Bengio and Haffner, "Gradient-based learning applied to document recognition",
     Proceedings of the IEEE 86 (1998).
@@ -129,7 +129,7 @@ class ResNet18(nn.Module):
 
 
 class _BasicBlock(nn.Module):
-    """Two normalised convolutions beside a shortcut, which is a convolution only where the shape changes."""
+    """Two normalised convolutions and a shortcut, which is a convolution only if the shape changes."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
@@ -150,6 +150,6 @@ def _stage(inputs: int, outputs: int, stride: int) -> nn.Sequential:
 
 
 def _normalised(inputs: int, outputs: int, kernel_size: int, stride: int) -> tuple[nn.Module, nn.Module]:
-    """A convolution without a bias, which the normalisation after it would cancel."""
+    """A convolution without bias, since the normalisation after it removes a bias."""
     convolution = nn.Conv2d(inputs, outputs, kernel_size, stride, padding=kernel_size // 2, bias=False)
     return convolution, nn.BatchNorm2d(outputs)

@@ -1,4 +1,4 @@
-"""What a model of the studies leaves open about its optimizer: which one, and when its rate falls."""
+"""Optimizers of the studies as an option, and a learning rate that decreases in steps."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch.optim.lr_scheduler import MultiStepLR
 
 __all__ = ["OptimizerCallable", "check_decay", "step_decay"]
 
-# LightningCLI turns `class_path` and `init_args` in a file into such a callable. Lightning has the same name for it,
-# in a module that is there for the command line.
+# LightningCLI converts `class_path` and `init_args` in a file to such a callable. Lightning defines the same name in
+# its module for the command line.
 OptimizerCallable = Callable[[Iterable[Any]], Optimizer]
 
 
@@ -42,24 +42,24 @@ def step_decay(
 ) -> OptimizerLRSchedulerConfig:
     """Multiply an optimizer's rate after given shares of the run's optimizer steps.
 
-    The number of steps is that of ``max_steps`` or of ``max_epochs``, whichever ends the run first; a run
-    that is stopped earlier keeps its schedule.
+    The number of steps is that of ``max_steps`` or of ``max_epochs``, whichever ends the run first. Early stopping does
+    not change it.
 
     Args:
         optimizer: the optimizer.
         trainer: the trainer that is about to train with it.
         decay_at: shares of the steps; of ``S`` steps, those from number ``round(share * S)`` on, counted from
             zero, have the smaller rate.
-        decay_factor: what the rate is multiplied by, each time.
+        decay_factor: factor of each decrease.
 
     Returns:
-        What ``configure_optimizers`` returns.
+        The return value for ``configure_optimizers``.
 
     Raises:
         ValueError: if the trainer has no end.
     """
     steps = trainer.estimated_stepping_batches
-    # Lightning has infinity for a run without limits, and -1 where a stream's epochs are of unknown length.
+    # Lightning returns infinity for a run without limits, and -1 for epochs of unknown length.
     if not math.isfinite(steps) or steps < 0:
         raise ValueError(
             "decay_at counts in shares of the run's steps, and this run has no known number of them: give the trainer "

@@ -1,4 +1,4 @@
-"""Text as characters, cut into windows: what the character language models train on."""
+"""Data of text as windows of characters, for character language models."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 
 from hessian_callback.demos.gathered import as_batch
+from hessian_callback.demos.options import check_at_least
 
 __all__ = ["TextData", "TextWindows", "read_text"]
 
@@ -26,10 +27,10 @@ _BIBLE_SHA256 = "b5c4940bcfeee072c0935b5200d0f9d88a00a0199cb0961d16133458fcdfae5
 
 
 def read_text(source: str) -> str:
-    r"""Return a text by its name, or that of a file.
+    r"""Return a text by its name, or the content of a file.
 
-    The help texts repeat themselves: with Python 3.11, 8 % of the windows of 65 characters in their last tenth also
-    occur before it, which flatters a test loss; of the King James version's, 0.06 %.
+    The help texts are repetitive: with Python 3.11, 8 % of the windows of 65 characters in their last tenth also occur
+    before it, which lowers a test loss. For the King James version the share is 0.06 %.
 
     Args:
         source: ``"pydoc_topics"``, the help texts of Python's own library in the order of their names (0.46 million
@@ -73,22 +74,22 @@ def _bible() -> str:
     command = shutil.which("bible")
     if command is None:
         raise FileNotFoundError(
-            f"source='bible_kjv' asks the command bible for the text, which is not installed: {remedy}"
+            f"source='bible_kjv' reads the text from the command bible, which is not installed: {remedy}"
         )
     # Without -p a bible.data in the working folder would come first; -f turns page layout off, which is on by default.
-    printed = subprocess.run(
+    process = subprocess.run(
         [command, "-p", "/usr/lib", "-f", "Gen1:1-Rev22:21"], stdin=subprocess.DEVNULL, capture_output=True, check=False
     )
-    if printed.returncode:
+    if process.returncode:
         raise FileNotFoundError(
-            f"the command bible finds no text ({printed.stderr.decode(errors='replace').strip()}): {remedy}"
+            f"the command bible finds no text ({process.stderr.decode(errors='replace').strip()}): {remedy}"
         )
-    verses = printed.stdout.decode("ascii", errors="replace").splitlines()
+    verses = process.stdout.decode("ascii", errors="replace").splitlines()
     text = "".join(verse.partition(" ")[2] + "\n" for verse in verses)
     if _sha256(text) != _BIBLE_SHA256:
         raise ValueError(
-            "the command bible prints another text than that of release 4.38 (SHA-256), which the published results "
-            "rest on; save the text to a file and pass its path as the source"
+            "the command bible prints another text than that of release 4.38 (SHA-256), with which the published "
+            "results were made; save the text to a file and pass its path as the source"
         )
     return text
 
@@ -112,7 +113,7 @@ class TextWindows(Dataset[tuple[Tensor, Tensor]]):
     """
 
     def __init__(self, codes: Tensor, starts: Tensor, length: int) -> None:
-        """Keep the text; windows are cut when they are asked for."""
+        """Store the text; windows are cut on access."""
         self.codes = codes
         self.starts = starts
         self._offsets = torch.arange(length + 1)
@@ -133,11 +134,11 @@ class TextWindows(Dataset[tuple[Tensor, Tensor]]):
 
 
 class TextData(pl.LightningDataModule):
-    """A text as characters, whose end is held out.
+    """A text as characters, with its end held out.
 
     Batches are inputs and targets in int64, ``(B, T)`` each; a target is the character after its input. Training
-    windows begin anywhere in the training part, drawn by the run's own random generator; the held-out windows are the
-    same in every run, and none of them shares a character with the training part.
+    windows begin anywhere in the training part, drawn by the run's global generator. The held-out windows are the same
+    in every run and share no character with the training part.
 
     Args:
         source: what `read_text` takes.
@@ -145,12 +146,12 @@ class TextData(pl.LightningDataModule):
         batch_size: windows in a training batch.
         eval_batch_size: windows in a validation batch.
         val_fraction: share of the text, at its end, that is held out.
-        train_characters: how many characters train, from the beginning of the text; default: all that are not held
+        train_characters: number of training characters, from the beginning of the text; default: all that are not held
             out. With few of them a model overfits.
-        steps_per_epoch: training batches in an epoch; default: as many as read the training part's number of
-            characters once. That is for one process: over several, Lightning's own sampler takes each start once an
-            epoch, and the Trainer's ``limit_train_batches`` says how many batches to use.
-        val_sequences: how many held-out windows to use, evenly spaced; default: all that don't overlap.
+        steps_per_epoch: training batches in an epoch; default: as many as have the training part's number of
+            characters. This holds for one process. With several, Lightning's sampler uses each start once an epoch;
+            limit the number of batches by the Trainer's ``limit_train_batches``.
+        val_sequences: number of held-out windows, evenly spaced; default: all that don't overlap.
 
     Raises:
         ValueError: if an option is out of range, or the text is too short for it; from the text's own properties and
@@ -176,18 +177,17 @@ class TextData(pl.LightningDataModule):
         steps_per_epoch: int | None = None,
         val_sequences: int | None = None,
     ) -> None:
-        """Check and remember the options; nothing is read before the text is asked for."""
+        """Check and store the options; the text is read on its first use."""
         super().__init__()
-        for name, value in (
-            ("context_length", context_length),
-            ("batch_size", batch_size),
-            ("eval_batch_size", eval_batch_size),
-            ("train_characters", train_characters),
-            ("steps_per_epoch", steps_per_epoch),
-            ("val_sequences", val_sequences),
-        ):
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        check_at_least(
+            1,
+            context_length=context_length,
+            batch_size=batch_size,
+            eval_batch_size=eval_batch_size,
+            train_characters=train_characters,
+            steps_per_epoch=steps_per_epoch,
+            val_sequences=val_sequences,
+        )
         if not 0 < val_fraction < 1:
             raise ValueError(f"val_fraction must lie between 0 and 1, got {val_fraction}")
         self.source = source
@@ -203,17 +203,17 @@ class TextData(pl.LightningDataModule):
 
     @cached_property
     def text(self) -> str:
-        """The whole text, read when it is first asked for."""
+        """The whole text, read on its first use."""
         return read_text(self.source)
 
     @cached_property
     def sha256(self) -> str:
-        """Checksum of the text in UTF-8: it says which text a run has read."""
+        """Checksum of the text in UTF-8, which identifies the text of a run."""
         return _sha256(self.text)
 
     @cached_property
     def vocabulary(self) -> str:
-        """The characters that occur in the whole text, sorted; a character's place is its code."""
+        """The characters that occur in the whole text, sorted; a character's position is its code."""
         return "".join(sorted(set(self.text)))
 
     @property

@@ -3,7 +3,7 @@
 The file ``hessian_history.jsonl`` has one line of JSON for each measurement, appended as soon as it is made. A process
 begins with a line that says so and then repeats the measurements of the checkpoint that it resumes from. Measurements
 that an interrupted run made after that checkpoint stay in the file and no longer count. Every line has the id of the
-run that wrote it, so that two runs in one folder can be told apart.
+run that wrote it, so that two runs in one folder can be distinguished.
 """
 
 from __future__ import annotations
@@ -176,7 +176,8 @@ class _Session:
 
     def resumes(self, other: _Session) -> bool:
         """Whether this session repeats the first measurement of another one, as a resumed run does."""
-        return bool(self.measurements and other.measurements) and self.measurements[0] == other.measurements[0]
+        first = [(m.when, m.epoch, m.step, m.seconds) for s in (self, other) for m in s.measurements[:1]]
+        return len(first) == 2 and first[0] == first[1]
 
 
 def read_histories(path: str | os.PathLike[str]) -> StoredHistories:
@@ -194,6 +195,7 @@ def read_histories(path: str | os.PathLike[str]) -> StoredHistories:
     """
     path = Path(path)
     sessions: dict[str, list[_Session]] = {}
+    newest: dict[tuple[str, str | None], _Session] = {}
     last_run: dict[str, str | None] = {}
     damaged: list[int] = []
     with path.open("rb") as file:
@@ -205,11 +207,10 @@ def read_histories(path: str | os.PathLike[str]) -> StoredHistories:
                 damaged.append(number)
                 continue
             prefix, run = entry["prefix"], entry.get("run")
-            parts = sessions.setdefault(prefix, [])
-            own = next((part for part in reversed(parts) if part.run == run), None)
+            own = newest.get((prefix, run))
             if own is None or entry.get("begins"):
-                own = _Session(run)
-                parts.append(own)
+                own = newest[prefix, run] = _Session(run)
+                sessions.setdefault(prefix, []).append(own)
             elif last_run[prefix] != run:
                 own.mixed = True
             last_run[prefix] = run
@@ -267,7 +268,9 @@ def _latest(sessions: Sequence[_Session]) -> _Session:
 def _notes(sessions: Sequence[_Session], chosen: _Session, prefix: str | None) -> list[str]:
     """Describe the sessions of one prefix that don't count, and repeated measurements in the one that does."""
     notes = []
-    others = [part for part in sessions if part is not chosen and part.trained and part.run != chosen.run]
+    # A session of the chosen run itself was written before its file was damaged or removed.
+    others = [part for part in sessions if part is not chosen and part.trained]
+    others = [part for part in others if part.run is None or part.run != chosen.run]
     foreign = [part for part in others if not chosen.resumes(part)]
     if any(part.mixed for part in sessions):
         notes.append(

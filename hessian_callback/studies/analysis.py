@@ -1,12 +1,27 @@
-r"""Whether a spectrum's statistics say more about the test loss than the step does: within runs, and across them.
+r"""Comparison of the statistics of a spectrum with the step as predictors of the test loss, within and across runs.
 
-Rows are made for three questions, `within_runs`, `across_runs` and `across_runs_at_train_loss`, and
-`plain_answer` turns the rows of one question into a sentence by a rule that is written there. The step (as its
-logarithm) and the training loss stand beside the spectrum's statistics as rows of their own: they cost nothing, and
-within a run they drift as everything does.
+`within_runs`, `across_runs` and `across_runs_at_train_loss` each answer one question by rows of coefficients, and
+`plain_answer` converts the rows of a question to a sentence by a fixed rule. The logarithm of the step and the
+training loss are predictors as well, since they cost nothing and drift within a run as the statistics do.
 
-The measurement before the first step is left out of all of them. It is an outlier in every statistic, has no
-logarithm, and two clusters, one of them a single point, correlate whatever the rest does.
+The measurement before the first step is left out everywhere. It is an outlier in every statistic, has no logarithm,
+and a cluster of points with a single distant one always correlates.
+
+**The rule within runs** uses Spearman's coefficient, which does not depend on how the curves bend.
+
+- *better* (or *worse*): the coefficient is larger (smaller) in size than the baseline's, at the same checkpoints, in
+  so many runs that a two-sided sign test has p < .05. That takes 6 runs.
+- *adds to log(step)*: every run has a partial coefficient given log(step), and all have one sign; the interval of the
+  pooled one excludes 0; and at most 5 % of as many independent pairs of random walks pool to one as large. A run in
+  which loss or statistic follows the step in perfect order has no partial coefficient.
+
+Of 100 simulated studies of three runs with twelve checkpoints, independent walks were found to add in 3, walks that
+mostly fall in 1, and unrelated noisy decays in 7. The rule has no guard against two curves that both turn at points
+that the runs share: these always add. For runs that overfit, use the segments as well.
+
+**The rule across runs**, over settings if there are rows of these and otherwise over runs: *better* if the whole
+interval of the Spearman coefficient is larger in size than the whole one of the baseline's, otherwise not
+distinguished.
 """
 
 from __future__ import annotations
@@ -53,7 +68,7 @@ Target = Literal["test_loss", "gap"]
 Segment = Literal["all", "before_minimum", "after_minimum"]
 
 SEGMENTS: tuple[Segment, ...] = ("all", "before_minimum", "after_minimum")
-#: What a statistic has to beat, where a series has it.
+#: Predictors that statistics are compared with, if a series has them.
 BASELINES = ("log_step", "train_loss", "lambda_max", "trace")
 
 #: Values of `Row.over` that are not a run's name.
@@ -70,19 +85,19 @@ _WITHIN = "within runs"
 
 @dataclass(frozen=True)
 class Series:
-    """What was measured in one run, checkpoint by checkpoint.
+    """Losses and statistics of one run at its checkpoints.
 
     Attributes:
-        name: of the run.
+        name: name of the run.
         labels: level of each factor, and the seed as ``"seed"``.
         steps: optimizer steps, ascending; 0 is the measurement before the first one.
-        test_loss: at each step; ``None`` where unknown.
-        train_loss: at each step; ``None`` where unknown.
-        statistics: the spectrum's, by name, at each step; ``None`` where unknown.
+        test_loss: at each step; ``None`` if unknown.
+        train_loss: at each step; ``None`` if unknown.
+        statistics: statistics of the spectrum at each step, by name; ``None`` if unknown.
 
     Raises:
         ValueError: if a list has another length than ``steps``, the steps do not ascend, a number is not finite, or a
-            statistic has the name of a baseline that is made here.
+            statistic has the name of a derived series.
 
     Example:
         >>> slope = {"slope": [0.1, 0.5, None]}
@@ -99,7 +114,7 @@ class Series:
     statistics: Mapping[str, Sequence[float | None]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be lined up."""
+        """Check lengths, order and names."""
         lists = {"test_loss": self.test_loss, "train_loss": self.train_loss, **self.statistics}
         if taken := {"log_step", "gap", "test_loss", "train_loss"} & set(self.statistics):
             raise ValueError(f"{self.name}: {', '.join(sorted(taken))} is not a statistic; rename it")
@@ -107,13 +122,13 @@ class Series:
             if len(values) != len(self.steps):
                 raise ValueError(f"{self.name}: {len(values)} values of {name} at {len(self.steps)} steps")
             if not all(value is None or math.isfinite(value) for value in values):
-                raise ValueError(f"{self.name}: {name} must be finite, or None where it is unknown")
+                raise ValueError(f"{self.name}: {name} must be finite, or None if unknown")
         if any(step < 0 for step in self.steps) or any(a >= b for a, b in pairwise(self.steps)):
             raise ValueError(f"{self.name}: steps must ascend from 0 or later")
 
     @property
     def predictors(self) -> tuple[str, ...]:
-        """The baselines that every run has, then the statistics."""
+        """Names of the baselines that every run has, then of the statistics."""
         return ("log_step", "train_loss", *self.statistics)
 
     @property
@@ -122,7 +137,7 @@ class Series:
         return tuple(sorted((name, level) for name, level in self.labels.items() if name != "seed"))
 
     def values(self, name: str) -> list[float | None]:
-        """A series by its name: ``"log_step"``, ``"gap"`` (test less train), a loss or a statistic."""
+        """Return a series by its name: ``"log_step"``, ``"gap"`` (test less train), a loss or a statistic."""
         if name == "log_step":
             return [math.log(step) if step > 0 else None for step in self.steps]
         if name == "gap":
@@ -135,24 +150,24 @@ class Series:
 
 @dataclass(frozen=True)
 class Row:
-    """How one predictor goes with the target, by one coefficient.
+    """Coefficient of one predictor with the target.
 
     Attributes:
         question: ``"within runs"``, ``"across runs at step ..."`` or ``"across runs at train loss ..."``.
-        over: what the pairs are: a run's name (its checkpoints), `POOLED` (all runs' coefficients, pooled), `RUNS`
-            (a pair from each run) or `SETTINGS` (the mean over the seeds of each setting).
-        segment: of the run; ``"all"`` across runs.
+        over: the pairs: a run's name (its checkpoints), `POOLED` (all runs' coefficients, pooled), `RUNS` (a pair from
+            each run) or `SETTINGS` (the mean over the seeds of each setting).
+        segment: segment of the run; ``"all"`` across runs.
         predictor: ``"log_step"``, ``"train_loss"`` or a statistic.
-        target: what it is to go with.
+        target: the loss that it is correlated with.
         kind: coefficient.
-        found: the association, ``None`` where there is none.
-        partial: the association given log(step); ``None`` for Kendall's and where there is none.
-        leads: by baseline, the association's size less that of the baseline at the same observations; their mean over
-            the runs, where pooled.
+        found: the association; ``None`` if there is none.
+        partial: the association given log(step); ``None`` for Kendall's and if there is none.
+        leads: by baseline, the association's size less that of the baseline at the same observations; if pooled, their
+            mean over the runs.
         drift_share: share of independent random walks with as strong an association; within runs only.
         falling_share: share of independent falling series with as strong a one; Pearson within runs only.
         partial_drift_share: share of independent random walks with as strong a partial one; within runs only.
-        notes: why something is not there.
+        notes: reasons for missing values.
     """
 
     question: str
@@ -170,7 +185,7 @@ class Row:
     notes: tuple[str, ...] = ()
 
 
-# Observations by name, all of one length; None where unknown.
+# Observations by name, all of one length; None if unknown.
 _Table = Mapping[str, Sequence[float | None]]
 
 
@@ -184,20 +199,20 @@ def within_runs(
 ) -> list[Row]:
     """Correlate predictors and target over the checkpoints of each run, and pool the runs.
 
-    Where the test loss turns up, a clock must fail over the whole run: it has one direction and the loss two. So the
-    run is also split at the minimum of its test loss, which belongs to both parts. Each part needs at least 5
-    checkpoints, and its rows say so where it has fewer.
+    If the test loss rises again, no monotone series follows it over the whole run. So the run is also split at the
+    minimum of its test loss, which belongs to both parts. Each part needs at least 5 checkpoints; otherwise its rows
+    have a note.
 
     Args:
-        series: of each run; names must differ.
-        target: ``"test_loss"``, or ``"gap"``, test less training loss; with the latter a training loss correlates
-            by its own noise.
+        series: one a run; names must differ.
+        target: ``"test_loss"``, or ``"gap"``, test less training loss, with which a training loss correlates by its
+            own noise.
         kinds: coefficients.
         segments: parts of a run.
         level: nominal coverage of the intervals.
 
     Returns:
-        Of each segment, predictor and coefficient a row for every run and, from two runs on, one for all.
+        For each segment, predictor and coefficient a row for every run and, with at least two runs, one for all.
 
     Raises:
         ValueError: if there are no series, or two share a name.
@@ -235,20 +250,19 @@ def across_runs(
 ) -> list[Row]:
     """Correlate predictors and target over runs, all at the same step.
 
-    Seeds of one setting are not independent observations: twelve runs of four settings say less than twelve
-    settings. So the same is done over the settings, each the mean of its seeds, where there are more runs than
-    settings. The step itself is constant here, and cannot be beaten or taken out.
+    Seeds of one setting are not independent observations. So if there are more runs than settings, the same is done
+    over the settings, each the mean of its seeds. The step is constant here, so it is neither a baseline nor removed.
 
     Args:
-        series: of each run; names must differ.
+        series: one a run; names must differ.
         target: ``"test_loss"`` or ``"gap"``.
         step: one that all runs share; all of these, if not given.
         kinds: coefficients.
         level: nominal coverage of the intervals.
 
     Returns:
-        Of each step, predictor and coefficient a row over runs and one over settings; then the same at each run's
-        last checkpoint (``"across runs at the last step"``), if that is not one step for all.
+        For each step, predictor and coefficient a row over runs and one over settings; then the same at each run's
+        last checkpoint (``"across runs at the last step"``), if these differ.
 
     Raises:
         ValueError: if there are no series, two share a name, or not all runs have the step.
@@ -287,27 +301,27 @@ def across_runs_at_train_loss(
 ) -> list[Row]:
     r"""Correlate predictors and target over runs, each where its training loss first falls to the same value.
 
-    Between the checkpoints i and i + 1 around that place every series is interpolated linearly in the training loss,
+    Between the checkpoints i and i + 1 around that loss every series is interpolated linearly in the training loss,
 
     .. math:: v = (1 - w) v_i + w v_{i+1}, \qquad w = \frac{\ell_i - \ell}{\ell_i - \ell_{i+1}},
 
-    log(step) among them, which may then be taken out. What is unknown at one of the two is unknown. Rows over
-    settings are as in `across_runs`.
+    log(step) among them, which is then removed for the partial coefficient. A value that is unknown at one of the two
+    is unknown. Rows over settings are as in `across_runs`.
 
     Args:
-        series: of each run; names must differ.
+        series: one a run; names must differ.
         target: ``"test_loss"`` or ``"gap"``.
         train_loss: :math:`\ell`; the middle of the range that all runs cross, if not given.
         kinds: coefficients.
         level: nominal coverage of the intervals.
 
     Returns:
-        Of each predictor and coefficient a row over runs and one over settings. Runs that never cross are left out,
+        For each predictor and coefficient a row over runs and one over settings. Runs that never cross are left out
         and named in the notes of every row.
 
     Raises:
         ValueError: if there are no series, two share a name, or no ``train_loss`` is given and there is none that all
-            runs cross; it names the runs in the way.
+            runs cross; the message names the runs that prevent it.
 
     Example:
         >>> early = Series("a", {}, [10, 100], [2.0, 1.0], [2.0, 1.0], {"slope": [1.0, 2.0]})
@@ -327,31 +341,16 @@ def across_runs_at_train_loss(
 def plain_answer(
     rows: Sequence[Row], predictor: str = "fit_error", baseline: str = "log_step", *, segment: Segment = "all"
 ) -> str:
-    """Say in a sentence whether a statistic says more about the target than a baseline does.
-
-    Rule within runs, by Spearman's coefficient, which does not ask how the curves bend:
-
-    - *better* (or *worse*): its coefficient is larger (smaller) in size than the baseline's in so many runs, at the
-      same checkpoints, that a two-sided sign test has p < .05. That takes 6 runs; fewer are too few to say.
-    - *adds to log(step)*: every run has a partial coefficient given log(step), all of one sign; the interval of the
-      pooled one excludes 0; and at most 5 % of as many independent pairs of random walks pool to one as large.
-      A run in which loss or statistic follows the step in perfect order has none: nothing is left to explain.
-
-    Of 100 simulated studies of three runs with twelve checkpoints, 3 were said to add of independent walks, 1 of walks
-    that mostly fall and 7 of unrelated noisy decays. The rule has no guard against two curves that both turn, where
-    the runs share their turning points: these always add. So ask by segment as well, where a run overfits.
-
-    Rule across runs, over settings where there are rows of these, else over runs: *better* if the whole interval of
-    its Spearman coefficient is larger in size than the whole one of the baseline's, else not told apart.
+    """Describe in a sentence whether a statistic predicts the target better than a baseline, by the module's rule.
 
     Args:
-        rows: of one question, with Spearman's among them.
+        rows: the rows of one question, with Spearman's among them.
         predictor: a statistic.
-        baseline: one of `BASELINES`, what it is compared with.
-        segment: of the runs.
+        baseline: one of `BASELINES`.
+        segment: segment of the runs.
 
     Returns:
-        The sentence, with the numbers it rests on.
+        The sentence, with the numbers behind it.
 
     Raises:
         ValueError: if the rows are of several questions or targets, or have none of the predictor by Spearman.
@@ -367,9 +366,9 @@ def plain_answer(
         is the larger one in size in 0 of 3 runs; 6 runs are the least); it is not shown to add to log(step) (no partial
         coefficient in seed 0, seed 1, seed 2).
     """
-    if len(told := {(row.question, row.target) for row in rows}) != 1:
-        raise ValueError(f"rows of {len(told)} questions and targets; a plain answer needs those of one")
-    ((question, target),) = told
+    if len(asked := {(row.question, row.target) for row in rows}) != 1:
+        raise ValueError(f"rows of {len(asked)} questions and targets; a plain answer needs those of one")
+    ((question, target),) = asked
     chosen = [row for row in rows if row.kind == "spearman" and row.segment == segment]
     mine = [row for row in chosen if row.predictor == predictor]
     if not mine:
@@ -382,18 +381,18 @@ def plain_answer(
             else f" {segment.replace('_', ' the ').replace('minimum', 'minimum of the test loss')}"
         )
         comparison = _sign_test(mine, baseline, f"{predictor} goes with {of_what}{where}")
-        return f"{comparison}; {_what_it_adds(mine)}."
+        return f"{comparison}; {_adds_to_step(mine)}."
     over = SETTINGS if any(row.over == SETTINGS for row in mine) else RUNS
     own, other = (
         next((row for row in chosen if row.predictor == name and row.over == over), None)
         for name in (predictor, baseline)
     )
-    assert own is not None  # It has a row over whatever was chosen.
-    return f"{question[0].upper()}{question[1:]}, over {over}: {_told_apart(own, other, baseline, of_what)}."
+    assert own is not None  # `mine` has a row over it.
+    return f"{question[0].upper()}{question[1:]}, over {over}: {_compared_across(own, other, baseline, of_what)}."
 
 
 def _sign_test(rows: Sequence[Row], baseline: str, what: str) -> str:
-    """Whether the predictor's coefficient is the larger one in size in more runs than chance would have."""
+    """Describe whether the predictor's coefficient is the larger one in size in more runs than by chance."""
     leads = [row.leads[baseline] for row in rows if row.over != POOLED and baseline in row.leads]
     wins, losses = (sum(sign * lead > _SAME for lead in leads) for sign in (1, -1))
     counts = f"its Spearman coefficient is the larger one in size in {wins} of {len(leads)} runs"
@@ -402,13 +401,13 @@ def _sign_test(rows: Sequence[Row], baseline: str, what: str) -> str:
         return f"Within runs, too few to say whether {what} better than {baseline} ({counts})"
     p = float(stats.binomtest(wins, wins + losses).pvalue) if wins + losses else 1.0
     if p >= _SIGNIFICANCE:
-        return f"Within runs, it cannot be told whether {what} better or worse than {baseline} ({counts}, p = {p:.3g})"
+        return f"Within runs, it is undecided whether {what} better or worse than {baseline} ({counts}, p = {p:.3g})"
     how = "better" if wins > losses else "worse"
     return f"Within runs, {what} {how} than {baseline} ({counts}, p = {p:.3g})"
 
 
-def _what_it_adds(rows: Sequence[Row]) -> str:
-    """Whether the predictor goes with the target once the step is known."""
+def _adds_to_step(rows: Sequence[Row]) -> str:
+    """Describe whether the predictor is associated with the target given the step."""
     runs = [row for row in rows if row.over != POOLED]
     pooled = next((row for row in rows if row.over == POOLED), runs[0])
     if without := [row.over for row in runs if row.partial is None]:
@@ -434,7 +433,7 @@ def _what_it_adds(rows: Sequence[Row]) -> str:
     return f"it adds to log(step) ({figures}, of one sign in all runs)"
 
 
-def _told_apart(own: Row, other: Row | None, baseline: str, of_what: str) -> str:
+def _compared_across(own: Row, other: Row | None, baseline: str, of_what: str) -> str:
     if own.found is None:
         return f"{own.predictor} has no Spearman coefficient with {of_what} ({'; '.join(own.notes)})"
     figures = f"{interval_text(own.found)}, n = {own.found.num}"
@@ -450,7 +449,7 @@ def _told_apart(own: Row, other: Row | None, baseline: str, of_what: str) -> str
     if low > base_high or high < base_low:
         how = "better" if low > base_high else "worse"
         return f"{own.predictor} goes with {of_what} {how} than {baseline} ({beside})"
-    return f"{own.predictor} and {baseline} cannot be told apart by how they go with {of_what} ({beside})"
+    return f"{own.predictor} and {baseline} cannot be distinguished by their association with {of_what} ({beside})"
 
 
 def _sizes(found: Association) -> tuple[float, float]:
@@ -517,13 +516,13 @@ def _row(
 
 
 def _leads(table: _Table, predictor: str, target: Target, kind: Kind) -> dict[str, float]:
-    """By how much the predictor's coefficient is larger in size than that of each baseline that has one."""
+    """Difference in size between the predictor's coefficient and that of each baseline that has one."""
     leads = {}
     for baseline in BASELINES:
         if baseline == predictor or baseline not in table:
             continue
         x, other, y = _known(table, predictor, baseline, target)
-        # Where what both know is too little or constant, there is nothing to compare.
+        # With too few common observations, or constant ones, there is nothing to compare.
         with suppress(ValueError):
             leads[baseline] = abs(association(x, y, kind).value) - abs(association(other, y, kind).value)
     return leads
@@ -545,7 +544,7 @@ def _pooled(rows: Sequence[Row], level: float) -> Row:
 
 
 def _with_drift(row: Row, runs: Sequence[Row]) -> Row:
-    """Say how often drift alone gives as much."""
+    """Add the shares of drifting pairs with coefficients as large."""
     found, partials = [one.found for one in runs], [one.partial for one in runs]
     return replace(
         row,
@@ -592,7 +591,7 @@ def _train_losses(one: Series) -> list[tuple[int, float]]:
 
 
 def _crossing(one: Series, wanted: float) -> dict[str, float | None] | None:
-    """A run's values where its training loss first falls to the wanted one; ``None`` where it never does."""
+    """A run's values at the place where its training loss first falls to the wanted one; ``None`` if it never does."""
     for (i, above), (j, below) in pairwise(_train_losses(one)):
         if above >= wanted >= below and above > below:
             weight = (above - wanted) / (above - below)
@@ -632,13 +631,13 @@ def _known(table: _Table, *names: str) -> list[list[float]]:
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
-    """Of the seeds of a setting; unknown as soon as one is."""
+    """Mean over the seeds of a setting; unknown if one is."""
     known = [value for value in values if value is not None]
     return fmean(known) if len(known) == len(values) else None
 
 
 def _predictors(series: Sequence[Series]) -> tuple[str, ...]:
-    """Of all runs, in the order in which they first come."""
+    """Predictors of all runs, in order of their first occurrence."""
     return tuple(dict.fromkeys(name for one in series for name in one.predictors))
 
 

@@ -1,4 +1,4 @@
-"""The tables of how a study's statistics go with the test loss, and the sentences that they come to."""
+"""Tables of the correlations between a study's statistics and the test loss, and sentences about them."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from hessian_callback.studies.results import Row as Measured
 
 __all__ = ["correlation_report", "error_table", "series_of"]
 
-#: The statistics that are asked about in words, and what they are compared with.
+#: The statistics that sentences are about, and their baselines.
 _ASKED = ("fit_error", "slope")
 _COMPARED_WITH = ("log_step", "train_loss")
 _FEWEST_RUNS = 5
 
 
 def series_of(rows: Sequence[Measured]) -> dict[str, list[Series]]:
-    """Put the measurements of each run in order, for each part of the parameters and K.
+    """Group the measurements by part of the parameters, K and run.
 
     A number that is not finite, such as the loss of a run that diverged, counts as unknown.
 
@@ -73,16 +73,16 @@ def _finite(value: float | None) -> float | None:
 
 
 def correlation_report(rows: Sequence[Measured]) -> tuple[str, list[dict[str, object]]]:
-    """Correlate what was measured with the test loss.
+    """Correlate the statistics with the test loss.
 
-    Within runs where one of a setting has five measurements after the first step; across runs where there are five, at
-    their last step and where their training losses are equal.
+    Within the runs of a setting, if one has five measurements after the first step. Across runs, if there are at least
+    five, at their last step and at equal training losses.
 
     Args:
         rows: the study's rows.
 
     Returns:
-        Markdown, and all coefficients with the test loss, with all digits, for a CSV.
+        Markdown, and all coefficients with all digits for a CSV.
     """
     text: list[str] = []
     table: list[dict[str, object]] = []
@@ -110,12 +110,12 @@ def correlation_report(rows: Sequence[Measured]) -> tuple[str, list[dict[str, ob
 
 
 def _section(heading: str, table: str, answers: Sequence[str]) -> list[str]:
-    """A section for a table; none where no coefficient is known."""
+    """A section with a table; empty if no coefficient is known."""
     return [f"## {heading}", table, *answers] if table else []
 
 
 def _at_one_place(series: Sequence[Series]) -> tuple[list[Row], list[str]]:
-    """Rows over runs at their last step, and where their training losses are equal; and why there are none of these."""
+    """Rows over runs at their last step and at equal training losses, and remarks on missing ones."""
     rows = across_runs(series)
     found = [row for row in rows if row.question == rows[-1].question]
     if not all(sum(loss is not None for loss in one.train_loss) > 1 for one in series):
@@ -123,21 +123,21 @@ def _at_one_place(series: Sequence[Series]) -> tuple[list[Row], list[str]]:
     try:
         return found + across_runs_at_train_loss(series), []
     except ValueError as error:
-        # What follows is for a caller, who could choose a loss.
-        return found, [f"Not compared where training losses are equal: {str(error).partition(';')[0]}."]
+        # The rest of the message is for callers that choose a loss.
+        return found, [f"Not compared at equal training losses: {str(error).partition(';')[0]}."]
 
 
 def _answers(rows: Sequence[Row], segments: Sequence[Segment]) -> list[str]:
-    told: list[str] = []
+    sentences: list[str] = []
     for segment in segments:
         known = {r.predictor for r in rows if r.segment == segment and r.kind == "spearman" and r.found is not None}
-        told += [
+        sentences += [
             f"- {plain_answer(rows, statistic, baseline, segment=segment)}"
             for statistic in _ASKED
             for baseline in _COMPARED_WITH
             if {statistic, baseline} <= known
         ]
-    return ["\n".join(told)] if told else []
+    return ["\n".join(sentences)] if sentences else []
 
 
 def _within_text(rows: Sequence[Row]) -> str:
@@ -154,7 +154,7 @@ def _within_text(rows: Sequence[Row]) -> str:
             line["Spearman, run by run"] = ", ".join(
                 UNKNOWN if r.found is None else f"{r.found.value:.2f}" for r in runs
             )
-            # Of a single run nothing is pooled.
+            # A single run has no pooled row.
             for kind in KINDS:
                 pooled = [row for row in mine if row.kind == kind and (row.over == POOLED or len(runs) == 1)]
                 line[f"{kind.capitalize()} (95 %)"] = interval_text(pooled[-1].found) if pooled else ""
@@ -205,16 +205,16 @@ def _plain(where: str, row: Row) -> dict[str, object]:
 
 
 def error_table(rows: Sequence[Measured]) -> str:
-    """Correlate what was measured at the end of the runs with the share of held-out images classified wrongly.
+    """Correlate slope and fit error at the end of the runs with the share of held-out images classified wrongly.
 
-    Over runs and, where these are more, over settings (means over the seeds), which are what the source paper
-    correlates (r = .853 of slope and test error over eleven optimizers on MNIST).
+    Over runs and, if these are more, over settings (means over the seeds), as in the source paper (r = .853 between
+    slope and test error over eleven optimizers on MNIST).
 
     Args:
         rows: the study's rows.
 
     Returns:
-        A table in Markdown, or an empty string where fewer than five settings have a test error.
+        A table in Markdown, or an empty string if fewer than five settings have a test error.
     """
     lines = []
     places: dict[tuple[str, int], dict[str, list[tuple[float, float, float]]]] = {}
@@ -241,5 +241,5 @@ def error_table(rows: Sequence[Measured]) -> str:
 def _coefficient(values: Sequence[float], errors: Sequence[float], kind: Kind) -> str:
     try:
         return interval_text(association(values, errors, kind))
-    except ValueError:  # Equal errors, as of networks that learned nothing, have no correlation.
+    except ValueError:  # Equal errors have no correlation.
         return UNKNOWN

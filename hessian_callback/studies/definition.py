@@ -21,6 +21,15 @@ __all__ = ["RESERVED", "PlannedRun", "Published", "Study", "StudyError", "load_s
 
 _KEYS = {"title", "base", "set", "seeds", "factors", "fitted", "fit_rtol", "rows", "predict", "published"}
 _PUBLISHED_KEYS = {"at", "fit_error", "slope", "holds", "gap_exponent"}
+# Types of the keys, and the words for them.
+_KINDS: dict[str, tuple[type[Any], str]] = {
+    "title": (str, "a text"),
+    "set": (dict, "a mapping"),
+    "factors": (dict, "a mapping"),
+    "fitted": (list, "a list of numbers of eigenvalues"),
+    "predict": (bool, "true or false"),
+    "published": (list, "a list"),
+}
 # Keys of earlier releases, and their names now.
 _RENAMED = {"known_to": "fit_rtol", "printed": "published"}
 _MAX_RUNS = 10_000
@@ -79,7 +88,7 @@ class Published:
     Attributes:
         at: the setting: a level for some of the factors, and ``when`` for the place in the run.
         fit_error: d_ks.
-        slope: s_hat; ``None`` where none is printed.
+        slope: s_hat; ``None`` if none is published.
         holds: whether the power law was accepted there.
         gap_exponent: exponent of the eigengaps.
     """
@@ -226,14 +235,7 @@ def load_study(path: str | Path, overrides: Mapping[str, Any] | None = None) -> 
         raise StudyError(f"{path}: unknown {_listed(unknown)}; a study has {_listed(_KEYS)}")
     if missing := {"title", "base", "seeds"} - content.keys():
         raise StudyError(f"{path}: {_listed(missing)} is missing")
-    for key, kind, words in (
-        ("title", str, "a text"),
-        ("set", dict, "a mapping"),
-        ("factors", dict, "a mapping"),
-        ("fitted", list, "a list of numbers of eigenvalues"),
-        ("predict", bool, "true or false"),
-        ("published", list, "a list"),
-    ):
+    for key, (kind, words) in _KINDS.items():
         given = content.get(key)
         if not isinstance(given, kind) and (given is not None or key == "title"):
             raise StudyError(f"{path}: {key} must be {words}, got {shortened(given)}")

@@ -41,7 +41,7 @@ _LOCK = "running.lock"
 _DIGEST = "# digest: "
 
 _RESUMING = "hessian_callback.studies.resuming"
-_CALLBACKS = ("KeepRandomState", "EndWhenTold")
+_CALLBACKS = ("KeepRandomState", "EndOnSigterm")
 
 #: Exit status if another process runs the same settings.
 TAKEN = 75
@@ -84,7 +84,8 @@ def complete_config(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     trainer |= {
         "default_root_dir": str(folder),
         "logger": logger,
-        # Behind those that measure: what they draw is not drawn twice, and what they give up is not saved.
+        # Behind the callbacks that measure, so that their draws are in the saved states and a measurement that they
+        # give up is not saved.
         "callbacks": [*measuring, keeping, *({"class_path": f"{_RESUMING}.{name}"} for name in _CALLBACKS)],
     }
     for option in ("enable_progress_bar", "enable_model_summary"):

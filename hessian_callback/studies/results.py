@@ -1,4 +1,4 @@
-"""What the finished runs of a study measured: one row a fit, and a table beside the published figures."""
+"""Results of the finished runs of a study: one row a fit, and a table with the published figures."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ __all__ = [
 ENDS = RANDOM, TRAINED = ("random init", "trained")
 #: The metric that the test error is taken from.
 ACCURACY = "val_acc"
-#: What a cell says where nothing is known.
+#: Cell of an unknown value.
 UNKNOWN = "–"
 
 
@@ -52,15 +52,15 @@ class Row:
         labels: levels by factor; and ``when``, which is ``"random init"``, ``"trained"``, or the number of epochs or
             steps.
         seed: the run's seed.
-        part: prefix of the callback, where there are several, and group of parameters, with a slash between.
+        part: prefix of the callback, if there are several, and group of parameters, with a slash between.
         step: optimizer steps before the measurement.
-        num_eigenvalues: K that was asked for.
+        num_eigenvalues: requested K.
         fit: the fit; ``None`` if fewer eigenvalues are positive and known to their tolerance.
         reason: why there is no fit.
-        num_known: leading eigenvalues that are positive and known to their tolerance; for the published protocol, which
-            has no bounds, those that are positive.
-        largest_bound: the largest relative error bound among those that were fitted; ``None`` without a fit, and for
-            the published protocol, which has no bounds.
+        num_known: number of leading eigenvalues that are positive and known to their tolerance; for the published
+            protocol, which has no bounds, of those that are positive.
+        largest_bound: the largest relative error bound of the fitted ones; ``None`` without a fit, and for the
+            published protocol, which has no bounds.
         gap_exponent: exponent of the eigengaps sorted by size; ``None`` if they have none.
         test_loss: the run's validation loss with these weights.
         test_error: share of the held-out images that are classified wrongly.
@@ -71,8 +71,8 @@ class Row:
         seconds: wall time of the measurement.
         num_negative: eigenvalues that are negative for certain.
         missed_probability: the chance that an eigenvalue was overlooked.
-        device: where the run was made.
-        comparisons: what was measured beside.
+        device: device of the run.
+        comparisons: results of the optional comparisons.
     """
 
     run: str
@@ -99,7 +99,7 @@ class Row:
     comparisons: Mapping[str, float] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, object]:
-        """The row for a table of all rows: numbers with all their digits, ``None`` where nothing is known."""
+        """Return the row for a table: numbers with all their digits, ``None`` for unknown ones."""
         fit = self.fit
         return {
             "run": self.run,
@@ -211,15 +211,15 @@ def _when(measurement: Measurement, *, last: bool) -> str:
 
 
 def _asked(history: Sequence[Measurement], group: str) -> int:
-    """The K that a callback measured; 0 if all of its measurements failed."""
+    """Number of eigenvalues that a callback measured; 0 if all of its measurements failed."""
     members = [measurement.groups.get(group) if group else measurement for measurement in history]
     spectra = [member.spectrum for member in members if member is not None]
-    # A measurement that failed in the middle of a run has the K of the others.
+    # A measurement that failed in the middle of a run counts with the K of the others.
     return max((len(spectrum.eigenvalues) for spectrum in spectra if spectrum is not None), default=0)
 
 
 def _fitted(measurement: Measurement, fit_rtol: float | None) -> Tensor:
-    """The eigenvalues that a law may be fitted to; in paper mode those that are positive, known or not."""
+    """The eigenvalues that a law can be fitted to; in paper mode all positive ones."""
     spectrum = measurement.spectrum
     if spectrum is None:
         return torch.zeros(0, dtype=torch.float64)
@@ -268,12 +268,12 @@ def _test_errors(table: RunTable) -> list[float | None]:
 
 
 def setting_table(study: Study, rows: Sequence[Row]) -> list[dict[str, str]]:
-    """Put the seeds of each setting into one line, beside the published figures.
+    """Make a line for each setting from its seeds, with the published figures.
 
-    A number is the mean over the seeds, with the smallest and the largest in brackets. ``seeds`` counts those with a
-    fit, of all where some have none. A verdict counts the seeds for which the law is not rejected at 5 %, by the
-    paper's critical value and by the one for a fitted exponent. The last column compares with the published verdict, by
-    the paper's critical value: ``same``, ``different``, or ``mixed`` where the seeds differ.
+    A number is the mean over the seeds, with the smallest and the largest in brackets. ``seeds`` is the number of seeds
+    with a fit, and of all if some have none. A verdict counts the seeds for which the law is not rejected at 5 %, by
+    the paper's critical value and by the one for a fitted exponent. The last column compares with the published
+    verdict by the paper's critical value: ``same``, ``different``, or ``mixed`` if the seeds differ.
     """
     groups: dict[tuple[object, ...], list[Row]] = {}
     for row in rows:
@@ -316,7 +316,7 @@ def _line(study: Study, members: Sequence[Row]) -> dict[str, str]:
 
 
 def agreement(published: Published, holds: int, num: int) -> str:
-    """Whether the law holding in some of a number of seeds is the published verdict; unknown without either.
+    """Compare the number of seeds for which the law holds with the published verdict.
 
     Example:
         >>> agreement(Published({}, holds=False), 0, 3), agreement(Published({}, holds=False), 1, 3)
@@ -329,7 +329,7 @@ def agreement(published: Published, holds: int, num: int) -> str:
 
 
 def spread(values: Sequence[float | None], digits: str, between: str = " to ") -> str:
-    """Mean of what is known, with the smallest and the largest in brackets where they differ as they are shown.
+    """Format the mean of the known values, with the smallest and the largest in brackets if these differ as formatted.
 
     Example:
         >>> spread([1.0, None, 2.0], ".1f"), spread([0.5], ".2f"), spread([None], ".1f")
@@ -339,7 +339,7 @@ def spread(values: Sequence[float | None], digits: str, between: str = " to ") -
     if not known:
         return UNKNOWN
     mean = format(fmean(known), digits)
-    if not all(map(math.isfinite, known)):  # Of a run that diverged.
+    if not all(map(math.isfinite, known)):  # A run diverged.
         return mean
     low, high = format(min(known), digits), format(max(known), digits)
     return mean if low == high else f"{mean} ({low}{between}{high})"
@@ -351,7 +351,7 @@ def _percent(bounds: Sequence[float | None]) -> str:
 
 
 def markdown_table(lines: Sequence[Mapping[str, str]]) -> str:
-    """Write lines as a table in Markdown, leaving out columns that say nothing; empty if none says anything.
+    """Write lines as a table in Markdown without columns of unknown values; empty if no column is left.
 
     Example:
         >>> print(markdown_table([{"K": "50", "test loss": UNKNOWN}, {"K": "200", "s_hat": "1.065"}]))

@@ -1,4 +1,4 @@
-"""Running a study: one folder and one process a run, finished runs not again, killed ones from their checkpoint."""
+"""Run a study: one folder and one process a run; finished runs are skipped, killed ones resume from checkpoints."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ class Outcome:
     Attributes:
         run: the run.
         folder: its folder.
-        status: ``"finished"``, ``"finished before"``, ``"taken"`` (another process is at it), ``"failed"`` or
+        status: ``"finished"``, ``"finished before"``, ``"taken"`` (another process runs it), ``"failed"`` or
             ``"interrupted"``.
-        last_lines: the end of what a failed run printed.
+        last_lines: the last lines of the log of a failed run.
     """
 
     run: PlannedRun
@@ -50,23 +50,23 @@ def run_all(
     processes: int = 1,
     report: Callable[[Outcome], None] = lambda outcome: None,
 ) -> list[Outcome]:
-    """Run what is not finished.
+    """Run those runs that are not finished.
 
-    Several calls at once, on one machine or on several that share the folder, take different runs. A run that fails
-    does not keep the others from being made.
+    Several calls at once, on one machine or on several that share the folder, take different runs. The others run even
+    if one fails.
 
     Args:
         runs: the runs.
-        folder: where each gets a folder of its name.
-        processes: how many run at once.
+        folder: the folder of the study, in which each run has a folder of its name.
+        processes: number of runs at a time.
         report: called as runs end, by several threads but one at a time.
 
     Returns:
-        How each ended, in the order of ``runs``.
+        The outcomes, in the order of ``runs``.
 
     Raises:
         StudyError: before anything is run, if a folder holds a run of another configuration.
-        KeyboardInterrupt: after the running ones have been ended.
+        KeyboardInterrupt: after SIGINT or SIGTERM, when the running ones have ended.
     """
     check_folders(runs, folder)
     stop = threading.Event()
@@ -83,7 +83,7 @@ def run_all(
 
 
 class _interrupts:
-    """Let SIGINT and SIGTERM end the runs before they end this process, where signals can be caught."""
+    """On SIGINT and SIGTERM, end the runs before this process; in the main thread only, which receives signals."""
 
     def __init__(self, stop: threading.Event) -> None:
         self._stop = stop
@@ -92,9 +92,9 @@ class _interrupts:
     def __enter__(self) -> None:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._told)
+                self._before[number] = signal.signal(number, self._on_signal)
 
-    def _told(self, number: int, frame: object) -> None:
+    def _on_signal(self, number: int, frame: object) -> None:
         if not self._stop.is_set():
             print(f"ending the runs, which takes up to {_GRACE} s", file=sys.stderr, flush=True)
         self._stop.set()
@@ -107,7 +107,7 @@ class _interrupts:
 
 
 def check_folders(runs: Sequence[PlannedRun], folder: Path) -> None:
-    """Make sure that the folders of some runs are theirs.
+    """Check that folders hold no runs of other configurations.
 
     Raises:
         StudyError: if one holds a run of another configuration.
@@ -131,21 +131,21 @@ def _run(run: PlannedRun, folder: Path, stop: threading.Event) -> Outcome:
     wanted.write_text(settings_text(complete_config(run.config, folder.absolute()), run.digest), encoding="utf-8")
     command = [sys.executable, "-m", "hessian_callback.studies.one_run", str(folder.absolute()), str(wanted.absolute())]
     with (folder / LOG).open("ab") as log:
-        # Its own group: Ctrl-C reaches it through this process only, once.
+        # A session of its own, so that Ctrl-C reaches it through this process only.
         process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            env=_of_its_own(os.environ),
+            env=_without_ranks(os.environ),
         )
         try:
             while process.poll() is None and not stop.wait(0.2):
                 pass
         finally:
             _end(process)
-            wanted.unlink(missing_ok=True)  # Of a run that took it, it is the folder's.
+            wanted.unlink(missing_ok=True)  # A process that ran has renamed it.
     if process.returncode == TAKEN:
         return Outcome(run, folder, "taken")
     if process.returncode == 0 and finished(folder) is not None:
@@ -154,10 +154,10 @@ def _run(run: PlannedRun, folder: Path, stop: threading.Event) -> Outcome:
     return Outcome(run, folder, "interrupted" if stop.is_set() else "failed", "\n".join(lines[-5:]))
 
 
-def _of_its_own(environment: Mapping[str, str]) -> dict[str, str]:
-    """An environment without the rank that this process may have in a job: each run is a job of its own.
+def _without_ranks(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return an environment without the rank of this process, since each run is a job of its own.
 
-    Lightning would take the rank over, and loggers write on rank 0 alone.
+    Lightning would use that rank, and loggers write on rank 0 only.
     """
     ranks = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "JSM_NAMESPACE_RANK")
     return {name: value for name, value in environment.items() if name not in ranks and not name.startswith("SLURM_")}

@@ -7,12 +7,14 @@ import re
 import subprocess
 import sys
 import textwrap
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.loggers import CSVLogger
@@ -59,7 +61,9 @@ class Run:
     def table(self) -> dict[str, tuple[float, float, int]]:
         """Slope, fit error and K by the name of the row."""
         row = re.compile(
-            r"^ *(start|epoch \d+|validation) +\d+ +[\d.]+ +([\d.]+) ± [\d.]+ +([\d.]+) +(\d+) +\d+ +[\d.]+ *$", re.M
+            r"^ *(before training|epoch \d+|validation) +\d+ +[\d.]+ +([\d.]+) ± [\d.]+ +([\d.]+) +(\d+)"
+            r" +\d+ +[\d.]+ *$",
+            re.M,
         )
         return {name: (float(s), float(d), int(k)) for name, s, d, k in row.findall(self.output)}
 
@@ -89,7 +93,7 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 def test_table_has_a_line_for_each_measurement(digits: Run) -> None:
-    assert list(digits.table) == ["start", *(f"epoch {e}" for e in range(8))]
+    assert list(digits.table) == ["before training", *(f"epoch {e}" for e in range(8))]
     assert {k for _, _, k in digits.table.values()} == {50}
 
 
@@ -279,10 +283,113 @@ def test_number_of_threads(tmp_path: Path, threads: str, code: int) -> None:
     assert "threads: 2" in done.stdout if code == 0 else "num_threads" in done.stderr
 
 
-def test_missing_jsonargparse_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_jsonargparse_names_the_extra(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setitem(sys.modules, "jsonargparse", None)
-    with pytest.raises(SystemExit, match=r"pip install 'hessian-callback\[demo\]'"):
+    with pytest.raises(SystemExit) as stopped:
         cli.main(["fit"])
+    assert stopped.value.code == 2
+    assert "pip install 'hessian-callback[demo]'" in capsys.readouterr().err
+
+
+CNN = ("fit", "--config", str(CONFIGS / "digits_cnn.yaml"), "--trainer.logger", "false")
+CALLBACK = "--trainer.callbacks.init_args"
+
+
+def refused(arguments: Sequence[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The sentence with which the command line refuses arguments."""
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(list(arguments))
+    assert stopped.value.code == 2
+    text = capsys.readouterr().err
+    sentences = [line for line in text.splitlines() if line.startswith("hessian-callback: ")]
+    assert len(sentences) == 1, text
+    assert "Traceback" not in text
+    assert len(sentences[0]) < 800
+    return sentences[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([f"{CALLBACK}.num_eigenvalues", "1"], "num_eigenvalues"),
+        ([f"{CALLBACK}.rtol", "2"], "rtol"),
+        ([f"{CALLBACK}.num_samples", "-3"], "num_samples"),
+        ([f"{CALLBACK}.every_n_epochs", "-1"], "every_n_epochs"),
+        ([f"{CALLBACK}.num_eigenvalues", "many"], "num_eigenvalues"),
+        (["--trainer.callbacks+=hessian_callback.NoSuchCallback"], "NoSuchCallback"),
+        (["--model", "no_such_module.Model"], "no_such_module"),
+        (["--model.learning_rat", "1"], "learning_rat"),
+        (["--data.batch_size", "0"], "batch_size"),
+        (["--trainer.max_epochs", "-7"], "max_epochs"),
+        (["--trainer.accelerator", "abacus"], "abacus"),
+        (["--trainer.devices", "0"], "devices"),
+        (["--config", "missing.yaml"], "missing.yaml"),
+        (["--ckpt_path", "missing.ckpt"], "File does not exist: 'missing.ckpt'"),
+    ],
+)
+def test_an_option_out_of_range_is_one_sentence_and_exit_code_2(
+    arguments: list[str],
+    words: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert words in refused([*CNN, *arguments], capsys)
+
+
+@pytest.mark.parametrize(("name", "content"), [("bomb.yaml", "a: ["), ("binary.yaml", "\0"), ("list.yaml", "- 1")])
+def test_a_bad_file_of_settings_is_one_sentence(
+    name: str, content: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / name).write_text(content)
+    assert refused(["fit", "--config", str(tmp_path / name)], capsys)
+
+
+@pytest.mark.parametrize("command", ["fit", "validate"])
+@pytest.mark.parametrize("content", ["", "random", "other model", "foreign history"])
+def test_an_unreadable_checkpoint_is_one_sentence(
+    command: str, content: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "a.ckpt"
+    if content in ("", "random"):
+        path.write_bytes(content.encode())
+    else:
+        trainer = fit(max_epochs=1)
+        trainer.save_checkpoint(path)
+        state = torch.load(path, weights_only=True)
+        if content == "other model":
+            state["state_dict"] = {"other.weight": torch.zeros(3)}
+        else:
+            state["callbacks"]["PowerLawHessianCallback{'prefix': 'hessian'}"] = {"version": 1, "history": 3, "time": 0}
+        torch.save(state, path)
+    sentence = refused([command, *CNN[1:], "--ckpt_path", str(path)], capsys)
+    assert "the checkpoint of --ckpt_path can't be loaded" in sentence
+    if content == "foreign history":
+        assert "resume with another prefix" in sentence
+
+
+@pytest.mark.parametrize("where", ["training_step", "configure_optimizers"])
+def test_an_error_of_the_users_own_code_keeps_its_traceback(
+    where: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def broken(*args: Any, **kwargs: Any) -> None:
+        raise ValueError("a bug of the model")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(DigitsCNN, where, broken)
+    with pytest.raises(ValueError, match="a bug of the model"):
+        cli.main([*CNN, "--trainer.max_epochs", "1"])
+
+
+def test_the_traceback_can_be_asked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("JSONARGPARSE_DEBUG", "true")
+    with pytest.raises(ValueError, match="num_eigenvalues"):
+        cli.main([*CNN, f"{CALLBACK}.num_eigenvalues", "1"])
 
 
 def test_run_without_the_callback_says_how_to_add_it(capsys: pytest.CaptureFixture[str]) -> None:

@@ -531,8 +531,8 @@ def test_missing_files_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ("options", "message"),
     [
         ({"source": "imagenet"}, "source must be one of mnist_5k"),
-        ({"source": "idx"}, "say where they are with folder"),
-        ({"source": "cifar10"}, "say where they are with folder"),
+        ({"source": "idx"}, "name their folder with the option folder"),
+        ({"source": "cifar10"}, "name their folder with the option folder"),
         ({"source": "digits", "folder": "here"}, "takes no folder"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
         ({"eval_batch_size": 0}, "eval_batch_size must be at least 1"),

@@ -176,6 +176,13 @@ def test_measurements_that_a_resumed_run_has_not_made_again_are_mentioned(tmp_pa
     assert list(read_histories(tmp_path / FILE_NAME).notes) == []
 
 
+def test_a_resumed_run_whose_loss_is_nan_is_no_other_run(tmp_path: Path) -> None:
+    history = [measurement(1, loss=math.nan)]
+    HistoryWriter("h").write([tmp_path], history)
+    HistoryWriter("h").write([tmp_path], [*history, measurement(2)])
+    assert list(read_histories(tmp_path / FILE_NAME).notes) == []
+
+
 def test_repeated_lines_are_mentioned(tmp_path: Path) -> None:
     HistoryWriter("h").write([tmp_path], [measurement(1)])
     path = tmp_path / FILE_NAME
@@ -194,6 +201,11 @@ def test_a_file_of_a_release_without_run_ids_is_read(tmp_path: Path) -> None:
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     stored = read_histories(path)
     assert (dict(stored.histories), list(stored.notes)) == ({"h": history}, [])
+    # Another run of that release, and a resumed one, whose loss is not equal to itself.
+    path.write_text(path.read_text() + path.read_text().replace('"seconds": 0.33', '"seconds": 0.44'))
+    (note,) = read_histories(path).notes
+    assert "the folder also holds 1 earlier run(s), with 2 measurement(s)" in note
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     # Resumed by this release, in the same file.
     HistoryWriter("h").write([tmp_path], [*history, measurement(3)])
     assert [m.step for m in histories(tmp_path)["h"]] == [1, 2, 3]

@@ -102,7 +102,9 @@ def test_smooth_curves_add_nothing_however_well_they_correlate() -> None:
     assert pearson.partial.low > 0.5
     assert one(rows, predictor="fit_error", kind="spearman", over=POOLED).partial is None
     notes = one(rows, predictor="fit_error", kind="spearman", over="seed 2").notes
-    assert notes == ("given log(step): fit_error follows what is given in order; nothing of it is left to correlate",)
+    assert notes == (
+        "given log(step): fit_error follows the given series in order; nothing of it is left to correlate",
+    )
     assert "in 0 of 3 runs; 6 runs are the least); it is not shown to add to log(step) (no" in plain_answer(rows)
 
 
@@ -325,7 +327,7 @@ def test_answers_across_runs_keep_to_the_intervals() -> None:
     assert "and its interval excludes 0; log_step has none (log_step is constant" in alone
     assert "lambda_max has none (not measured)" in plain_answer(rows, baseline="lambda_max")
     few = [row for row in across_runs(grid(5, 1), kinds=["spearman"]) if row.question.endswith("10")]
-    assert "over runs: trace and train_loss cannot be told apart" in plain_answer(few, "trace", "train_loss")
+    assert "over runs: trace and train_loss cannot be distinguished" in plain_answer(few, "trace", "train_loss")
     fewer = [row for row in across_runs(grid(4, 2), kinds=["spearman"]) if row.question.endswith("10")]
     assert "fit_error has no Spearman coefficient with the test loss (n = 4; at least 5" in plain_answer(fewer)
 

@@ -122,7 +122,7 @@ def test_curves_that_only_bend_alike_are_nothing_in_ranks() -> None:
     t = list(range(10))
     decay, power = [math.exp(-n) for n in t], [1 / (1 + n) for n in t]
     assert partial_association(decay, power, [t], "pearson").value == pytest.approx(0.999, abs=5e-4)
-    with pytest.raises(ValueError, match="x follows what is given in order"):
+    with pytest.raises(ValueError, match="x follows the given series in order"):
         partial_association(decay, power, [t], "spearman")
 
 

@@ -264,7 +264,7 @@ def test_runs_that_share_no_training_loss_are_compared_at_their_last_step_alone(
     ]
     text, _ = correlation_report(rows)
     assert list(sections(text)) == [f"Across runs at step 1500: {K50}"]
-    assert "Not compared where training losses are equal: no training loss is crossed by all runs: seed-4 falls" in text
+    assert "Not compared at equal training losses: no training loss is crossed by all runs: seed-4 falls" in text
     assert "give train_loss" not in text
 
 
