@@ -87,7 +87,7 @@ def preserve_training_state(trainer: Trainer, pl_module: LightningModule) -> Ite
 def _remember_trainer(snapshot: Snapshot, trainer: Trainer) -> None:
     """Remember what a step can reach through its trainer and may change."""
     for number, optimizer in enumerate(trainer.optimizers):
-        snapshot.remember(optimizer, restore=True, name=f"trainer.optimizers[{number}]")
+        snapshot.remember(optimizer, name=f"trainer.optimizers[{number}]")
     # The wrappers that ``self.optimizers()`` returns.
     for number, wrapper in enumerate(getattr(trainer.strategy, "_lightning_optimizers", ())):
         snapshot.remember(wrapper, restore=True, name=f"optimizers()[{number}]")

@@ -35,6 +35,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import Dataset, Sampler
 
 from hessian_callback.measurement.state_records import (
@@ -50,6 +51,7 @@ from hessian_callback.measurement.state_records import (
     DictItems,
     FilePosition,
     GradientReference,
+    LateGenerators,
     ManyItems,
     Path,
     RandomGenerator,
@@ -256,7 +258,8 @@ def suspend_hooks(model: nn.Module) -> Iterator[None]:
             if of_gradient is not None:
                 tensor._backward_hooks = None
             if accumulated is not None:
-                tensor._post_accumulate_grad_hooks = None
+                # `None` would be ignored.
+                tensor._post_accumulate_grad_hooks = OrderedDict()
         yield
     finally:
         everywhere.update(global_hooks)
@@ -478,11 +481,11 @@ class _Walk:
         self._left_of_libraries = _VISITED_OF_LIBRARIES
 
     def run(self, value: Any, name: str, *, force: bool) -> None:
-        self._queue.append((value, name, _RESTORED, self._copied_bytes))
-        if force and id(value) not in self._snapshot._seen and not isinstance(value, (Tensor, nn.Module)):
+        if force and not isinstance(value, (Tensor, nn.Module, torch.optim.Optimizer)):
             self._snapshot._seen[id(value)] = value, _RESTORED
-            self._queue.clear()
             self._attributes(value, name, self._copied_bytes)
+        else:
+            self._queue.append((value, name, _RESTORED, self._copied_bytes))
         while self._queue:
             self._visit(*self._queue.popleft())
 
@@ -656,7 +659,8 @@ class _Walk:
         else:
             self._snapshot._empty.append(attributes)
         inference = tensor.is_inference()
-        size = own_part(tensor).numel() * tensor.element_size()
+        own = own_part(tensor)
+        size = own.numel() * own.element_size()
         state = self._snapshot
         if tensor.is_leaf and not inference:
             # Remembered first and so restored last: a gradient must have the type of its tensor.
@@ -668,6 +672,8 @@ class _Walk:
             and state._copied_bytes + size <= _COPIED_BYTES_TOTAL
             and state._copied_tensors < _COPIED_TENSORS
             and tensor.layout == torch.strided
+            # A sharded model frees the storage of whole parameters.
+            and (size == 0 or own.data_ptr() != 0)
         )
         # Trainable parameters belong to the caller of `restore_loss_state`.
         trained = isinstance(tensor, nn.Parameter) and tensor.requires_grad
@@ -716,7 +722,8 @@ class _Walk:
 
     def _object(self, value: Any, path: Path, mode: int, limit: int) -> None:
         kind = type(value)
-        if isinstance(value, torch.optim.Optimizer) and mode == _RESTORED:
+        if isinstance(value, (torch.optim.Optimizer, LRScheduler)) and mode != _SEARCHED:
+            self._snapshot._seen[id(value)] = value, _RESTORED
             self._attributes(value, path, min(limit, _COPIED_BYTES_OF_OPTIMIZERS))
         elif isinstance(value, (type, types.ModuleType, RefusingStream)) or is_opaque(kind):
             return
@@ -735,6 +742,7 @@ class _Walk:
             return
         self._left_of_libraries -= 1
         mode = min(mode, _COMPARED)
+        self._snapshot._add(LateGenerators(attributes))
         if mode == _COMPARED:
             self._snapshot._compared.append((ComparedItems(attributes), path))
         for key, item in list(attributes.items()):
@@ -760,9 +768,8 @@ class _Walk:
                 continue
             self._snapshot._seen[id(base)] = base, _RESTORED
             record = ClassAttributes(base)
-            if record.kept:
-                self._snapshot._add(record)
-                self._push(record.kept.values(), base.__name__, ".{}", record.kept, _RESTORED, self._copied_bytes)
+            self._snapshot._add(record)
+            self._push(record.kept.values(), base.__name__, ".{}", record.kept, _RESTORED, self._copied_bytes)
             for value in vars(base).values():
                 function = value.__func__ if isinstance(value, (classmethod, staticmethod)) else value
                 if isinstance(function, types.FunctionType):

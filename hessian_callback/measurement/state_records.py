@@ -45,6 +45,7 @@ __all__ = [
     "DictItems",
     "FilePosition",
     "GradientReference",
+    "LateGenerators",
     "ManyItems",
     "Path",
     "RandomGenerator",
@@ -253,6 +254,7 @@ class TensorContent:
         # `tensor.data = other` exchanges the storage. The former one is kept, which is no copy.
         self._storage = tensor.data if type(own) is Tensor and own.shape == tensor.shape else None
         self._address = own.data_ptr()
+        self._storage_size = own.untyped_storage().nbytes()
         size = own.numel() * own.element_size()
         as_bytes = own.device.type == "cpu" and size <= _COMPARED_AS_BYTES and own.is_contiguous()
         self._bytes = ctypes.string_at(self._address, size) if self._storage is not None and as_bytes and size else None
@@ -275,6 +277,9 @@ class TensorContent:
         with torch.inference_mode(self._inference), torch.no_grad(), _without_tracing():
             if self._leaf and not tensor.is_leaf:
                 tensor.detach_()  # A change in place with a gradient made it a part of our graph.
+            if storage is not None and storage.untyped_storage().nbytes() != self._storage_size:
+                storage.untyped_storage().resize_(self._storage_size)
+                self._address = storage.data_ptr()
             if storage is not None and (
                 tensor.data_ptr() != self._address or tensor.shape != storage.shape or tensor.dtype != storage.dtype
             ):
@@ -324,6 +329,30 @@ class RandomGenerator:
 
     def restore(self) -> None:
         self._write()
+
+
+class LateGenerators:
+    """Random generators that an object of a library makes at first use: they are removed from it again.
+
+    A collator with a seed, for example, would otherwise go on in training where it stopped in a measurement.
+    """
+
+    def __init__(self, owner: dict[str, Any]) -> None:
+        self._owner, self._kept = owner, dict(owner)
+
+    def _late(self) -> list[str]:
+        late = (name for name, value in self._owner.items() if isinstance(value, RANDOM_GENERATORS))
+        return [name for name in late if self._kept.get(name) is not self._owner[name]]
+
+    def changed(self) -> bool:
+        return bool(self._late())
+
+    def restore(self) -> None:
+        for name in self._late():
+            if name in self._kept:
+                self._owner[name] = self._kept[name]
+            else:
+                del self._owner[name]
 
 
 class FilePosition:
@@ -658,6 +687,8 @@ def root_of(kind: type) -> str:
 @_cached
 def is_opaque(kind: type) -> bool:
     """Whether a class runs training, or is used by other threads: its instances are left alone."""
+    if issubclass(kind, nn.Module):
+        return False
     for base in kind.__mro__:
         root = root_of(base)
         if root in _CONCURRENT or root == "hessian_callback":
@@ -722,7 +753,8 @@ def path_text(path: Path) -> str:
     parts: list[str] = []
     while isinstance(path, tuple):
         path, form, key = path
-        parts.append(form.format(key))
+        # Tensors are keys in the state of an optimizer.
+        parts.append(form.format(key) if type(key) in SCALAR_TYPES else f"[{type(key).__name__}]")
     return str(path) + "".join(reversed(parts))
 
 

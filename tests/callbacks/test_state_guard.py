@@ -1,8 +1,9 @@
-"""A guest leaves no trace, wherever a step keeps its state and however the visit ends."""
+"""The state guard of a training run: state of the module, of the trainer, and signals."""
 
 from __future__ import annotations
 
 import copy
+import os
 import queue
 import random
 import signal
@@ -16,12 +17,18 @@ import torch
 import torchmetrics
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lightning.pytorch import LightningModule
+from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from torch import nn
 
-import hessian_callback.callbacks.state_guard as guard
-from hessian_callback.callbacks.state_guard import defer_sigterm, preserve_training_state
-from tests.helpers.toy_runs import trainer
+from hessian_callback.callbacks.state_guard import (
+    UnrestorableStateError,
+    defer_saving_signals,
+    defer_sigterm,
+    preserve_training_state,
+)
+from hessian_callback.measurement import state_guard
+from tests.helpers.toy_runs import Net, loader, measure, seeded, trainer
 
 
 class Meter:
@@ -30,7 +37,7 @@ class Meter:
 
 
 class Hoarder(LightningModule):
-    """Keeps state in every place that training code was seen to."""
+    """Keeps state in every place in which training code was seen to keep it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -102,7 +109,7 @@ LOGGING = len(DISTURBANCES) - 2
 
 
 def picture(module: Hoarder) -> Any:
-    """All that can be seen of a module and the process."""
+    """Everything observable of a module and the process."""
     return (
         describe(vars(module)),
         random.getstate(),
@@ -186,7 +193,7 @@ def test_restoration_is_a_property(visit: list[int], error: Any, earlier: list[i
 SHARED = trainer(None)
 
 
-def test_inside(attached: Hoarder) -> None:
+def test_inside_the_block(attached: Hoarder) -> None:
     with torch.inference_mode(), preserve_training_state(attached.trainer, attached):
         assert torch.is_grad_enabled()
         assert not torch.is_inference_mode_enabled()
@@ -200,7 +207,7 @@ def test_inside(attached: Hoarder) -> None:
 
 
 def test_a_large_tensor_is_watched(attached: Hoarder, monkeypatch: Any) -> None:
-    monkeypatch.setattr(guard, "_COPIED_BYTES", 8)
+    monkeypatch.setattr(state_guard, "_COPIED_BYTES", 8)
     with (
         pytest.raises(RuntimeError, match=r"changed the tensor Hoarder\..* in place.*Pass loss_fn="),
         preserve_training_state(attached.trainer, attached),
@@ -209,7 +216,7 @@ def test_a_large_tensor_is_watched(attached: Hoarder, monkeypatch: Any) -> None:
         attached.net[0].weight.add_(1)
 
 
-def test_compute_groups_are_found_out_about_again(attached: Hoarder) -> None:
+def test_compute_groups_of_metrics_are_restored(attached: Hoarder) -> None:
     groups = copy.deepcopy(attached.kind._groups)
     with preserve_training_state(attached.trainer, attached):
         update_metrics(attached)
@@ -223,7 +230,7 @@ def test_compute_groups_are_found_out_about_again(attached: Hoarder) -> None:
     }
 
 
-def test_graphs_of_the_users_stay_usable(attached: Hoarder) -> None:
+def test_graphs_of_the_user_stay_usable(attached: Hoarder) -> None:
     loss = attached.net[0](torch.ones(1, 3)).square().sum()
     with preserve_training_state(attached.trainer, attached):
         attached.net[0](torch.ones(1, 3)).sum()
@@ -231,22 +238,14 @@ def test_graphs_of_the_users_stay_usable(attached: Hoarder) -> None:
     assert attached.net[0].weight.grad is not None
 
 
-def test_machinery_of_others_is_let_alone(attached: Hoarder) -> None:
+def test_a_queue_that_another_thread_fills_is_left_alone(attached: Hoarder) -> None:
     attached.queue = queue.Queue()
     with preserve_training_state(attached.trainer, attached):
         attached.queue.put(1)  # As another thread would.
     assert attached.queue.qsize() == 1
 
 
-def test_very_long_lists_lose_what_was_appended(attached: Hoarder, monkeypatch: Any) -> None:
-    monkeypatch.setattr(guard, "_COPIED_ITEMS", 10)
-    attached.outputs.extend(range(50))
-    with preserve_training_state(attached.trainer, attached):
-        attached.outputs.append(0)
-    assert attached.outputs == list(range(50))
-
-
-def test_sigterm_is_handed_on_afterwards() -> None:
+def test_sigterm_is_handled_after_the_block() -> None:
     events: list[str] = []
     before = signal.signal(signal.SIGTERM, lambda *_: events.append("handled"))
     try:
@@ -260,3 +259,213 @@ def test_sigterm_is_handed_on_afterwards() -> None:
         assert events == ["went on", "handled", "handled"]
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+# -- the trainer -------------------------------------------------------------------------------------
+
+
+class Data(LightningDataModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen, self.scores, self.history = 0, torch.ones(48), []
+
+    def train_dataloader(self) -> Any:
+        return loader(shuffle=True)
+
+    def val_dataloader(self) -> Any:
+        return loader(seed=1)
+
+
+class Reaching(Net):
+    """Changes in its step what can be reached through the trainer."""
+
+    def __init__(self, change: str) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.hparams.tau = 1.0
+        self.own_optimizer = torch.optim.Adam([nn.Parameter(torch.ones(2))])
+        self.change = change
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        CHANGES[self.change](self)
+        return super().training_step(batch, batch_idx)
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.Adam(self.parameters(), lr=0.01)
+        return [optimizer], [torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)]
+
+    def picture(self, run: Any) -> Any:
+        """Return everything that a change touches, without tensors, which have no truth value."""
+        plain = {"lr": [group["lr"] for group in run.optimizers[0].param_groups]}
+        plain["schedulers"] = [
+            {k: v for k, v in config.scheduler.state_dict().items() if k != "_last_lr"}
+            for config in run.lr_scheduler_configs
+        ]
+        plain["data"] = (run.datamodule.seen, list(run.datamodule.history), run.datamodule.scores.tolist())
+        plain["hparams"] = dict(self.hparams)
+        plain["settings"] = (run.accumulate_grad_batches, run.gradient_clip_val, run.fit_loop.max_epochs)
+        plain["own"] = (
+            [group["lr"] for group in self.own_optimizer.param_groups],
+            [(k, float(v["step"])) for k, v in self.own_optimizer.state_dict()["state"].items()],
+            self.own_optimizer.param_groups[0]["params"][0].tolist(),
+        )
+        plain["state"] = [
+            {k: v.tolist() for k, v in entry.items()} for entry in run.optimizers[0].state_dict()["state"].values()
+        ]
+        return plain
+
+
+def step_own(module: Any) -> None:
+    module.own_optimizer.param_groups[0]["params"][0].grad = torch.ones(2)
+    module.own_optimizer.step()
+
+
+CHANGES: dict[str, Any] = {
+    "lr": lambda m: [group.update(lr=0.9 * group["lr"]) for group in m.optimizers().param_groups],
+    "scheduler": lambda m: m.lr_schedulers().step(),
+    "data module": lambda m: setattr(m.trainer.datamodule, "seen", m.trainer.datamodule.seen + 1),
+    "data module's list": lambda m: m.trainer.datamodule.history.append(1),
+    "data module's tensor": lambda m: m.trainer.datamodule.scores.mul_(0.5),
+    "hparams": lambda m: m.hparams.update(tau=m.hparams.tau * 2, new=1),
+    "accumulation": lambda m: setattr(m.trainer, "accumulate_grad_batches", m.trainer.accumulate_grad_batches + 1),
+    "clipping": lambda m: setattr(m.trainer, "gradient_clip_val", 1.0 + (m.trainer.gradient_clip_val or 0.0)),
+    "epochs": lambda m: setattr(m.trainer.fit_loop, "max_epochs", m.trainer.fit_loop.max_epochs + 1),
+    "own optimizer": step_own,
+    "another group": lambda m: m.own_optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))]}),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.filterwarnings("ignore:.*lr_scheduler.step.*")
+def test_changes_through_the_trainer_are_restored(change: str, tmp_path: Any) -> None:
+    pictures: list[Any] = []
+
+    class Look(Callback):
+        def on_train_batch_start(self, run: Any, module: Any, batch: Any, batch_idx: int) -> None:
+            if batch_idx not in (0, 3):  # Once without a state of the optimizers, and once with it.
+                return
+            before = module.picture(run)
+            with preserve_training_state(run, module):
+                module.training_step(batch, batch_idx)
+                pictures.append(module.picture(run) != before)
+            assert module.picture(run) == before
+            pictures.append(True)
+
+    run = trainer(tmp_path, Look(), max_epochs=9, max_steps=6)
+    run.fit(seeded(Reaching, change=change), datamodule=Data())
+    assert pictures == [True] * 4
+
+
+def test_a_step_of_a_large_optimizer_is_refused(tmp_path: Any) -> None:
+    """Its state is as large as the model, so it is not copied; to say nothing would change training."""
+
+    class Large(Net):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            loss = super().training_step(batch, batch_idx)["loss"]
+            self.manual_backward(loss)
+            self.optimizers().step()
+
+    class Look(Callback):
+        def on_train_batch_start(self, run: Any, module: Any, batch: Any, batch_idx: int) -> None:
+            if batch_idx == 3:
+                with preserve_training_state(run, module):
+                    module.training_step(batch, batch_idx)
+
+    model = seeded(Large, width=4000)
+    model.automatic_optimization = False
+    run = trainer(tmp_path, Look(), max_epochs=1)
+    with pytest.raises(UnrestorableStateError, match=r"trainer\.optimizers\[0\]\.state.*in place"):
+        run.fit(model, loader(), loader(seed=1))
+
+
+@pytest.mark.parametrize("package", ["lightning.pytorch", "pytorch_lightning"])
+def test_modules_of_both_packages_do_not_log(package: str, tmp_path: Any) -> None:
+    pl = pytest.importorskip(package)
+    events: list[str] = []
+
+    class Logging(pl.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(5, 3)
+
+        def log(self, name: str, *_: Any, **__: Any) -> None:
+            events.append(name)
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            self.log("loss", 1.0)
+            return nn.functional.cross_entropy(self.layer(batch[0]), batch[1])
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), 0.1)
+
+    class Look(pl.Callback):
+        def on_train_batch_start(self, run: Any, module: Any, batch: Any, batch_idx: int) -> None:
+            with preserve_training_state(run, module):
+                module.training_step(batch, batch_idx)
+                assert run.logger is None or type(run.logger).__name__ == "DummyLogger"
+
+    options = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+    run = pl.Trainer(max_steps=3, logger=False, callbacks=[Look()], default_root_dir=tmp_path, **options)
+    run.fit(Logging(), loader())
+    assert events == ["loss"] * 3
+
+
+# -- signals that save at once -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("hvp", ["finite_difference", "double_backward"])
+@pytest.mark.filterwarnings("ignore:a measurement of the Hessian took")
+def test_slurm_requeues_with_the_weights_of_training(hvp: str, tmp_path: Any, monkeypatch: Any) -> None:
+    """Lightning's handler of SLURM's signal saves wherever it interrupts, also between two perturbed gradients."""
+    monkeypatch.setenv("SLURM_JOB_ID", "1")
+    monkeypatch.setattr("lightning.pytorch.trainer.connectors.signal_connector.call", lambda command: 0)
+    calls = iter(range(10**6))
+    weights: dict[str, torch.Tensor] = {}
+
+    def loss_fn(module: Any, batch: Any) -> torch.Tensor:
+        call = next(calls)
+        if call == 0:
+            weights.update({name: value.clone() for name, value in module.state_dict().items()})
+        if call == 14:
+            os.kill(os.getpid(), signal.SIGUSR1)
+            os.kill(os.getpid(), signal.SIGUSR2)
+        return nn.functional.cross_entropy(module(batch[0]), batch[1])
+
+    saved: list[Any] = []
+    before = signal.signal(
+        signal.SIGUSR2, lambda *_: saved.append({k: v.clone() for k, v in model.state_dict().items()})
+    )
+    model = seeded()
+    run = trainer(
+        tmp_path, measure(loss_fn=loss_fn, hvp=hvp, memory_budget=0), max_epochs=1, plugins=[SLURMEnvironment()]
+    )
+    try:
+        run.fit(model, loader(), loader(seed=1))
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+    checkpoint = torch.load(tmp_path / "hpc_ckpt_1.ckpt", weights_only=True)
+    for states in (checkpoint["state_dict"], saved[0]):
+        assert all(torch.equal(states[name], value) for name, value in weights.items())
+
+
+def test_sigterm_is_deferred_on_one_rank_only_if_its_handler_may_save(tmp_path: Any) -> None:
+    events: list[str] = []
+
+    class Look(Callback):
+        def on_train_start(self, run: Any, module: Any) -> None:
+            with defer_saving_signals(run) as arrived:
+                os.kill(os.getpid(), signal.SIGTERM)
+                events.append(f"received: {run.received_sigterm}, deferred: {len(arrived)}")
+
+    def fit() -> None:
+        with pytest.raises(SystemExit):
+            trainer(tmp_path, Look(), max_epochs=1).fit(seeded(), loader(), loader(seed=1))
+
+    fit()
+    assert events == ["received: True, deferred: 0"]
+    before = signal.signal(signal.SIGTERM, lambda *_: events.append("saved"))
+    try:
+        fit()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert events[1:] == ["received: False, deferred: 1", "saved"]

@@ -1,0 +1,377 @@
+"""Training is left as it was where modules, data and libraries keep state in unusual places.
+
+Each test trains twice from one seed, with the callback and without it, and compares everything that can be observed.
+"""
+
+from __future__ import annotations
+
+import collections
+import copy
+import io
+import itertools
+import random
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch import LightningModule
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
+
+from tests.helpers.toy_runs import Net, data, loader, measure, seeded, trainer
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:a measurement of the Hessian took"),
+    pytest.mark.filterwarnings("ignore:.*are few for.*eigenvalues"),
+    pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning"),
+]
+
+Loaders = Callable[[], tuple[Any, Any]]
+
+
+def plain_loaders() -> tuple[Any, Any]:
+    return loader(shuffle=True), loader(seed=1)
+
+
+def observed(run: Any, model: Any) -> dict[str, Any]:
+    return {
+        "weights": {name: value.clone() for name, value in model.state_dict().items()},
+        "optimizers": copy.deepcopy([optimizer.state_dict() for optimizer in run.optimizers]),
+        "modes": [module.training for module in model.modules()],
+        "random": [random.getstate(), np.random.get_state()[1], torch.get_rng_state()],
+        "logged": {name: v.clone() for name, v in run.callback_metrics.items() if not name.startswith("hessian/")},
+        "steps": run.global_step,
+    }
+
+
+def assert_same(one: Any, other: Any, where: str) -> None:
+    assert type(one) is type(other), where
+    if isinstance(one, torch.Tensor):
+        assert torch.equal(one, other), where
+    elif isinstance(one, np.ndarray):
+        assert np.array_equal(one, other), where
+    elif isinstance(one, dict):
+        assert list(one) == list(other), where
+        for key in one:
+            assert_same(one[key], other[key], f"{where}.{key}")
+    elif isinstance(one, (list, tuple)):
+        assert len(one) == len(other), where
+        for number, (a, b) in enumerate(zip(one, other, strict=True)):
+            assert_same(a, b, f"{where}[{number}]")
+    else:
+        assert one == other, where
+
+
+def assert_trains_alike(
+    tmp_path: Any,
+    make: Any,
+    loaders: Loaders = plain_loaders,
+    *,
+    look: Callable[[Any], Any] = lambda model: None,
+    measured: bool = True,
+    choice: dict[str, Any] | None = None,
+    **options: Any,
+) -> Any:
+    """Train with the callback and without it; return the callback."""
+    results = []
+    for callbacks in ([measure(**(choice or {}))], []):
+        model = seeded(make)
+        train, val = loaders()
+        run = trainer(tmp_path, *callbacks, **options)
+        run.fit(model, train, val)
+        results.append({**observed(run, model), "look": look(model)})
+        if callbacks:
+            callback = callbacks[0]
+    assert_same(*results, "run")
+    reasons = [entry.reason for entry in callback.history]
+    assert bool(callback.history) or not measured
+    assert all(entry.logged for entry in callback.history) == measured, reasons
+    return callback
+
+
+# -- modes and hooks ---------------------------------------------------------------------------------
+
+
+class Compiled(Net):
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        inner = nn.Sequential(nn.Linear(5, 5), nn.BatchNorm1d(5), nn.Tanh())
+        # A traced module has the mode of its dropout in its graph.
+        self.net[0] = (
+            torch.jit.script(inner.append(nn.Dropout(0.2)))
+            if kind == "script"
+            else torch.jit.trace(inner, torch.ones(2, 5))
+        )
+
+
+@pytest.mark.parametrize("kind", ["script", "trace"])
+def test_compiled_modules_go_on_in_their_modes(kind: str, tmp_path: Any) -> None:
+    assert_trains_alike(tmp_path, lambda: Compiled(kind))
+
+
+class Observed(Net):
+    """Keeps gradients per step, and counts them, by hooks of three kinds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: collections.Counter[str] = collections.Counter()
+        # Outside of what is restored: an observer that writes a file could not be restored.
+        self.log_of_hooks = LOG_OF_HOOKS
+        LOG_OF_HOOKS.clear()
+        for name, parameter in self.named_parameters():
+            parameter.register_hook(
+                lambda grad, name=name: LOG_OF_HOOKS.__setitem__(name, LOG_OF_HOOKS.get(name, 0) + 1)
+            )
+        self.net[4].register_full_backward_hook(lambda *_: self.counts.update(["backward"]))
+        self.net[0].weight.register_hook(lambda grad: setattr(self.net[0].weight, "grad_sample", grad.clone()))
+
+
+LOG_OF_HOOKS: dict[str, int] = {}
+
+
+def test_observers_of_gradients_see_those_of_training_alone(tmp_path: Any) -> None:
+    assert_trains_alike(
+        tmp_path,
+        Observed,
+        look=lambda m: [dict(LOG_OF_HOOKS), dict(m.counts), m.net[0].weight.grad_sample],
+        choice={"memory_budget": 0},
+    )
+
+
+# -- state of the module -----------------------------------------------------------------------------
+
+
+class Dict(dict[str, int]):
+    pass
+
+
+class List(list[int]):
+    pass
+
+
+class Keeping(Net):
+    """Keeps state of fourteen kinds."""
+
+    shared: list[int] = []  # noqa: RUF012
+
+    def __init__(self) -> None:
+        super().__init__()
+        type(self).shared = []
+        self.counter: Any = collections.Counter()
+        self.dict, self.list, self.count = Dict(n=0), List(), itertools.count()
+        self.cycle, self.recent = itertools.cycle("abc"), collections.deque([1], maxlen=5)
+        self.bytes, self.stream, self.rng = bytearray(1), io.StringIO(), np.random.default_rng(0)
+        self.ordered: Any = collections.OrderedDict(a=1, b=2)
+        self.nested: Any = {"a": {"b": {"c": {"d": {"e": [0]}}}}}
+        self.ring: Any = [(torch.zeros(2), 0.0)] * 12_000
+        self.hidden: Any = None
+        self.save_hyperparameters({"tau": 1.0})
+        self.read: list[Any] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.counter.update(batch[1].tolist())
+        self.dict["n"] += 1
+        self.list.append(1)
+        self.shared.append(1)
+        self.recent.append(int(batch[1][0]))
+        self.bytes[0] += 1
+        self.stream.write("x")
+        self.ordered.move_to_end("a" if len(self.list) % 2 else "b")
+        self.nested["a"]["b"]["c"]["d"]["e"][0] += 1
+        self.ring[self.dict["n"]] = (batch[0][0], 1.0)
+        self.hparams.tau *= 0.99
+        self.hidden = batch[0].mean() if self.hidden is None else 0.5 * self.hidden + batch[0].mean()
+        self.read.append((next(self.count), next(self.cycle), float(self.rng.random())))
+        return super().training_step(batch, batch_idx)
+
+    def look(self) -> Any:
+        return {
+            "counter": dict(self.counter),
+            "dict": dict(self.dict),
+            "lists": [list(self.list), list(self.recent), list(self.shared), self.read],
+            "ordered": list(self.ordered),
+            "bytes": bytes(self.bytes),
+            "text": self.stream.getvalue(),
+            "nested": self.nested,
+            "ring": [number for number, entry in enumerate(self.ring) if entry[1]],
+            "tau": self.hparams.tau,
+            "hidden": self.hidden,
+        }
+
+
+def test_state_of_every_kind_in_a_module_is_restored(tmp_path: Any) -> None:
+    assert_trains_alike(tmp_path, Keeping, look=Keeping.look)
+
+
+class Decaying(Net):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        for group in self.optimizers().param_groups:
+            group["lr"] *= 0.99
+        return super().training_step(batch, batch_idx)
+
+
+def test_learning_rates_that_a_step_changes_are_restored(tmp_path: Any) -> None:
+    assert_trains_alike(tmp_path, Decaying)
+
+
+class Recurrent(LightningModule):
+    """Carries the hidden state over from batch to batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn, self.head = nn.GRU(5, 4, batch_first=True), nn.Linear(4, 3)
+        self.state: Any = None
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        out, state = self.rnn(batch[0][:, None], self.state)
+        self.state = state.detach()
+        return nn.functional.cross_entropy(self.head(out[:, 0]), batch[1])
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        return None
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+@pytest.mark.parametrize("dataloader", ["train", "val"])
+def test_hidden_state_is_restored_whether_or_not_the_loss_can_be_measured(dataloader: str, tmp_path: Any) -> None:
+    results = []
+    for callbacks in ([measure(dataloader=dataloader, at_steps=[3, 8])], []):
+        model = seeded(Recurrent)
+        run = trainer(tmp_path, *callbacks)
+        run.fit(model, *plain_loaders())
+        results.append([observed(run, model), model.state])
+    assert_same(*results, "run")
+
+
+class SemiSupervised(Net):
+    """Takes the second batch of a step from an iterator of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unlabelled: Any = None
+
+    def on_fit_start(self) -> None:
+        self.unlabelled = iter(DataLoader(data(400, seed=3), batch_size=8))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        x, _ = next(self.unlabelled)
+        return {"loss": super().training_step(batch, batch_idx)["loss"] + self(x).square().mean()}
+
+
+def test_an_iterator_over_other_data_is_not_read(tmp_path: Any) -> None:
+    callback = assert_trains_alike(
+        tmp_path, SemiSupervised, look=lambda m: m.unlabelled._num_yielded, measured=False, choice={"at_steps": [6]}
+    )
+    assert "SemiSupervised.unlabelled" in callback.history[-1].reason
+    assert "loss_fn=" in callback.history[-1].reason
+
+
+# -- data --------------------------------------------------------------------------------------------
+
+
+class Lines(IterableDataset[Any]):
+    """Goes on where it was: an open file, or an iterator."""
+
+    def __init__(self, source: Any) -> None:
+        self.source = source
+
+    def __iter__(self) -> Any:
+        for line in self.source:
+            numbers = [float(word) for word in line.split()]
+            yield torch.tensor(numbers[:5]), int(numbers[5])
+
+
+def text() -> str:
+    return "".join(f"{' '.join(map(str, x.tolist()))} {int(y)}\n" for x, y in data(400))
+
+
+SOURCES: dict[str, Callable[[Any], Any]] = {
+    "file": lambda path: path.open(),
+    "memory": lambda path: io.StringIO(path.read_text()),
+    "list": lambda path: iter(path.read_text().splitlines()),
+    "map": lambda path: map(str.strip, iter(path.read_text().splitlines())),
+}
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("dataloader", ["train", "val"])
+def test_streams_of_data_go_on_where_they_were(source: str, dataloader: str, tmp_path: Any) -> None:
+    path = tmp_path / "lines"
+    path.write_text(text())
+
+    def loaders() -> tuple[Any, Any]:
+        stream = DataLoader(Lines(SOURCES[source](path)), batch_size=8)
+        return (stream, loader(seed=1)) if dataloader == "train" else (loader(shuffle=True), stream)
+
+    limits = {"limit_train_batches": 6} if dataloader == "train" else {"limit_val_batches": 3}
+    assert_trains_alike(tmp_path, Net, loaders, choice={"dataloader": dataloader}, **limits)
+
+
+def test_a_generator_of_data_is_not_read(tmp_path: Any) -> None:
+    """It cannot be rewound, so the measurement is refused before training, with the remedy."""
+    path = tmp_path / "lines"
+    path.write_text(text())
+    stream = DataLoader(Lines(line for line in path.read_text().splitlines()), batch_size=8)
+    run = trainer(tmp_path, measure(dataloader="train"), max_epochs=1, limit_train_batches=6)
+    source = stream.dataset.source
+    seen: list[Any] = []
+
+    def fit() -> None:
+        try:
+            run.fit(seeded(), stream, loader(seed=1))
+        except RuntimeError as error:
+            seen.append(str(error))
+
+    fit()
+    reasons = seen or [entry.reason for entry in run.callbacks[0].history]
+    assert "Lines.source" in reasons[0]
+    assert "dataloader=" in reasons[0]
+    assert stream.dataset.source is source
+
+
+@pytest.mark.parametrize("where", ["attribute", "closure", "library"])
+def test_random_generators_of_a_collator_are_restored(where: str, tmp_path: Any) -> None:
+    """Both loaders share the collator, so a draw for the Hessian's samples would change those of training."""
+
+    def loaders() -> tuple[Any, Any]:
+        collate: Any
+        if where == "library":
+            transformers = pytest.importorskip("transformers")
+            tokenizers = pytest.importorskip("tokenizers")
+            words = {"[PAD]": 0, "[MASK]": 1, "[UNK]": 2, **{f"w{number}": number + 3 for number in range(60)}}
+            vocabulary = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="[UNK]"))
+            tokenizer = transformers.PreTrainedTokenizerFast(
+                tokenizer_object=vocabulary, pad_token="[PAD]", mask_token="[MASK]", unk_token="[UNK]"
+            )
+            masked = transformers.DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.3, seed=5)
+
+            def collate(rows: Any) -> Any:
+                x, y = torch.utils.data.default_collate(rows)
+                marked = masked([{"input_ids": [3, 4, 5, 6]} for _ in rows])["labels"]
+                return x + (marked > 0).sum(1, keepdim=True), y
+
+        elif where == "closure":
+            rng = np.random.default_rng(0)
+
+            def collate(rows: Any) -> Any:
+                x, y = torch.utils.data.default_collate(rows)
+                return x + float(rng.random()), y
+
+        else:
+            collate = Shifting()
+        return loader(shuffle=True, collate_fn=collate), loader(seed=1, collate_fn=collate)
+
+    assert_trains_alike(tmp_path, Net, loaders)
+
+
+class Shifting:
+    def __init__(self) -> None:
+        self.rng = torch.Generator().manual_seed(0)
+
+    def __call__(self, rows: Any) -> Any:
+        x, y = torch.utils.data.default_collate(rows)
+        return x + torch.rand((), generator=self.rng), y
