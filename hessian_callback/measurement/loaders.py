@@ -178,7 +178,8 @@ def check_starts_anew(stream: Any, *, shared: bool) -> None:
         SampleError: if the stream is an iterator, or holds an iterator, an open file, a queue or a connection.
     """
     found = None
-    if not isinstance(stream, DataLoader) and iter(stream) is stream:
+    # Asking a loader for an iterator may already restart its workers.
+    if hasattr(type(stream), "__next__") and iter(stream) is stream:
         found = f"({type(stream).__name__}) is an iterator"
     elif shared and (place := _position_in(stream)) is not None:
         found = f"({type(stream).__name__}) reads on from {place} wherever that was left"
@@ -195,7 +196,7 @@ def _position_in(stream: Any) -> str | None:
     seen: set[int] = set()
 
     def search(value: Any, name: str, depth: int) -> str | None:
-        if id(value) in seen or depth > 4:
+        if id(value) in seen or depth > 8:
             return None
         seen.add(id(value))
         if _has_position(value):

@@ -379,7 +379,7 @@ def _plan(
         return _Plan([fetch.group(number, indices) for number, indices in enumerate(batches[:enough])], count)
 
     size = 1 if loader.batch_size is None else batch_size or loader.batch_size
-    population = _population(loader, size, num_samples, seed, limit, in_order=in_order)
+    population = _population(loader, num_samples, seed, limit, in_order=in_order)
     if loader.batch_size is None:
         # The data set makes the batches, and loading them shows their sizes.
         order = shuffled.sample(population, min(num_samples, len(population)))
@@ -489,13 +489,11 @@ def _until_enough(groups: Iterable[_Group], num_samples: int) -> list[_Group]:
     return taken
 
 
-def _population(
-    loader: DataLoader[Any], size: int, num_samples: int, seed: int, limit: float, *, in_order: bool
-) -> Sequence[Any]:
+def _population(loader: DataLoader[Any], num_samples: int, seed: int, limit: float, *, in_order: bool) -> Sequence[Any]:
     """Return the indices of an epoch, over all ranks and without padding, as often as it takes each."""
     sampler: Any = loader.sampler
     dataset: Any = loader.dataset
-    per_step = size * _num_replicas(sampler)
+    per_step = (loader.batch_size or 1) * _num_replicas(sampler)
     if isinstance(sampler, DistributedSampler) and hasattr(sampler.dataset, "_sampler"):
         sampler = sampler.dataset._sampler  # Lightning's wrapper of a sampler that it shards.
     iterates = getattr(type(sampler), "__iter__", None)

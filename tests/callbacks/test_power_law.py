@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from hessian_callback.callbacks.power_law import PowerLawHessianCallback
+from hessian_callback.measurement.errors import SampleError
 from hessian_callback.measurement.measurement import Measurement
 from tests.helpers.toy_runs import NUM_EIGENVALUES, data, loader, measure, seeded, trainer
 
@@ -164,7 +165,7 @@ def test_what_cannot_work_is_refused_before_training(case: str, tmp_path: Any) -
 def test_what_collecting_finds_is_refused_where_only_the_end_is_measured(tmp_path: Any) -> None:
     network = seeded()
     callback = measure(at_steps=[], at_end=True, batch_size=4, dataloader=DataLoader(Stream(), batch_size=8))
-    with pytest.raises(MisconfigurationException, match="batch_size is given, but the batches come from a stream"):
+    with pytest.raises(SampleError, match="batch_size is given, but the batches come from a stream"):
         trainer(tmp_path, callback, max_epochs=1).fit(network, loader(), loader(seed=1))
     assert network.calls == 0
 
