@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from hessian_callback import PowerLawHessianCallback
 from hessian_callback.callbacks.module_loss import resolve_loss
-from hessian_callback.measurement.errors import SampleError
+from hessian_callback.measurement.errors import LossError, SampleError
 from tests.callbacks.test_trainer_paths import observable, same
 from tests.helpers.killed_run import fit
 from tests.helpers.model_zoo import KINDS
@@ -388,7 +388,7 @@ def test_restoration_is_a_property(
                 run.validate(model, kind.loaders()[1], verbose=False)
             else:
                 run.fit(model, *kind.loaders())
-        except (RuntimeError, ArithmeticError, SystemExit, KeyboardInterrupt, MemoryError):
+        except (RuntimeError, LossError, ArithmeticError, SystemExit, KeyboardInterrupt, MemoryError):
             ended = True
     came = loss_fn.left <= 0 and fault != "none"
     event(f"{fault}: {'came' if came else 'did not come'}, the run {'ended' if ended else 'went on'}")

@@ -283,7 +283,7 @@ def failing_at(measurements: set[int], kind: str) -> Any:
         if module.trainer.global_step not in measurements:
             return loss
         if kind == "raises":
-            raise RuntimeError("the disk is gone")
+            raise OSError("the disk is gone")
         return loss * {"nan": math.nan, "inf": math.inf}[kind]
 
     return loss_fn
@@ -314,7 +314,7 @@ def test_a_failed_measurement_is_noted_and_training_goes_on(kind: str, tmp_path:
 
 def test_raising_on_demand(tmp_path: Any) -> None:
     callback = measure(loss_fn=failing_at({6}, "raises"), on_error="raise")
-    with pytest.raises(RuntimeError, match="the disk is gone"):
+    with pytest.raises(OSError, match="the disk is gone"):
         trainer(tmp_path, callback).fit(seeded(), loader(), loader(seed=1))
     assert len(callback.history) == 1
 
@@ -504,7 +504,7 @@ def test_the_history_tells_what_was_measured(tmp_path: Any) -> None:
 
 def test_a_run_after_one_that_ended_with_an_error_starts_afresh(tmp_path: Any) -> None:
     callback = measure(loss_fn=failing_at({6}, "raises"), on_error="raise")
-    with pytest.raises(RuntimeError, match="the disk is gone"):
+    with pytest.raises(OSError, match="the disk is gone"):
         trainer(tmp_path, callback).fit(seeded(), loader(), loader(seed=1))
     assert callback._held_out is None
     callback.loss_fn = None
