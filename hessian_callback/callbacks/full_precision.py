@@ -1,4 +1,4 @@
-"""Modules whose parameters are half-precision numbers: their Hessian is formed on a copy in float32."""
+"""Float32 copies of modules with half-precision parameters, on which their Hessian is formed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from hessian_callback.operators.memory import free_memory, readable_size
 __all__ = ["batch_in_full_precision", "has_half_precision", "in_full_precision"]
 
 _HALF = (torch.float16, torch.bfloat16)
-# Of what is free, how much a copy may take; products and their graphs need the rest.
+# Largest share of the free memory for a copy. Products and their graphs need the rest.
 _SHARE = 0.5
 
 _REMEDY = (
@@ -38,11 +38,11 @@ def has_half_precision(module: nn.Module) -> bool:
 
 
 def in_full_precision(trainer: Trainer, pl_module: LightningModule) -> tuple[LightningModule, str]:
-    """Return a module to form second derivatives on, and the precision that they will have.
+    """Return a module to form second derivatives on, and the precision of these derivatives.
 
-    In half precision a Hessian's smaller eigenvalues drown in rounding. So a module with such parameters is
-    copied, and the copy's are made float32, at the values that they have: its Hessian is that of the float32 loss.
-    Any other module is returned as it is.
+    In half precision rounding errors exceed the smaller eigenvalues of a Hessian. So a module with such parameters is
+    copied, and the parameters of the copy are converted to float32: its Hessian is that of the float32 loss at the
+    same values. Any other module is returned as it is.
 
     Args:
         trainer: its trainer, which the copy shares.
@@ -59,7 +59,7 @@ def in_full_precision(trainer: Trainer, pl_module: LightningModule) -> tuple[Lig
         return pl_module, " and ".join(found)
     reason = "parameters in half precision need a copy in float32 to form the Hessian on"
     if is_sharded(pl_module):
-        raise MisconfigurationException(f"{reason}, which sharded ones do not have: {_REMEDY}")
+        raise MisconfigurationException(f"{reason}, and sharded parameters can't be copied: {_REMEDY}")
     needed = sum(4 * t.numel() for t in itertools.chain(pl_module.parameters(), pl_module.buffers()))
     free = free_memory(pl_module.device)
     # Ranks on one machine share the main memory.
@@ -70,7 +70,7 @@ def in_full_precision(trainer: Trainer, pl_module: LightningModule) -> tuple[Lig
             f"{_REMEDY}"
         )
     try:
-        # All that hangs on the module is copied, except for what runs it.
+        # Its attributes are copied as well, except for the trainer.
         copied = copy.deepcopy(pl_module, {id(trainer): trainer})
     except Exception as error:
         raise MisconfigurationException(f"{reason}, but the module cannot be copied ({error}): {_REMEDY}") from error
@@ -80,7 +80,7 @@ def in_full_precision(trainer: Trainer, pl_module: LightningModule) -> tuple[Lig
 
 
 def batch_in_full_precision(batch: Any) -> Any:
-    """Return a batch with float32 in the place of half precision.
+    """Return a copy of a batch, of any class, with float32 tensors in place of half-precision ones.
 
     Example:
         >>> batch_in_full_precision({"x": torch.ones(2, dtype=torch.bfloat16), "y": torch.tensor(1)})

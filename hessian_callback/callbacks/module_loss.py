@@ -60,20 +60,20 @@ def resolve_loss(
         if not callable(loss_fn):
             raise MisconfigurationException(f"loss_fn is a {type(loss_fn).__name__}. {_REMEDY}")
         name = getattr(loss_fn, "__name__", type(loss_fn).__name__)
-        return CheckedLoss(loss_fn, f"loss_fn ({name})", origin=origin, remedy=_other_loader(origin, "Correct it"))
+        return CheckedLoss(loss_fn, f"loss_fn ({name})", origin=origin, remedy=_remedy(origin))
     own = getattr(pl_module, "hessian_loss", None)
     if callable(own):
         # Called on the module that is passed, which may be a copy of this one.
         name = f"{type(pl_module).__name__}.hessian_loss"
-        return CheckedLoss(_hessian_loss, name, origin=origin, remedy=_other_loader(origin, "Correct it"))
+        return CheckedLoss(_hessian_loss, name, origin=origin, remedy=_remedy(origin))
     name = f"{type(pl_module).__name__}.training_step"
-    return CheckedLoss(_training_step_of(pl_module), name, origin=origin, remedy=_other_loader(origin, _REMEDY))
+    return CheckedLoss(_training_step_of(pl_module), name, origin=origin, remedy=_remedy(origin))
 
 
-def _other_loader(origin: str, remedy: str) -> str:
+def _remedy(origin: str) -> str:
     if "training loader" in origin:
-        return f"{remedy}."
-    return f"If it needs batches of the training loader, use dataloader='train'. {remedy}."
+        return f"{_REMEDY}."
+    return f"If it needs batches of the training loader, use dataloader='train'. {_REMEDY}."
 
 
 def as_in_a_step(trainer: Trainer, pl_module: LightningModule, loss: LossFunction) -> LossFunction:

@@ -31,4 +31,4 @@ __all__ = [
 def collect(loader: Any, *, sequential: bool = True, **options: Any) -> SampleSet:
     """Collect as `samples.collect` does; several loaders serve as those of validation or of training do."""
     mode = "sequential" if sequential else "max_size_cycle"
-    return samples.collect(loader, mode=mode, first_only=sequential, **options)
+    return samples.collect(loader, mode=mode, first_only=sequential, shared=True, **options)

@@ -121,7 +121,7 @@ class _Copier:
 
     def _object(self, value: Any) -> Any:
         try:
-            copied = copy.copy(value)
+            copied = _shallow(value)
         except Exception:  # Whatever a class's own copying raises.
             # A library's compiled objects, such as locks, have no state that a loss would change. Iterators have.
             if hasattr(value, "__dict__") or hasattr(value, "__next__"):
@@ -143,6 +143,19 @@ class _Copier:
             copied.__dict__[name] = self.copy(item)
         for name in _slots(copied):
             object.__setattr__(copied, name, self.copy(getattr(copied, name)))
+        return copied
+
+
+def _shallow(value: Any) -> Any:
+    try:
+        return copy.copy(value)
+    except Exception:
+        if not isinstance(value, dict):
+            raise
+        # A class that refuses assignments can still be filled past them.
+        copied = type(value).__new__(type(value))
+        dict.update(copied, value)
+        vars(copied).update(vars(value))
         return copied
 
 

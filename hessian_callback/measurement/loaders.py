@@ -177,15 +177,18 @@ def check_starts_anew(stream: Any, *, shared: bool) -> None:
     Raises:
         SampleError: if the stream is an iterator, or holds an iterator, an open file, a queue or a connection.
     """
-    found = None
-    if not isinstance(stream, DataLoader) and iter(stream) is stream:
-        found = f"({type(stream).__name__}) is an iterator"
-    elif shared and (place := _position_in(stream)) is not None:
-        found = f"({type(stream).__name__}) reads on from {place} wherever that was left"
-    if found is not None:
+    name = type(stream).__name__
+    # Asking a loader for an iterator may already restart its workers.
+    if hasattr(type(stream), "__next__") and iter(stream) is stream:
         raise SampleError(
-            f"the loader {found}, so reading samples would use up its data; pass dataloader=my_loader, a separate "
-            "DataLoader or another iterable that starts anew each time"
+            f"the loader ({name}) is an iterator, so reading samples would use up its data; pass a DataLoader or "
+            "another iterable that starts anew each time"
+        )
+    place = _position_in(stream) if shared else None
+    if place is not None:
+        raise SampleError(
+            f"the loader ({name}) reads on from {place} wherever that was left, so reading samples would use up its "
+            "data; pass dataloader=my_loader, a separate DataLoader or another iterable that starts anew each time"
         )
 
 
@@ -195,7 +198,7 @@ def _position_in(stream: Any) -> str | None:
     seen: set[int] = set()
 
     def search(value: Any, name: str, depth: int) -> str | None:
-        if id(value) in seen or depth > 4:
+        if id(value) in seen or depth > 8:
             return None
         seen.add(id(value))
         if _has_position(value):

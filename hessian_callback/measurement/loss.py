@@ -20,9 +20,22 @@ from hessian_callback.operators.batches import halves, leading_dimension
 from hessian_callback.operators.derivatives import DoubleBackwardError, explained
 from hessian_callback.operators.fully_shard import is_sharded
 
-__all__ = ["CheckedLoss", "Reduction", "loss_reduction", "mean_loss", "refuse_collectives"]
+__all__ = ["REDUCTION_WARNINGS", "CheckedLoss", "Reduction", "loss_reduction", "mean_loss", "refuse_collectives"]
 
 Reduction = Literal["mean", "sum", "other"]
+
+# What a loss of each reduction means for a measurement, for a warning.
+REDUCTION_WARNINGS: dict[Reduction | None, str] = {
+    "sum": (
+        "the loss of a batch is the sum over its samples, so eigenvalues grow with the batch size. Return the mean "
+        "over the batch (reduction='mean'), in loss_fn if not in the training step"
+    ),
+    "other": (
+        "the loss of a batch is not the mean over its samples, so the Hessian depends on the batch size. For class "
+        "weights or a varying number of counted tokens, pass batch_weight=..., what the loss averages over; a loss "
+        "that compares the samples of a batch needs the batch size of the training"
+    ),
+}
 
 
 class CheckedLoss:

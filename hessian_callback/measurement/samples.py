@@ -195,7 +195,7 @@ def collect(
             "rank, or over an IterableDataset, of which each rank takes its own part"
         )
     if not groups:
-        raise SampleError(_empty(loader))
+        raise SampleError(_empty(combination))
 
     loaded: dict[int, tuple[Any, float]] = {}
 
@@ -229,7 +229,7 @@ def collect(
             shares=tuple(sum(all_weights[number] for number in hand) for hand in hands),
             indices=tuple(i for part in chosen for i in part or ()) if alone and None not in chosen else None,
         ),
-        loader,
+        combination,
     )
 
 
@@ -274,7 +274,7 @@ def _groups(combination: Combination, num_samples: int, seed: int, batch_size: i
     """Return the chosen batches over all ranks, not loaded; ``None`` if they come from a stream."""
     loaders = combination.loaders
     if not loaders:
-        raise SampleError("there is no loader to take samples from; pass one as dataloader=my_loader")
+        raise SampleError(_empty(combination))
     plans = [
         _plan(leaf, num_samples, seed, batch_size, combination.limit(number), in_order=combination.in_order)
         for number, leaf in enumerate(loaders)
@@ -379,7 +379,7 @@ def _plan(
         return _Plan([fetch.group(number, indices) for number, indices in enumerate(batches[:enough])], count)
 
     size = 1 if loader.batch_size is None else batch_size or loader.batch_size
-    population = _population(loader, size, num_samples, seed, limit, in_order=in_order)
+    population = _population(loader, num_samples, seed, limit, in_order=in_order)
     if loader.batch_size is None:
         # The data set makes the batches, and loading them shows their sizes.
         order = shuffled.sample(population, min(num_samples, len(population)))
@@ -489,13 +489,11 @@ def _until_enough(groups: Iterable[_Group], num_samples: int) -> list[_Group]:
     return taken
 
 
-def _population(
-    loader: DataLoader[Any], size: int, num_samples: int, seed: int, limit: float, *, in_order: bool
-) -> Sequence[Any]:
+def _population(loader: DataLoader[Any], num_samples: int, seed: int, limit: float, *, in_order: bool) -> Sequence[Any]:
     """Return the indices of an epoch, over all ranks and without padding, as often as it takes each."""
     sampler: Any = loader.sampler
     dataset: Any = loader.dataset
-    per_step = size * _num_replicas(sampler)
+    per_step = (loader.batch_size or 1) * _num_replicas(sampler)
     if isinstance(sampler, DistributedSampler) and hasattr(sampler.dataset, "_sampler"):
         sampler = sampler.dataset._sampler  # Lightning's wrapper of a sampler that it shards.
     iterates = getattr(type(sampler), "__iter__", None)
@@ -585,7 +583,7 @@ def _collect_stream(
             shares=tuple(counts[:, 2].tolist()),
             indices=None,
         ),
-        stream,
+        combination,
     )
 
 
@@ -659,10 +657,10 @@ def _agreed(ranks: Ranks, values: Tensor) -> Tensor:
     return ranks.all_reduce(table).cpu()
 
 
-def _checked(samples: SampleSet, loader: Any) -> SampleSet:
+def _checked(samples: SampleSet, combination: Combination) -> SampleSet:
     """Raise on all ranks alike if there is nothing to measure on; the shares are equal on all."""
     if not samples.num_samples:
-        raise SampleError(_empty(loader))
+        raise SampleError(_empty(combination))
     if not sum(samples.shares) > 0:
         raise SampleError(
             "the weights of all sample batches are zero; batch_weight(batch) must return what the batch's "
@@ -695,10 +693,11 @@ def _num_samples(batch: Any) -> float:
         raise SampleError(str(error)) from error
 
 
-def _empty(loader: Any) -> str:
+def _empty(combination: Combination) -> str:
+    kinds = ", ".join(type(loader).__name__ for loader in combination.loaders) or "an empty list"
     return (
-        f"the loader of the samples ({type(loader).__name__}) gives no sample; pass another one as "
-        "dataloader=my_loader, or check its data set and sampler"
+        f"the loader of the samples ({kinds}) gives no sample; pass another one as dataloader=my_loader, or check its "
+        "data set and sampler"
     )
 
 

@@ -20,7 +20,6 @@ import pytest
 import torch
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import OnExceptionCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
@@ -28,6 +27,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from hessian_callback import PowerLawHessianCallback
 from hessian_callback.callbacks.module_loss import resolve_loss
+from hessian_callback.measurement.errors import LossError, SampleError
 from tests.callbacks.test_trainer_paths import observable, same
 from tests.helpers.killed_run import fit
 from tests.helpers.model_zoo import KINDS
@@ -270,7 +270,7 @@ def test_a_loader_that_raises(tmp_path: Any) -> None:
 
 @pytest.mark.parametrize("empty", [[], DataLoader([])], ids=["list", "DataLoader"])
 def test_a_loader_that_is_empty(empty: Any, tmp_path: Any) -> None:
-    with pytest.raises(MisconfigurationException, match=r"gives no sample; pass another one as dataloader=my_loader"):
+    with pytest.raises(SampleError, match=r"gives no sample; pass another one as dataloader=my_loader"):
         outcome(tmp_path, measure(dataloader=empty))
 
 
@@ -388,7 +388,7 @@ def test_restoration_is_a_property(
                 run.validate(model, kind.loaders()[1], verbose=False)
             else:
                 run.fit(model, *kind.loaders())
-        except (RuntimeError, ArithmeticError, SystemExit, KeyboardInterrupt, MemoryError):
+        except (RuntimeError, LossError, ArithmeticError, SystemExit, KeyboardInterrupt, MemoryError):
             ended = True
     came = loss_fn.left <= 0 and fault != "none"
     event(f"{fault}: {'came' if came else 'did not come'}, the run {'ended' if ended else 'went on'}")

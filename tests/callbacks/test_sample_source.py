@@ -113,7 +113,6 @@ TRAINING: dict[str, tuple[Any, dict[str, Any]]] = {
     "batch sampler": (lambda: DataLoader(NUMBERS, batch_sampler=BatchSampler(SequentialSampler(NUMBERS), 8, True)), {}),
     "stream": (lambda: DataLoader(Stream(), batch_size=8), {}),
     "limited stream": (lambda: DataLoader(Stream(), batch_size=8), {"limit_train_batches": 2}),
-    "list": (lambda: list(NUMBERS.split(8)), {}),
     "two": (lambda: {"a": loader(0, 12), "b": loader(20, 40)}, {}),
     "max_size": (lambda: CombinedLoader({"a": loader(0, 12), "b": loader(20, 40)}, "max_size"), {}),
     "min_size": (lambda: CombinedLoader([loader(0, 12), loader(20, 40)], "min_size"), {}),

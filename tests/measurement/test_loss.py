@@ -37,13 +37,13 @@ from tests.helpers.ranks import run_ranks
 def popping(model: Any, batch: Any) -> torch.Tensor:
     labels = batch.pop("y")
     batch["seen"] = True
-    return functional.mse_loss(model(batch.pop("x")), labels)
+    return (model(batch.pop("x")) - labels).square().mean()
 
 
 def normalising(model: Any, batch: Any) -> torch.Tensor:
     batch["x"].sub_(1).div_(2)
     batch["y"] = batch["y"] * 2
-    return functional.mse_loss(model(batch["x"]), batch["y"])
+    return (model(batch["x"]) - batch["y"]).square().mean()
 
 
 @pytest.mark.parametrize("change", [popping, normalising])

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
@@ -35,11 +34,9 @@ from torch.utils.data import (
 )
 
 from hessian_callback.callbacks.state_guard import preserve_random_state
-from hessian_callback.linalg.distributed import Ranks
 from hessian_callback.measurement.errors import SampleError
 from hessian_callback.measurement.loaders import combination_of
 from hessian_callback.measurement.samples import assign_to_ranks, collect
-from tests.helpers.ranks import run_ranks
 
 NUMBERS = torch.arange(20.0).reshape(20, 1)
 
@@ -337,10 +334,9 @@ def test_a_sampler_with_a_generator_of_its_own_draws_by_the_seed(sampler: Any) -
             ),
             range(16),
         ),
-        (DataLoader(Fixed(list(range(20))), batch_size=4), range(8)),
         ([NUMBERS[:4], NUMBERS[4:8], NUMBERS[8:]], range(8)),
     ],
-    ids=["in order", "shuffled", "own order", "batch sampler", "no batches", "distributed", "list data", "stream"],
+    ids=["in order", "shuffled", "own order", "batch sampler", "no batches", "distributed", "stream"],
 )
 def test_an_epoch_that_is_cut_short(loader: Any, expected: Any) -> None:
     combination = replace(combination_of(loader), limits=(2.0,))
@@ -650,43 +646,6 @@ def test_batches_of_any_class_are_detached_and_on_the_cpu() -> None:
     samples = collected(DataLoader(NUMBERS, batch_size=5, collate_fn=collate))
     assert [type(batch) for batch in samples.batches] == [Own, Own]
     assert not any(batch.x.requires_grad for batch in samples.batches)
-
-
-# -- several ranks -----------------------------------------------------------------------------------
-
-
-def _share_of_a_wrapper(rank: int) -> Any:
-    samples = collect(Around(DataLoader(NUMBERS, batch_size=4)), num_samples=16, ranks=Ranks(dist.group.WORLD))
-    return values(samples), samples.num_samples, samples.keys
-
-
-def _share_of_an_own_stream(rank: int) -> Any:
-    own = DataLoader(NUMBERS[10 * rank : 10 * rank + 10], batch_size=5)
-    return values(collect(Around(own), num_samples=20, ranks=Ranks(dist.group.WORLD)))
-
-
-def _draws_of_a_subclass(rank: int) -> Any:
-    class Weighted(DistributedSampler):
-        def __iter__(self) -> Any:
-            return iter([self.rank] * len(self))
-
-    loader = DataLoader(NUMBERS, batch_size=4, sampler=Weighted(NUMBERS, num_replicas=2, rank=rank))
-    return collect(loader, num_samples=8, ranks=Ranks(dist.group.WORLD))
-
-
-def test_a_stream_that_is_the_same_on_all_ranks_is_not_counted_twice() -> None:
-    one, other = (outcome.value for outcome in run_ranks(_share_of_a_wrapper, 2))
-    assert sorted(one[0] + other[0]) == [number / 2 for number in range(16)]
-    assert one[1] == other[1] == 16
-    assert not set(one[2]) & set(other[2])
-    one, other = (outcome.value for outcome in run_ranks(_share_of_an_own_stream, 2))
-    assert sorted(one + other) == [number / 2 for number in range(20)]
-
-
-def test_a_distributed_sampler_that_draws_in_its_own_way_is_refused() -> None:
-    for outcome in run_ranks(_draws_of_a_subclass, 2, expect_errors=True):
-        assert outcome.error == "SampleError"
-        assert "the ranks would choose different samples" in outcome.message
 
 
 # -- weights and ranks -------------------------------------------------------------------------------
