@@ -40,17 +40,23 @@ class ReferenceProducts:
         self._ranks = ranks
         self._partition = partition
 
-    def products(self, vectors: Sequence[Tensor]) -> list[Tensor] | None:
+    def products(self, vectors: Sequence[Tensor], *, moved: Tensor | None = None) -> list[Tensor] | None:
         """Multiply with whole vectors, ``(P,)``; return this rank's slices, ``(slice_length,)``.
 
-        ``None`` on all ranks if the loss cannot be evaluated or differentiated so on any.
+        Args:
+            vectors: the vectors, the same on all ranks.
+            moved: added to the parameters, ``(P,)``.
+
+        Returns:
+            ``None`` on all ranks if the loss cannot be evaluated or differentiated in this precision on any.
         """
+        displacement = None if moved is None else self._loss.split(moved)
 
         def own() -> list[Tensor]:
             totals = [self._zeros(vector) for vector in vectors]
             directions = [self._loss.split(vector) for vector in vectors]
             for batch, weight in zip(self._parts.batches, self._parts.weights, strict=True):
-                for total, product in zip(totals, self.function.products(batch, directions), strict=True):
+                for total, product in zip(totals, self.function.products(batch, directions, displacement), strict=True):
                     self._loss.accumulate(total, product, weight)
             return totals
 

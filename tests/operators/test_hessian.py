@@ -300,6 +300,21 @@ def test_bad_losses(loss_fn: Any, error: type[Exception], remedy: str) -> None:
         HessianOperator(nn.Linear(3, 2), loss_fn, [torch.ones(4, 3)]).matvec(torch.ones(8))
 
 
+@pytest.mark.parametrize("budget", [None, 0], ids=["kept", "rebuilt"])
+def test_a_function_without_second_derivative_is_found_in_every_batch(budget: int | None) -> None:
+    """Autograd prunes the branch that leads to it; only the larger batch has none."""
+    model = nn.Linear(3, 2)
+
+    def loss_fn(m: nn.Module, x: Tensor) -> Tensor:
+        value = m(x)
+        return ((value if len(x) > 2 else NoSecondDerivative.apply(value)) ** 2).mean()
+
+    with pytest.raises(DoubleBackwardError, match="once_differentiable"):
+        HessianOperator(model, loss_fn, [torch.ones(4, 3), torch.ones(2, 3)], memory_budget=budget).matvec(
+            torch.ones(8)
+        )
+
+
 def test_finite_differences_do_without_second_derivatives() -> None:
     model = nn.Linear(3, 1, bias=False).double()
     operator = HessianOperator(
