@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -29,6 +29,9 @@ _WIDE = {
 }
 # A tenth of the graph in lower precision is a reserve for temporaries.
 _ROOM = 1.1
+
+
+_Result = TypeVar("_Result")
 
 
 class FunctionalLoss:
@@ -55,7 +58,7 @@ class FunctionalLoss:
 
     def __init__(self, loss: BatchLoss, *, float64: bool = True) -> None:
         self.loss = loss
-        self._module = LossModule(loss)
+        self._module = _Calling(loss)
         self._float64 = float64
         names = {id(parameter): name for name, parameter in self._module.named_parameters()}
         self._chosen = [names[id(parameter)] for parameter in loss.parameters]
@@ -86,46 +89,55 @@ class FunctionalLoss:
             return None
         return cls(loss)
 
-    def gradient(
-        self, batch: Any, displacement: Sequence[Tensor] | None = None, *, create_graph: bool = False
-    ) -> list[Tensor]:
+    def gradient(self, batch: Any, displacement: Sequence[Tensor] | None = None) -> list[Tensor]:
         """Return the gradient of one batch.
 
         Args:
             batch: the batch, in any precision.
             displacement: added to the parameters; in their shapes.
-            create_graph: whether the gradient is to be differentiated.
 
         Raises:
             TypeError: if the loss is not computed in float64 throughout.
         """
-        return self._gradient(batch, displacement, create_graph=create_graph)[1]
 
-    def products(self, batch: Any, directions: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
+        def compute(leaves: list[Tensor], own: Any) -> list[Tensor]:
+            with constant_padding(self.loss.model):
+                return list(torch.autograd.grad(self._value(batch, own), leaves, materialize_grads=True))
+
+        return self._substituted(compute, batch, displacement)
+
+    def products(
+        self, batch: Any, directions: Sequence[Sequence[Tensor]], displacement: Sequence[Tensor] | None = None
+    ) -> list[list[Tensor]]:
         """Multiply the Hessian of one batch with several directions, each in the parameters' shapes."""
-        leaves, gradients = self._gradient(batch, None, create_graph=True)
-        check_twice_differentiable(gradients)
-        results = []
-        with self.loss.differentiable(), self._precision():
+
+        def compute(leaves: list[Tensor], own: Any) -> list[list[Tensor]]:
+            value = self._value(batch, own)
+            gradients = torch.autograd.grad(value, leaves, create_graph=True, materialize_grads=True)
+            check_twice_differentiable(gradients)
+            results = []
             for number, direction in enumerate(directions):
                 wide = [self._converted(part) for part in direction]
                 keep = number < len(directions) - 1
                 results.append(list(differentiate(gradients, leaves, wide, keep=keep)))
-        return results
+            return results
 
-    def value(self, batch: Any) -> Tensor:
-        """Return the loss of one batch with its graph."""
-        return self._evaluated(batch, None)[1]
+        return self._substituted(compute, batch, displacement)
 
-    def _gradient(
-        self, batch: Any, displacement: Sequence[Tensor] | None, *, create_graph: bool
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        with self.loss.differentiable(), self._precision(), constant_padding(self.loss.model):
-            leaves, loss = self._evaluated(batch, displacement)
-            gradients = torch.autograd.grad(loss, leaves, create_graph=create_graph, materialize_grads=True)
-        return leaves, list(gradients)
+    def _value(self, batch: Any, own: Any) -> Tensor:
+        with self.loss.fixed(batch):
+            loss = self._module.loss_of(own)
+        if self._float64:
+            _check_precision(loss)
+        return loss
 
-    def _evaluated(self, batch: Any, displacement: Sequence[Tensor] | None) -> tuple[list[Tensor], Tensor]:
+    def _substituted(
+        self, compute: Callable[[list[Tensor], Any], _Result], batch: Any, displacement: Sequence[Tensor] | None
+    ) -> _Result:
+        """Call a function while other tensors are in the place of the parameters, buffers and the batch.
+
+        Backward passes belong inside, because activation checkpointing evaluates modules in them.
+        """
         points = [self._point[name] for name in self._chosen]
         if displacement is not None:
             points = [point + part.to(point.dtype) for point, part in zip(points, displacement, strict=True)]
@@ -136,18 +148,25 @@ class FunctionalLoss:
             **{name: buffer.clone() for name, buffer in self._buffers.items()},
         }
         own = map_tensors(batch, lambda tensor: self._converted(tensor).clone())
-        with self.loss.fixed(batch):
-            loss = torch.func.functional_call(self._module, values, (own,))
-        if self._float64:
-            _check_precision(loss)
-        return leaves, loss
+        with self.loss.differentiable(), _InFloat64() if self._float64 else nullcontext():
+            result: _Result = torch.func.functional_call(self._module, values, (lambda: compute(leaves, own),))
+        return result
 
     def _converted(self, tensor: Tensor) -> Tensor:
         tensor = tensor.detach()
         return tensor.to(_WIDE.get(tensor.dtype, tensor.dtype)) if self._float64 else tensor
 
-    def _precision(self) -> AbstractContextManager[Any]:
-        return _InFloat64() if self._float64 else nullcontext()
+
+class _Calling(LossModule):
+    """Calls a function in ``forward``, so that ``functional_call`` replaces parameters while it runs."""
+
+    def loss_of(self, batch: Any) -> Tensor:
+        """Evaluate the loss."""
+        return super().forward(batch)
+
+    def forward(self, function: Callable[[], Any]) -> Any:
+        """Call the function."""
+        return function()
 
 
 class _InFloat64(TorchFunctionMode):

@@ -73,8 +73,7 @@ def gradient_norm(
         assert total is not None
         for batch, weight in zip(batches, weights, strict=True):
             _, gradients = loss.gradient(batch, create_graph=False)
-            for part, gradient in zip(loss.split(total), gradients, strict=True):
-                part.add_(gradient, alpha=weight)
+            loss.accumulate(total, gradients, weight)
     piece = ranks.reduce_scatter(total, partition, dtype=like.dtype, device=like.device, stage="computing the gradient")
     sums = torch.tensor(
         [float(torch.linalg.vector_norm(piece, dtype=_precise(piece))) ** 2, float(sum(weights))],

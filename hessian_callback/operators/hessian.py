@@ -295,7 +295,7 @@ class HessianOperator:
             >>> 0 <= operator.product_error(torch.eye(2)) < 1e-6
             True
         """
-        if vectors.dim() != 2 or vectors.shape[0] != self.partition.slice_length:
+        if vectors.dim() != 2 or vectors.shape[0] != self.partition.slice_length or vectors.shape[1] == 0:
             raise ValueError(
                 f"expected vectors of shape ({self.partition.slice_length}, m), got {tuple(vectors.shape)}"
             )

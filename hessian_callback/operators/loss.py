@@ -105,13 +105,22 @@ class BatchLoss:
         return loss.detach(), list(gradients)
 
     def split(self, vector: Tensor) -> list[Tensor]:
-        """Cut a flat vector ``(P,)`` into views of the parameters' shapes."""
+        """Cut a flat vector ``(P,)`` into the parameters' shapes; real pieces are views."""
         return [
-            torch.view_as_complex(piece.view(*parameter.shape, 2))
+            # A complex view needs an even offset.
+            torch.view_as_complex(piece.clone().view(*parameter.shape, 2))
             if parameter.is_complex()
             else piece.view(parameter.shape)
             for piece, parameter in zip(vector.split(self.sizes), self.parameters, strict=True)
         ]
+
+    def accumulate(self, total: Tensor, pieces: Sequence[Tensor | None], weight: float) -> None:
+        """Add pieces in the parameters' shapes to a flat vector ``(P,)``, in place; ``None`` stands for zeros."""
+        with torch.no_grad():
+            for part, piece in zip(total.split(self.sizes), pieces, strict=True):
+                if piece is not None:
+                    real = torch.view_as_real(piece.resolve_conj()) if piece.is_complex() else piece
+                    part.add_(real.reshape(-1), alpha=weight)
 
     def check(self, batches: Sequence[Any]) -> list[float]:
         """Evaluate every batch once and the first one twice; return the values of the loss.

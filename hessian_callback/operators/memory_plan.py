@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hessian_callback.linalg.distributed import PeerError, RankLostError, Ranks
+from hessian_callback.operators.derivatives import DoubleBackwardError
 from hessian_callback.operators.loss import BatchLoss
 from hessian_callback.operators.memory import free_memory, is_out_of_memory, readable_size
 from hessian_callback.operators.micro_batches import MicroBatches
@@ -157,7 +159,12 @@ class MemoryPlan:
                 break
             self.parts, self.bytes_per_graph = smaller, size
         if self.parts is not whole:
-            difference = None if self._loss.draws else _difference(self._response(whole), self._response(self.parts))
+            difference = None
+            if not self._loss.draws:
+                try:
+                    difference = _difference(self._response(whole), self._response(self.parts))
+                except DoubleBackwardError:
+                    difference = math.inf  # Small batches may be computed by other operations.
             vouched = difference is None and self.parts.batch_weight is not None
             if not vouched and (difference is None or difference > self._tolerance):
                 self.parts, self.bytes_per_graph = whole, whole_size

@@ -65,12 +65,6 @@ class ProductEngine(ABC):
     def close(self) -> None:
         """Release everything that was kept between products."""
 
-    def _accumulate(self, total: Tensor, pieces: Sequence[Tensor | None], weight: float) -> None:
-        with torch.no_grad():
-            for part, piece in zip(self.loss.split(total), pieces, strict=True):
-                if piece is not None:
-                    part.add_(piece, alpha=weight)
-
 
 class DoubleBackward(ProductEngine):
     """Exact products by differentiating the gradient once more.
@@ -127,7 +121,7 @@ class DoubleBackward(ProductEngine):
         with self.loss.differentiable():
             total, directions = torch.zeros_like(vector), self.loss.split(vector)
             for index, weight in enumerate(self.weights):
-                self._accumulate(total, self._part(index, directions), weight)
+                self.loss.accumulate(total, self._part(index, directions), weight)
         return total
 
     def part(self, index: int, directions: list[Tensor]) -> Sequence[Tensor]:
@@ -220,9 +214,9 @@ class Linearize(ProductEngine):
             raise DoubleBackwardError(
                 "hvp='linearize' cannot trace a loss that draws random numbers: use hvp='double_backward'"
             )
-        if any(parameter.is_complex() for parameter in loss.parameters):
-            # Forward derivatives end the process in PyTorch 2.13.
-            raise DoubleBackwardError("hvp='linearize' cannot trace complex parameters: use hvp='double_backward'")
+        if _computes_complex(loss, batch):
+            # PyTorch 2.13 ends the process by a segmentation fault in some forward derivatives of complex operations.
+            raise DoubleBackwardError("hvp='linearize' cannot trace complex numbers: use hvp='double_backward'")
         # Tensors in structures of unknown kind are as good as constants, for this batch alone.
         shared = signature(batch) is not None
         try:
@@ -244,12 +238,21 @@ class Linearize(ProductEngine):
         with self.loss.differentiable():
             total, directions = torch.zeros_like(vector), self.loss.split(vector)
             for (traced, constants), weight in zip(self._traced, self.weights, strict=True):
-                self._accumulate(total, traced.product(constants, directions), weight)
+                self.loss.accumulate(total, traced.product(constants, directions), weight)
         return total
 
     def close(self) -> None:
         """Release the traced functions and their constants."""
         self._traced = []
+
+
+def _computes_complex(loss: BatchLoss, batch: Any) -> bool:
+    with loss.differentiable():
+        return any(
+            metadata.dtype.is_complex
+            for node in graph_nodes([loss.value(batch)])
+            for metadata in getattr(node, "_input_metadata", ())
+        )
 
 
 def _beginning(error: Exception) -> str:
@@ -337,7 +340,7 @@ class FiniteDifference(ProductEngine):
                 with displaced(loss, directions, sign * step):
                     for batch, weight in zip(self.batches, self.weights, strict=True):
                         gradients = loss.gradient(batch, create_graph=False)[1]
-                        self._accumulate(total, gradients, sign * weight)
+                        self.loss.accumulate(total, gradients, sign * weight)
             total.div_(2 * step)
         return total
 
@@ -348,7 +351,7 @@ class FiniteDifference(ProductEngine):
             total = torch.zeros_like(vector)
             with displaced(loss, loss.split(vector), share * _scale(loss) / vector.norm()):
                 for batch, weight in zip(self.batches, self.weights, strict=True):
-                    self._accumulate(total, loss.gradient(batch, create_graph=False)[1], weight)
+                    self.loss.accumulate(total, loss.gradient(batch, create_graph=False)[1], weight)
         return total
 
 

@@ -40,18 +40,24 @@ class ReferenceProducts:
         self._ranks = ranks
         self._partition = partition
 
-    def products(self, vectors: Sequence[Tensor]) -> list[Tensor] | None:
+    def products(self, vectors: Sequence[Tensor], *, moved: Tensor | None = None) -> list[Tensor] | None:
         """Multiply with whole vectors, ``(P,)``; return this rank's slices, ``(slice_length,)``.
 
-        ``None`` on all ranks if the loss cannot be evaluated or differentiated so on any.
+        Args:
+            vectors: the vectors, the same on all ranks.
+            moved: added to the parameters, ``(P,)``.
+
+        Returns:
+            ``None`` on all ranks if the loss cannot be evaluated or differentiated in this precision on any.
         """
+        displacement = None if moved is None else self._loss.split(moved)
 
         def own() -> list[Tensor]:
             totals = [self._zeros(vector) for vector in vectors]
             directions = [self._loss.split(vector) for vector in vectors]
             for batch, weight in zip(self._parts.batches, self._parts.weights, strict=True):
-                for total, product in zip(totals, self.function.products(batch, directions), strict=True):
-                    self._add(total, product, weight)
+                for total, product in zip(totals, self.function.products(batch, directions, displacement), strict=True):
+                    self._loss.accumulate(total, product, weight)
             return totals
 
         return self._summed(own)
@@ -71,24 +77,14 @@ class ReferenceProducts:
             for sign in (1.0, -1.0):
                 moved = self._loss.split(vector * (sign * step))
                 for batch, weight in zip(self._parts.batches, self._parts.weights, strict=True):
-                    self._add(total, self.function.gradient(batch, moved), sign * weight / (2 * step))
+                    self._loss.accumulate(total, self.function.gradient(batch, moved), sign * weight / (2 * step))
             return [total]
 
         summed = self._summed(own)
         return None if summed is None else summed[0]
 
-    def dot(self, one: Tensor, other: Tensor) -> float:
-        """Return the scalar product of two vectors that are cut over the ranks."""
-        own = torch.dot(one.to(torch.float64), other.to(torch.float64))
-        return float(self._ranks.all_reduce(own.reshape(1).to(self._ranks.control_device)))
-
     def _zeros(self, vector: Tensor) -> Tensor:
         return torch.zeros_like(vector, dtype=self.dtype)
-
-    def _add(self, total: Tensor, pieces: Sequence[Tensor], weight: float) -> None:
-        with torch.no_grad():
-            for part, piece in zip(self._loss.split(total), pieces, strict=True):
-                part.add_(piece.detach(), alpha=weight)
 
     def _summed(self, own: Callable[[], list[Tensor]]) -> list[Tensor] | None:
         totals: list[Tensor] | None = None

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hessian_callback import HessianOperator
+
 
 @dataclass
 class Case:
@@ -105,6 +107,12 @@ def dense_hessian(case: Case, chosen: Callable[[str], bool] = lambda name: True)
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         hessian = torch.func.hessian(value)(torch.cat([p.flatten() for p in parameters.values()]))
     return (hessian + hessian.T) / 2
+
+
+def dense(operator: HessianOperator) -> Tensor:
+    """All columns of an operator."""
+    identity = torch.eye(operator.num_parameters, dtype=operator.dtype)
+    return torch.stack([operator.matvec(row) for row in identity], dim=1)
 
 
 class _Wrapper(nn.Module):

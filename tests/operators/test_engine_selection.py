@@ -18,6 +18,7 @@ from hessian_callback.operators.engine_selection import (
     tracing_pays,
     trial_pays,
 )
+from hessian_callback.operators.tracing import TracedProduct
 from tests.helpers.cases import CASES, classify, dense_hessian
 from tests.helpers.ranks import run_ranks
 
@@ -210,3 +211,32 @@ def test_a_product_reads_nothing_back_from_the_device(name: str, hvp: str) -> No
         operator.matvec(vector)
     with pytest.raises(AssertionError, match="_local_scalar_dense"), ForbidHostReads():
         float(vector.norm())
+
+
+@pytest.mark.parametrize("scale", [1.0, 30.0, 60.0])
+def test_traced_products_are_accepted_at_small_losses(scale: float) -> None:
+    """Both engines carry rounding errors of some percent there; a product in float64 decides."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3))
+    x = torch.randn(50, 5)
+    with torch.no_grad():
+        model[2].weight.mul_(scale)
+    labels = model(x).argmax(1)
+    operator = HessianOperator(model, classify, [(x, labels)], hvp="linearize")
+    assert operator.engine == "linearize"
+
+
+def test_values_that_are_read_are_named_with_a_remedy() -> None:
+    case = CASES["mlp"]()
+    with pytest.raises(RuntimeError, match=r"cannot trace the loss.*\.item\(\), float\(\).*hvp='double_backward'"):
+        HessianOperator(case.model, branching, case.batches, hvp="linearize")
+
+
+def test_a_wrong_forward_derivative_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = CASES["mlp"](torch.float32)
+    product = TracedProduct.product
+    monkeypatch.setattr(
+        TracedProduct, "product", lambda self, *args: [None if p is None else 1.01 * p for p in product(self, *args)]
+    )
+    with pytest.raises(RuntimeError, match="wrong or missing forward derivative"):
+        HessianOperator(case.model, case.loss_fn, case.batches, hvp="linearize")

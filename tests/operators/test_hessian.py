@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from hessian_callback import HessianOperator
 from hessian_callback.operators.derivatives import DoubleBackwardError
 from hessian_callback.operators.parameters import select_parameters
-from tests.helpers.cases import CASES, Case, classify, dense_hessian
+from tests.helpers.cases import CASES, Case, classify, dense, dense_hessian
 
 EXACT = {
     "kept": {"hvp": "double_backward"},
@@ -25,11 +25,6 @@ EXACT = {
 
 def operator_of(case: Case, **kwargs: Any) -> HessianOperator:
     return HessianOperator(case.model, case.loss_fn, case.batches, weights=case.weights, **kwargs)
-
-
-def dense(operator: HessianOperator) -> Tensor:
-    identity = torch.eye(operator.num_parameters, dtype=operator.dtype)
-    return torch.stack([operator.matvec(row) for row in identity], dim=1)
 
 
 # -- closed forms ----------------------------------------------------------------------------------
@@ -284,7 +279,6 @@ def squared(model: nn.Module, x: Tensor) -> Tensor:
         (lambda m, x: squared(m, x).detach(), ValueError, "do not detach it"),
         (lambda m, x: squared(m, x) / 0, ArithmeticError, "Check the batch"),
         (lambda m, x: squared(m, x) * float("nan"), ArithmeticError, "Check the batch"),
-        (lambda m, x: squared(m, F.dropout(x)), ValueError, "eval mode"),
         (lambda m, x: (NoSecondDerivative.apply(m(x)) ** 2).mean(), DoubleBackwardError, "hvp='finite_difference'"),
         (
             lambda m, x: (checkpoint(torch.tanh, m(x), use_reentrant=True) ** 2).mean(),
@@ -299,11 +293,26 @@ def squared(model: nn.Module, x: Tensor) -> Tensor:
             r"ctc_loss.* has no double backward: replace it, or use hvp='finite_difference'",
         ),
     ],
-    ids=["vector", "float", "detached", "infinite", "nan", "random", "once", "reentrant", "ctc"],
+    ids=["vector", "float", "detached", "infinite", "nan", "once", "reentrant", "ctc"],
 )
 def test_bad_losses(loss_fn: Any, error: type[Exception], remedy: str) -> None:
     with pytest.raises(error, match=remedy):
         HessianOperator(nn.Linear(3, 2), loss_fn, [torch.ones(4, 3)]).matvec(torch.ones(8))
+
+
+@pytest.mark.parametrize("budget", [None, 0], ids=["kept", "rebuilt"])
+def test_a_function_without_second_derivative_is_found_in_every_batch(budget: int | None) -> None:
+    """Autograd prunes the branch that leads to it; only the larger batch has none."""
+    model = nn.Linear(3, 2)
+
+    def loss_fn(m: nn.Module, x: Tensor) -> Tensor:
+        value = m(x)
+        return ((value if len(x) > 2 else NoSecondDerivative.apply(value)) ** 2).mean()
+
+    with pytest.raises(DoubleBackwardError, match="once_differentiable"):
+        HessianOperator(model, loss_fn, [torch.ones(4, 3), torch.ones(2, 3)], memory_budget=budget).matvec(
+            torch.ones(8)
+        )
 
 
 def test_finite_differences_do_without_second_derivatives() -> None:

@@ -161,6 +161,95 @@ def test_a_loss_that_is_no_mean_is_left_whole() -> None:
     assert torch.equal(small.matvec(VECTOR), whole.matvec(VECTOR))
 
 
+def contrastive(model: nn.Module, batch: Any) -> Tensor:
+    """Samples are compared with each other, as in contrastive learning."""
+    features = model(batch[0])
+    return F.cross_entropy(features @ features.T, torch.arange(len(features)))
+
+
+def summed(model: nn.Module, batch: Any) -> Tensor:
+    return len(batch[0]) * classify(model, batch)
+
+
+@pytest.mark.parametrize("loss", [contrastive, summed])
+@pytest.mark.parametrize("hvp", ["double_backward", "finite_difference"])
+def test_a_loss_that_is_no_mean_is_refused_if_the_whole_never_fitted(hvp: str, loss: Any) -> None:
+    """The halves are then compared with quarters."""
+    model = CASES["mlp"]().model
+    with pytest.raises(ValueError, match=r"not the mean of its parts'.*Pass batch_weight="):
+        HessianOperator(model, Tight(4, loss=loss), batches(8), hvp=hvp, memory_budget=0)
+
+
+def test_parts_that_cannot_be_compared_need_a_batch_weight() -> None:
+    model = CASES["mlp"]().model
+    with pytest.raises(ValueError, match=r"cannot be compared with anything that fits the memory.*batch_weight="):
+        HessianOperator(model, Tight(1), batches(4), memory_budget=0)
+    expected = HessianOperator(model, classify, batches(4)).matvec(VECTOR)
+    operator = HessianOperator(
+        model, Tight(1), batches(4), memory_budget=0, batch_weight=lambda batch: float(len(batch[0]))
+    )
+    torch.testing.assert_close(operator.matvec(VECTOR), expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("short", ["budget", "memory"])
+def test_a_head_of_zeros_hides_nothing(short: str) -> None:
+    """All values of the loss and of its parts agree; their products differ."""
+    model = CASES["mlp"]().model
+    nn.init.zeros_(model[2].weight)
+    nn.init.zeros_(model[2].bias)
+
+    def normalised(model: nn.Module, batch: Any) -> Tensor:
+        hidden = model[:2](batch[0])
+        return F.cross_entropy(model[2](hidden - hidden.mean(0)), batch[1])
+
+    whole = HessianOperator(model, normalised, batches(64))
+    if short == "budget":
+        operator = HessianOperator(model, normalised, batches(64), memory_budget=whole.bytes_per_graph // 3)
+        assert len(operator.batches) == 1
+        assert torch.equal(operator.matvec(VECTOR), whole.matvec(VECTOR))
+    else:
+        with pytest.raises(ValueError, match="not the mean of its parts'"):
+            HessianOperator(model, Tight(32, loss=normalised, after=2), batches(64), memory_budget=0)
+
+
+def test_a_part_without_any_label_leaves_the_batch_whole() -> None:
+    model = CASES["mlp"]().model
+    (whole,) = batches(64)
+    whole[1][:32] = -100
+
+    def loss_fn(model: nn.Module, batch: Any) -> Tensor:
+        return F.cross_entropy(model(batch[0]), batch[1], ignore_index=-100)
+
+    operator = HessianOperator(model, loss_fn, [whole])
+    cut = HessianOperator(model, loss_fn, [whole], memory_budget=operator.bytes_per_graph // 3)
+    assert len(cut.batches) == 1
+    assert torch.equal(cut.matvec(VECTOR), operator.matvec(VECTOR))
+    with pytest.raises(ValueError, match=r"cannot be cut.*labels that are all ignored.*Pass batch_weight="):
+        HessianOperator(model, Tight(32, loss=loss_fn, after=2), [whole], memory_budget=0)
+
+
+def test_a_batch_without_any_label_weighs_nothing() -> None:
+    model = CASES["mlp"]().model
+    some, none = batches(4, 3)
+    none[1][:] = -100
+
+    def loss_fn(model: nn.Module, batch: Any) -> Tensor:
+        return F.cross_entropy(model(batch[0]), batch[1], ignore_index=-100)
+
+    operator = HessianOperator(model, loss_fn, [none, some], batch_weight=lambda batch: float((batch[1] != -100).sum()))
+    assert operator.weights == [1.0]
+    torch.testing.assert_close(operator.matvec(VECTOR), HessianOperator(model, loss_fn, [some]).matvec(VECTOR))
+
+
+def test_halves_draw_other_numbers_so_a_drawing_loss_is_cut_only_with_a_batch_weight() -> None:
+    model = nn.Sequential(nn.Linear(5, 6), nn.Dropout(0.5), nn.Tanh(), nn.Linear(6, 3)).double()
+    whole = HessianOperator(model, classify, batches(512))
+    budget = whole.bytes_per_graph // 3
+    assert len(HessianOperator(model, classify, batches(512), memory_budget=budget).batches) == 1
+    cut = HessianOperator(model, classify, batches(512), memory_budget=budget, batch_weight=lambda b: float(len(b[0])))
+    assert len(cut.batches) > 1
+
+
 def test_halving_is_of_the_largest_first() -> None:
     parts = MicroBatches([torch.zeros(9), torch.zeros(2)], [0.9, 0.1]).halved()
     assert [len(batch) for batch in parts.batches] == [5, 4, 2]
