@@ -26,10 +26,10 @@ from hessian_callback.algorithms.lanczos import LanczosProgress, top_eigenvalues
 from hessian_callback.algorithms.solver_checkpoint import CheckpointError, SolverCheckpoint
 from hessian_callback.measurement import solvers as protocol
 from hessian_callback.measurement.solvers import Protocol
-from tests.algorithms.test_lanczos import SPECTRA, operator_of
 from tests.helpers.cases import CASES, rotated
 from tests.helpers.launched import finish, launch
 from tests.helpers.ranks import run_ranks
+from tests.helpers.spectra import SPECTRA, operator_of
 from tests.linalg.test_distributed import DiagonalOperator
 
 DTYPES = [torch.float64, torch.float32]
