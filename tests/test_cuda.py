@@ -34,9 +34,9 @@ from hessian_callback.linalg.linear_operator import MatvecOperator
 from hessian_callback.linalg.random_vectors import gaussian_slice, rademacher_slice
 from hessian_callback.linalg.tall_matrices import inner_products, orthonormal_columns
 from hessian_callback.operators.memory import free_memory
-from tests.callbacks.test_trainer_paths import same
 from tests.helpers.cases import CASES, Case, classify, dense_hessian, rotated
 from tests.helpers.model_zoo import KINDS, Trained
+from tests.helpers.observed import same
 from tests.helpers.toy_runs import loader as plain_loader
 from tests.helpers.toy_runs import measure, seeded, trainer
 

@@ -56,7 +56,7 @@ class Decomposition:
     holds the overlaps of ``A v_j`` with earlier basis vectors that symmetry did not predict.
 
     Attributes:
-        norm: the largest :math:`\|A v\|` seen, or a bound of :math:`\|A\|` once `raise_norm` was called with one.
+        norm: the largest :math:`\|A v\|` seen, or the value that `raise_norm` was called with.
         product_error: error norm of a product, measured in higher precision; 0 if it was not measured.
         orthogonality: the largest :math:`\|(V^T V - I) x\|` seen, for random unit vectors x.
         num_matvecs: products spent.
@@ -384,12 +384,7 @@ class Decomposition:
         """
         a_priori = (self.operator.relative_error + 24 * self.eps) * self.norm
         measured = 2 * self.product_error + self.asymmetry + 2 * self.orthogonality * self.norm
-        return max(a_priori + measured + float(np.sqrt(self._neglected)), self.underflow)
-
-    @property
-    def underflow(self) -> float:
-        """Error level of an operator whose squares underflow."""
-        return 8 * float(np.sqrt(self._underflow))
+        return max(a_priori + measured + float(np.sqrt(self._neglected)), 8 * float(np.sqrt(self._underflow)))
 
     @property
     def smallest_link(self) -> float:

@@ -46,6 +46,8 @@ _LONGEST_PROBE = 64
 _MARGIN = 0.02
 # A repeated product of the same matrix differs from the stored one by at most so many rounding levels.
 _REPEATED = 2
+# Probability of overlooking an eigenvalue at which a probe ends that is sent to find one.
+_EXPLORING_LEVEL = 0.05
 # Random combinations of the Ritz vectors along which the operator measures the error of its products.
 _MEASURED_DIRECTIONS = 2
 
@@ -386,7 +388,8 @@ class _Solver:
             if ruled_out or not found or decomposition.num_matvecs >= self._max_matvecs:
                 return self._proof(projection, first, border), ruled_out
             # It saw an eigenvalue that the basis may never show, such as a copy: a direction that must join.
-        probe, ruled_out = self._probe(decomposition, limit, max(24, decomposition.size // 4))
+        longest = max(24, decomposition.size // 4)
+        probe, ruled_out = self._probe(decomposition, limit, longest, exploring=first is not None)
         decomposition.end_probe()
         self._bound_norm(projection, float(np.sqrt(np.trace(projection.gram))), probe)
         ruled_out = ruled_out and first is None
@@ -398,11 +401,15 @@ class _Solver:
         return _Proof(projection, first, border, self._decomposition.rounding, self._k)
 
     def _bound_norm(self, projection: Projection, link: float, probe: Probe) -> None:
-        """Raise the norm of A to a bound: that of a 2 x 2 matrix of the norms of the blocks."""
+        """Raise the norm of A to a bound: that of a 2 x 2 matrix of the norms of the blocks.
+
+        A probe of very few products bounds the lower end of the complement too loosely to be of use. Then the norm of
+        the projection stays the estimate.
+        """
         inside = float(np.abs(projection.ritz_values[[0, -1]]).max())
         outside = max(abs(probe.confident_bound()), abs(probe.confident_lower_bound()))
-        norm = (inside + outside) / 2 + np.hypot((inside - outside) / 2, link)
-        self._decomposition.raise_norm(self._agreed(float(norm)))
+        norm = float((inside + outside) / 2 + np.hypot((inside - outside) / 2, link))
+        self._decomposition.raise_norm(self._agreed(norm if norm <= 2 * inside else inside))
 
     def _border(self, probe: Probe, limit: float | None) -> float:
         border = self._agreed(probe.confident_bound())
@@ -519,11 +526,14 @@ class _Solver:
 
     # -- probing -------------------------------------------------------------------------------
 
-    def _probe(self, decomposition: Decomposition, limit: float | None, longest: int) -> tuple[Probe, bool]:
+    def _probe(
+        self, decomposition: Decomposition, limit: float | None, longest: int, *, exploring: bool = False
+    ) -> tuple[Probe, bool]:
         """Look for eigenvalues above ``limit`` in the complement of a basis.
 
         Returns the probe, and whether it ruled them out. It ends when it did, when it found one, after ``longest``
-        products, or when all are spent. Without a limit it ends only then. Its vectors stay in the basis.
+        products, or when all are spent. Without a limit it ends only then. Its vectors stay in the basis. If it only
+        explores, nothing is concluded from the exclusion, and a lax level ends it.
         """
         first = decomposition.size
         probe = Probe()
@@ -541,7 +551,10 @@ class _Solver:
                     new=size == start + 1,
                 )
                 if limit is not None:
-                    if self._agreed(float(probe.rules_out(limit))):
+                    unseen = (
+                        probe.missed_probability(limit) <= _EXPLORING_LEVEL if exploring else probe.rules_out(limit)
+                    )
+                    if self._agreed(float(unseen)):
                         return probe, True
                     if self._agreed(probe.largest_seen) > limit or size - first >= longest:
                         return probe, False
@@ -641,7 +654,7 @@ class _Solver:
         values = self._operator.ranks.broadcast(values.to(self._operator.ranks.control_device)).cpu()
         ritz_values, bounds = values.split([len(ritz), count])
         eigenvalues = ritz_values[:count].clone()
-        negligible = max(self._rtol * decomposition.norm, 4 * decomposition.underflow)
+        negligible = self._rtol * decomposition.norm if decomposition.norm > 0 else np.inf
         converged = meets_tolerance(eigenvalues, bounds, self._rtol, rounding, negligible)
         if stopped == "converged" and self._needed(ritz) < self._wanted:
             stopped = "no_more_positive"

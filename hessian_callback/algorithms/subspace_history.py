@@ -136,7 +136,7 @@ class SubspaceHistory:
     def copy(self) -> SubspaceHistory:
         """Return a history with the same spaces, to which others can be added."""
         other = type(self)(self.capacity, self.max_bytes)
-        other._kept, other._overlaps = list(self._kept), self._overlaps
+        other._spaces, other._overlaps = list(self._spaces), self._overlaps
         return other
 
     def clear(self) -> None:

@@ -1,4 +1,4 @@
-"""The vectors of a Krylov basis, cut over the ranks, and their inner products at the precision of the dtype."""
+"""A Krylov basis whose vectors are cut over the ranks, and its inner products at the precision of the dtype."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class KrylovBasis:
         self.size = 0
 
     def append(self, vector: Tensor) -> None:
-        """Take a vector in."""
+        """Append a vector."""
         if self.size == self._capacity:
             rows = max(_FIRST_BLOCK, self.size // _GROWTH)
             self._blocks.append(self._like.new_empty(rows, self._length))
@@ -52,25 +52,25 @@ class KrylovBasis:
         raise IndexError("the basis has no such vector")
 
     def rows(self, first: int) -> Iterator[Tensor]:
-        """Yield the vectors from ``first`` on, on the device where they are kept."""
+        """Yield the vectors from ``first`` on, on the device of the basis."""
         for block in self._filled(self.size):
             yield from block[max(first, 0) :]
             first -= len(block)
 
     def branch(self, size: int) -> KrylovBasis:
-        """Return a basis that shares the first ``size`` vectors, and grows by itself."""
+        """Return a basis that shares the first ``size`` vectors and grows independently."""
         other = copy.copy(self)
         other._blocks = self._filled(size)
         other._capacity = other.size = size
         return other
 
     def coefficients(self, vector: Tensor) -> Tensor:
-        """``V^T w`` of this rank's slices, ``(N,)`` in float64."""
+        """Compute ``V^T w`` of this rank's slices, ``(N,)`` in float64."""
         vector = vector.to(self._like.device)
         return torch.cat([row_products(block, vector) for block in self._filled(self.size)]).to(self._home)
 
     def subtract(self, vector: Tensor, coefficients: Tensor) -> None:
-        """``w -= V h`` in place."""
+        """Subtract ``V h`` from ``w``, in place."""
         here = vector.to(self._like.device)  # the vector itself, if the basis is on its device
         blocks = self._filled(self.size)
         for block, part in zip(blocks, coefficients.to(self._like).split([len(b) for b in blocks]), strict=True):
@@ -79,7 +79,7 @@ class KrylovBasis:
             vector.copy_(here)
 
     def combine(self, weights: Tensor) -> Tensor:
-        """``V S``, ``(N, k) -> (slice_length, k)``; ``S`` may have fewer rows than there are vectors."""
+        """Compute ``V S``, ``(N, k) -> (slice_length, k)``; ``S`` may have fewer rows than there are vectors."""
         result = self._like.new_zeros(self._length, weights.shape[1])
         blocks = self._filled(len(weights))
         for block, part in zip(blocks, weights.to(self._like).split([len(b) for b in blocks]), strict=True):
@@ -98,8 +98,8 @@ class KrylovBasis:
 
 
 def row_products(rows: Tensor, vector: Tensor) -> Tensor:
-    """``(m, n), (n,) -> (m,)`` in float64; see `LONGEST_SUM`."""
-    if vector.device.type != "cpu":
+    """Multiply ``(m, n), (n,) -> (m,)``; the result is in float64, see `LONGEST_SUM`."""
+    if vector.device.type != "cpu" or len(vector) <= LONGEST_SUM:
         return _precise(rows.mv(vector))
     partial = [
         part.mv(piece) for part, piece in zip(rows.split(LONGEST_SUM, 1), vector.split(LONGEST_SUM), strict=True)

@@ -24,10 +24,10 @@ from hessian_callback import HessianOperator, Spectrum
 from hessian_callback.algorithms import solver_checkpoint
 from hessian_callback.algorithms.lanczos import LanczosProgress, top_eigenvalues
 from hessian_callback.algorithms.solver_checkpoint import CheckpointError, SolverCheckpoint
-from tests.algorithms.test_lanczos import SPECTRA, operator_of
 from tests.helpers.cases import CASES, rotated
 from tests.helpers.faults import Killed, dying, full_disk
 from tests.helpers.ranks import DiagonalOperator, run_ranks
+from tests.helpers.spectra import SPECTRA, operator_of
 
 DTYPES = [torch.float64, torch.float32]
 POWER_LAW = rotated(SPECTRA["power law"]())

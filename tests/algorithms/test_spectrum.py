@@ -1,4 +1,4 @@
-"""What may be fitted of a spectrum."""
+"""Which eigenvalues of a spectrum count as converged, and which can be fitted."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from hessian_callback import Spectrum
+from hessian_callback.algorithms.spectrum import meets_tolerance
 
 
 def spectrum(eigenvalues: list[float], bounds: list[float], rtol: float = 1e-2) -> Spectrum:
@@ -35,6 +36,31 @@ def test_converged_at_the_rounding_level_is_not_resolved() -> None:
     near_zero = spectrum([1, 1e-5], [1e-6, 3e-6])
     assert near_zero.all_converged
     assert near_zero.resolved.tolist() == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("value", "bound", "negligible", "expected"),
+    [
+        (1.0, 1e-2, 1e-2, True),
+        (1.0, 1.1e-2, 1e-2, False),
+        (1e-5, 4e-6, 1e-2, False),  # 40 % of the value
+        (3e-6, 4e-6, 1e-2, True),  # can't be told from zero
+        (-3e-6, 4e-6, 1e-2, True),
+        (3e-6, 5e-6, 1e-2, False),  # above four rounding levels
+        (3e-6, 4e-6, 1e-6, False),  # rounding is not negligible
+        (0.0, 0.0, 0.0, True),
+        (0.0, 4e-6, float("inf"), True),
+    ],
+)
+def test_the_tolerance(value: float, bound: float, negligible: float, expected: bool) -> None:
+    values, bounds = (torch.tensor([x], dtype=torch.float64) for x in (value, bound))
+    assert meets_tolerance(values, bounds, 1e-2, 1e-6, negligible).tolist() == [expected]
+
+
+def test_a_state_of_an_earlier_version_has_an_assumed_rounding_level() -> None:
+    saved = {field.name: getattr(spectrum([1.0], [0.1]), field.name) for field in dataclasses.fields(Spectrum)}
+    del saved["rounding_basis"]
+    assert Spectrum(**saved).rounding_basis == "assumed"
 
 
 @pytest.mark.parametrize("last", [0.0, -0.5])

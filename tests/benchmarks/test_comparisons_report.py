@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
-from tests.benchmarks.test_statistics_report import rows
-
-REPORT = Path(__file__).parents[2] / "benchmarks" / "COMPARISONS.md"
+from tests.helpers.report_tables import COMPARISONS as REPORT
+from tests.helpers.report_tables import rows
 
 pytestmark = pytest.mark.skipif(not REPORT.exists(), reason="the benchmarks are not part of an installed package")
 

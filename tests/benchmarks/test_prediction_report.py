@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from hessian_callback.callbacks.prediction import LEVEL
-from tests.benchmarks.test_comparisons_report import REPORT as BESIDE
+from tests.helpers.report_tables import COMPARISONS as BESIDE
 
 REPORT = BESIDE.with_name("PREDICTION.md")
 

@@ -9,18 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.report_tables import rows
+
 ROOT = Path(__file__).parents[2]
 REPORT = ROOT / "benchmarks" / "STATISTICS.md"
 
 pytestmark = pytest.mark.skipif(not REPORT.exists(), reason="the benchmarks are not part of an installed package")
-
-
-def rows(text: str, title: str) -> dict[str, list[str]]:
-    """Cells of the first table under a heading, by their first cell."""
-    section = text.split(f"## {title}")[1].split("\n## ")[0]
-    lines = [line for line in section.splitlines() if line.startswith("|")]
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
-    return {row[0]: row[1:] for row in cells}
 
 
 def test_report_is_reproducible(tmp_path: Path) -> None:

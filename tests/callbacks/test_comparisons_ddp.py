@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.callbacks.test_power_law_ddp import results
+from tests.helpers.ddp_results import results
 from tests.helpers.ddp_runs import COMPARISON_RUNS
 from tests.helpers.launched import finish, launch
 from tests.helpers.toy_runs import loader, measure, seeded, trainer

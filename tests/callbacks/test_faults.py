@@ -28,9 +28,9 @@ from torch.utils.data import DataLoader, Dataset
 from hessian_callback import PowerLawHessianCallback
 from hessian_callback.callbacks.module_loss import resolve_loss
 from hessian_callback.measurement.errors import LossError, SampleError
-from tests.callbacks.test_trainer_paths import observable, same
 from tests.helpers.killed_run import fit
 from tests.helpers.model_zoo import KINDS
+from tests.helpers.observed import observable, same
 from tests.helpers.toy_runs import NUM_EIGENVALUES, Net, data, loader, measure, seeded, trainer
 
 pytestmark = [

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from hessian_callback import Density, Subspace
-
 import re
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 
+from hessian_callback import Density, Subspace
 from hessian_callback.callbacks.loggers import (
     CHARTS,
     Chart,

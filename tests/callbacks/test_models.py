@@ -12,7 +12,6 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from hessian_callback import HessianOperator
 from hessian_callback.callbacks.module_loss import resolve_loss
 from hessian_callback.operators.derivatives import DoubleBackwardError
-from tests.callbacks.test_trainer_paths import same
 from tests.helpers.model_zoo import (
     KINDS,
     WEIGHED,
@@ -25,6 +24,7 @@ from tests.helpers.model_zoo import (
     padded_text,
     points,
 )
+from tests.helpers.observed import same
 from tests.helpers.toy_runs import measure, seeded, trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:a measurement of the Hessian took")

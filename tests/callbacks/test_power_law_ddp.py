@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from hessian_callback.measurement.measurement import Measurement
+from tests.helpers.ddp_results import results
 from tests.helpers.ddp_runs import RUNS
 from tests.helpers.launched import TIMEOUT, finish, launch
 from tests.helpers.toy_runs import loader, measure, seeded, trainer
@@ -46,15 +47,6 @@ def one_rank(tmp_path_factory: Any) -> Callable[[str], list[Measurement]]:
         return callback.history
 
     return run
-
-
-def results(out: Path, name: str, world_size: int = 2) -> list[dict[str, Any]]:
-    files = [out / f"{name}-{rank}.pt" for rank in range(world_size)]
-    assert all(file.exists() for file in files), (out / "output").read_text()[-4000:]
-    loaded = [torch.load(file, weights_only=True) for file in files]
-    for result in loaded:
-        result["history"] = [Measurement.from_state(state) for state in result["history"]]
-    return loaded
 
 
 # -- one Hessian ---------------------------------------------------------------------------------------------

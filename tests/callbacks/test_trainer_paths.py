@@ -19,6 +19,7 @@ from lightning.pytorch.tuner import Tuner
 from torch import nn
 
 from hessian_callback.measurement.errors import LossError
+from tests.helpers.observed import observable, same
 from tests.helpers.toy_runs import NUM_EIGENVALUES, Net, loader, measure, seeded, trainer
 
 
@@ -98,31 +99,6 @@ def written(logger: CSVLogger, key: str) -> list[tuple[int, float]]:
 
 
 # -- training untouched --------------------------------------------------------------------------------------
-
-
-def observable(run: Any, model: Any) -> dict[str, Any]:
-    return {
-        "weights and buffers": copy.deepcopy(model.state_dict()),
-        "optimizer": copy.deepcopy(run.optimizers[0].state_dict()),
-        "gradients": [None if p.grad is None else p.grad.clone() for p in model.parameters()],
-        "modes": [module.training for module in model.modules()],
-        "generators": (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()),
-        "logged": {k: v for k, v in run.callback_metrics.items() if not k.startswith("hessian/")},
-        "losses": list(model.losses),
-        "calls": model.calls,
-        "grad mode": torch.is_grad_enabled(),
-        "attributes": sorted(vars(model)),
-    }
-
-
-def same(one: Any, other: Any) -> bool:
-    if isinstance(one, torch.Tensor):
-        return torch.equal(one, other)
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
-    if isinstance(one, (list, tuple)):
-        return len(one) == len(other) and all(map(same, one, other))
-    return bool(one == other)
 
 
 CADENCES = {

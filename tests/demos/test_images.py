@@ -21,7 +21,6 @@ from lightning.pytorch import seed_everything
 from sklearn.datasets import load_digits
 from torch import Tensor
 
-from hessian_callback.callbacks.samples import collect
 from hessian_callback.demos import DigitsCNN, ImageData
 from hessian_callback.demos.image_files import (
     FASHION_MNIST_FOLDER,
@@ -31,6 +30,7 @@ from hessian_callback.demos.image_files import (
     read_idx_folder,
 )
 from hessian_callback.demos.images import LabelledImages, _balanced_subset
+from hessian_callback.measurement.samples import collect
 from tests.helpers.toy_runs import measure, trainer
 
 RANDOM = np.random.default_rng(0)

@@ -132,3 +132,18 @@ def rotated(eigenvalues: Tensor, seed: int = 0) -> Tensor:
     basis, _ = torch.linalg.qr(torch.randn(n, n, dtype=torch.float64, generator=generator))
     matrix = (basis * eigenvalues.to(torch.float64)) @ basis.T
     return (matrix + matrix.T) / 2
+
+
+def assign_to_ranks(
+    case_name: str, dtype: torch.dtype, rank: int, world_size: int, holders: int
+) -> tuple[Any, list[Any], list]:
+    """Split a case into single samples, so that shares can be ragged; only the first ``holders`` ranks get any."""
+    case = CASES[case_name](dtype)
+    singles, weights = [], []
+    for batch in case.batches:
+        leaves, spec = torch.utils._pytree.tree_flatten(batch)
+        for index in range(len(leaves[0])):
+            singles.append(torch.utils._pytree.tree_unflatten([leaf[index : index + 1] for leaf in leaves], spec))
+            weights.append(1.0)
+    mine = slice(rank, None, holders) if rank < holders else slice(0)
+    return case, singles[mine], weights[mine]

@@ -17,7 +17,7 @@ from torch import Tensor
 from hessian_callback import HessianOperator, top_eigenvalues
 from hessian_callback.linalg import distributed
 from hessian_callback.linalg.distributed import Partition, PeerError, RankLostError, Ranks, _cause
-from tests.helpers.cases import CASES
+from tests.helpers.cases import assign_to_ranks
 from tests.helpers.ranks import DiagonalOperator, run_ranks
 
 # -- partitions ------------------------------------------------------------------------------------
@@ -101,21 +101,6 @@ def test_ranks_that_are_signalled_at_different_products_leave_at_the_same() -> N
 
 
 # -- the same Hessian for any W --------------------------------------------------------------------
-
-
-def assign_to_ranks(
-    case_name: str, dtype: torch.dtype, rank: int, world_size: int, holders: int
-) -> tuple[Any, list[Any], list]:
-    """Split a case into single samples, so that shares can be ragged; only the first ``holders`` ranks get any."""
-    case = CASES[case_name](dtype)
-    singles, weights = [], []
-    for batch in case.batches:
-        leaves, spec = torch.utils._pytree.tree_flatten(batch)
-        for index in range(len(leaves[0])):
-            singles.append(torch.utils._pytree.tree_unflatten([leaf[index : index + 1] for leaf in leaves], spec))
-            weights.append(1.0)
-    mine = slice(rank, None, holders) if rank < holders else slice(0)
-    return case, singles[mine], weights[mine]
 
 
 def spectrum_on(rank: int, case_name: str, dtype: torch.dtype, holders: int, hvp: str) -> tuple[Tensor, Tensor, Tensor]:

@@ -12,8 +12,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from hessian_callback import HessianOperator, top_eigenvalues
+from tests.helpers.cases import assign_to_ranks
 from tests.helpers.ranks import run_ranks
-from tests.linalg.test_distributed import assign_to_ranks
 
 pytestmark = pytest.mark.skipif(
     not hasattr(torch.cpu.Stream, "record_event"), reason="fully_shard of this PyTorch does not run on a CPU"
