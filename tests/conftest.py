@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import os
+import re
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -39,6 +41,28 @@ class SharedRunsTogether(LoadScopeScheduling):
 @cache
 def _shares_runs(file: str) -> bool:
     return 'scope="module"' in (ROOT / file).read_text(encoding="utf-8")
+
+
+# Unit tests without a Trainer and without processes are the fast tier: pytest -m "not slow and not distributed".
+FAST_FOLDERS = {"linalg", "algorithms", "operators", "power_law", "measurement", "plots"}
+FAST_FILES = {"test_imports.py", "test_metrics.py", "test_options.py"}
+STARTS_PROCESSES = re.compile(r"\b(run_ranks|launch|subprocess)\b")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark tests with process groups or other processes, and tests above the numerical subpackages."""
+    for item in items:
+        path = item.path.relative_to(ROOT)
+        if path.parts[0] == "tests" and path.parts[1] not in FAST_FOLDERS | FAST_FILES:
+            item.add_marker(pytest.mark.slow)
+        function = getattr(item, "function", None)
+        if inspect.isfunction(function) and STARTS_PROCESSES.search(_source(function)):
+            item.add_marker(pytest.mark.distributed)
+
+
+@cache
+def _source(function: Any) -> str:
+    return inspect.getsource(function)
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -45,7 +45,7 @@ PATHS = {
     "plain": ({}, [0, 1, 2, 3], 4),
     "sanity check": ({"num_sanity_val_steps": 2}, [0, 1, 2, 3], 4),
     "no validation": ({"limit_val_batches": 0}, [0, 1, 2, 3], 4),
-    "check_val_every_n_epoch=2": ({"check_val_every_n_epoch": 2}, [1, 3], 2),
+    "check_val_every_n_epoch=2": ({"check_val_every_n_epoch": 2}, [0, 1, 2, 3], 2),
     "val_check_interval=.5": ({"val_check_interval": 0.5}, [0, 0, 1, 1, 2, 2, 3, 3], 8),
 }
 
@@ -67,7 +67,9 @@ def test_all_who_monitor_see_the_slope_of_the_same_epoch(path: str, stopper_firs
     assert all(m.logged for m in callback.history[1:])
     assert len(stopper.seen) == num_checks
     assert all(seen == measured for seen, measured in stopper.seen)
-    slopes = {m.slope for m in callback.history[1:]}
+    # An epoch without validation is measured, and not seen by callbacks that look after validation.
+    slopes = {m.slope for m in callback.history[1:] if path != "check_val_every_n_epoch=2" or m.epoch in (1, 3)}
+    assert {measured for _, measured in stopper.seen} == slopes
     assert {float(score) for score in checkpoint.best_k_models.values()} == slopes
     assert model.scheduler.seen[-1] == pytest.approx(callback.history[-1].slope)
     if path != "check_val_every_n_epoch=2":
