@@ -66,7 +66,7 @@ def test_the_number_of_ranks_does_not_matter(world_size: int, name: str, request
 
 
 @pytest.mark.parametrize(
-    "name", [*EVERYWHERE[2], "idle", "stream", "own loader", "split_half", "steps", "share of time", "predicted"]
+    "name", [*EVERYWHERE[2], "idle", "stream", "own loader", "halves", "steps", "share of time", "predicted"]
 )
 def test_all_ranks_hold_the_same(name: str, two_ranks: Path) -> None:
     one, other = results(two_ranks, name)
