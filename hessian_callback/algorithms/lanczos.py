@@ -15,7 +15,6 @@ Moments and Quadrature with Applications* (2010), ch. 6, for Gauss-Radau bounds 
 
 from __future__ import annotations
 
-import operator as operators
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -32,6 +31,7 @@ from hessian_callback.algorithms.missed_eigenvalues import Probe, level_of_run
 from hessian_callback.algorithms.ritz import Projection
 from hessian_callback.algorithms.solver_checkpoint import DEFAULT_SECONDS, CheckpointError, SolverCheckpoint
 from hessian_callback.algorithms.spectrum import RoundingBasis, Spectrum, StopReason, meets_tolerance
+from hessian_callback.linalg.arguments import checked_integer
 from hessian_callback.linalg.full_float32 import full_float32
 from hessian_callback.linalg.linear_operator import SymmetricOperator
 
@@ -129,13 +129,14 @@ def top_eigenvalues(
         checkpoint_every: seconds between two saves, and before the first; 0: as often as possible.
 
     Returns:
-        The eigenvalues with their bounds, and how they were come by.
+        The eigenvalues with their bounds, and how they were computed.
 
     Raises:
-        ValueError: for arguments out of range. As `CheckpointError`, on all ranks together and before a product is
-            spent that counts, when the checkpoint is damaged, or of another matrix or of other arguments, or its
-            folder can't be used.
-        ArithmeticError: when the operator returns NaN or infinity, or when the basis lost its orthogonality.
+        ValueError: for arguments of the wrong type or out of range.
+        CheckpointError: a `ValueError`, on all ranks together and before a product is spent that counts, if the
+            checkpoint is damaged, or of another matrix or of other arguments, or if its folder can't be used.
+        ArithmeticError: if a product holds NaN or infinity, or its squared norm overflows, or the basis lost its
+            orthogonality.
 
     Example:
         >>> from hessian_callback.linalg.linear_operator import MatvecOperator
@@ -185,15 +186,15 @@ def _checked_arguments(
             "wrap a matrix A as MatvecOperator(A.mv, len(A), dtype=A.dtype)"
         )
     size = operator.partition.size
-    k = _integer("k", k, 1)
-    seed = _integer("seed", seed, 0)
+    k = checked_integer("k", k, 1)
+    seed = checked_integer("seed", seed, 0)
     if seed >= 2**64:
         raise ValueError(f"seed must be below 2**64, got {seed}")
     if not 0 < rtol < 1:
         raise ValueError(f"rtol must lie between 0 and 1, got {rtol}")
     if not 0 < probe_level < 1:
         raise ValueError(f"probe_level must lie between 0 and 1, got {probe_level}")
-    max_matvecs = max(10 * k, 50) if max_matvecs is None else _integer("max_matvecs", max_matvecs, 1)
+    max_matvecs = max(10 * k, 50) if max_matvecs is None else checked_integer("max_matvecs", max_matvecs, 1)
     if max_matvecs < min(k + 1, size):
         raise ValueError(
             f"max_matvecs={max_matvecs} cannot give k={k} eigenvalues; allow at least {min(k + 1, size)} products"
@@ -204,16 +205,6 @@ def _checked_arguments(
         if not bool(torch.isfinite(start).all()):
             raise ValueError("the start vector holds NaN or infinity; pass another one, or none for a Gaussian vector")
     return k, seed, max_matvecs
-
-
-def _integer(name: str, value: Any, least: int) -> int:
-    try:
-        number = operators.index(value)
-    except TypeError:
-        raise ValueError(f"{name} must be an integer, got {value!r}") from None
-    if number < least:
-        raise ValueError(f"{name} must be at least {least}, got {number}")
-    return number
 
 
 def _kind_of(value: Any) -> str:
