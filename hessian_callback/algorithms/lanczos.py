@@ -97,8 +97,8 @@ def top_eigenvalues(
     :math:`|\theta_i| \le b_i \le 4 \rho \le \text{rtol}\,\|A\|`.
 
     Before a result is declared converged, the operator is asked for the error of its products along two random
-    combinations of the Ritz vectors, if it has a method ``product_error`` (see `SymmetricOperator`). Twice the larger
-    error is added to the rounding level. These products are not counted.
+    combinations of the n leading Ritz vectors, if it has a method ``product_error`` (see `SymmetricOperator`). The
+    larger error times :math:`\max(2, 1.25 \sqrt n)` is added to the rounding level. These products are not counted.
 
     Args:
         operator: the matrix; a `HessianOperator`, or a `MatvecOperator` around any function.
@@ -574,13 +574,16 @@ class _Solver:
             error = None if measure is None else measure(self._random_ritz_combinations(projection))
             if error is not None:
                 self._rounding_basis = "measured"
-                decomposition.product_error = float(error)
+                # An error along a single Ritz vector shows in a combination of n of them with 1 / sqrt(n) of its size.
+                count = min(self._k, projection.size)
+                decomposition.product_error = float(error) * max(1.0, 0.625 * float(np.sqrt(count)))
         return decomposition.rounding > before
 
     def _random_ritz_combinations(self, projection: Projection) -> Tensor:
-        """Return random unit vectors in the span of the leading Ritz vectors, ``(slice_length, m)``."""
+        """Return sums of the leading Ritz vectors with random signs, of unit norm, ``(slice_length, m)``."""
         vectors = projection.eigenvectors(min(self._k, projection.size))
-        weights = vectors @ np.random.default_rng(self._seed).standard_normal((vectors.shape[1], _MEASURED_DIRECTIONS))
+        signs = np.random.default_rng(self._seed).choice([-1.0, 1.0], (vectors.shape[1], _MEASURED_DIRECTIONS))
+        weights = vectors @ signs
         ranks = self._operator.ranks
         agreed = ranks.broadcast(torch.from_numpy(weights / np.linalg.norm(weights, axis=0)).to(ranks.control_device))
         return self._decomposition.basis.combine(agreed.cpu())
