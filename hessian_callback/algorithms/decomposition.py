@@ -57,7 +57,7 @@ class Decomposition:
 
     Attributes:
         norm: the largest :math:`\|A v\|` seen, or the value that `raise_norm` was called with.
-        product_error: error norm of a product, measured in higher precision; 0 if it was not measured.
+        product_error: estimate of the error norm of a product, from products in higher precision; 0 if there is none.
         orthogonality: the largest :math:`\|(V^T V - I) x\|` seen, for random unit vectors x.
         num_matvecs: products spent.
     """

@@ -15,7 +15,6 @@ Moments and Quadrature with Applications* (2010), ch. 6, for Gauss-Radau bounds 
 
 from __future__ import annotations
 
-import operator as operators
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -32,6 +31,7 @@ from hessian_callback.algorithms.missed_eigenvalues import Probe, level_of_run
 from hessian_callback.algorithms.ritz import Projection
 from hessian_callback.algorithms.solver_checkpoint import DEFAULT_SECONDS, CheckpointError, SolverCheckpoint
 from hessian_callback.algorithms.spectrum import RoundingBasis, Spectrum, StopReason, meets_tolerance
+from hessian_callback.linalg.arguments import whole_number
 from hessian_callback.linalg.full_float32 import full_float32
 from hessian_callback.linalg.linear_operator import SymmetricOperator
 
@@ -97,8 +97,8 @@ def top_eigenvalues(
     :math:`|\theta_i| \le b_i \le 4 \rho \le \text{rtol}\,\|A\|`.
 
     Before a result is declared converged, the operator is asked for the error of its products along two random
-    combinations of the Ritz vectors, if it has a method ``product_error`` (see `SymmetricOperator`). Twice the larger
-    error is added to the rounding level. These products are not counted.
+    combinations of the n leading Ritz vectors, if it has a method ``product_error`` (see `SymmetricOperator`). The
+    larger error times :math:`\max(2, 1.25 \sqrt n)` is added to the rounding level. These products are not counted.
 
     Args:
         operator: the matrix; a `HessianOperator`, or a `MatvecOperator` around any function.
@@ -129,13 +129,14 @@ def top_eigenvalues(
         checkpoint_every: seconds between two saves, and before the first; 0: as often as possible.
 
     Returns:
-        The eigenvalues with their bounds, and how they were come by.
+        The eigenvalues with their bounds, and how they were computed.
 
     Raises:
-        ValueError: for arguments out of range. As `CheckpointError`, on all ranks together and before a product is
-            spent that counts, when the checkpoint is damaged, or of another matrix or of other arguments, or its
-            folder can't be used.
-        ArithmeticError: when the operator returns NaN or infinity, or when the basis lost its orthogonality.
+        ValueError: for arguments of the wrong type or out of range.
+        CheckpointError: a `ValueError`, on all ranks together and before a product is spent that counts, if the
+            checkpoint is damaged, or of another matrix or of other arguments, or if its folder can't be used.
+        ArithmeticError: if a product holds NaN or infinity, or its squared norm overflows, or the basis lost its
+            orthogonality.
 
     Example:
         >>> from hessian_callback.linalg.linear_operator import MatvecOperator
@@ -185,15 +186,15 @@ def _checked_arguments(
             "wrap a matrix A as MatvecOperator(A.mv, len(A), dtype=A.dtype)"
         )
     size = operator.partition.size
-    k = _integer("k", k, 1)
-    seed = _integer("seed", seed, 0)
+    k = whole_number("k", k, at_least=1)
+    seed = whole_number("seed", seed, at_least=0)
     if seed >= 2**64:
         raise ValueError(f"seed must be below 2**64, got {seed}")
     if not 0 < rtol < 1:
         raise ValueError(f"rtol must lie between 0 and 1, got {rtol}")
     if not 0 < probe_level < 1:
         raise ValueError(f"probe_level must lie between 0 and 1, got {probe_level}")
-    max_matvecs = max(10 * k, 50) if max_matvecs is None else _integer("max_matvecs", max_matvecs, 1)
+    max_matvecs = max(10 * k, 50) if max_matvecs is None else whole_number("max_matvecs", max_matvecs, at_least=1)
     if max_matvecs < min(k + 1, size):
         raise ValueError(
             f"max_matvecs={max_matvecs} cannot give k={k} eigenvalues; allow at least {min(k + 1, size)} products"
@@ -204,16 +205,6 @@ def _checked_arguments(
         if not bool(torch.isfinite(start).all()):
             raise ValueError("the start vector holds NaN or infinity; pass another one, or none for a Gaussian vector")
     return k, seed, max_matvecs
-
-
-def _integer(name: str, value: Any, least: int) -> int:
-    try:
-        number = operators.index(value)
-    except TypeError:
-        raise ValueError(f"{name} must be an integer, got {value!r}") from None
-    if number < least:
-        raise ValueError(f"{name} must be at least {least}, got {number}")
-    return number
 
 
 def _kind_of(value: Any) -> str:
@@ -583,13 +574,16 @@ class _Solver:
             error = None if measure is None else measure(self._random_ritz_combinations(projection))
             if error is not None:
                 self._rounding_basis = "measured"
-                decomposition.product_error = float(error)
+                # An error along a single Ritz vector shows in a combination of n of them with 1 / sqrt(n) of its size.
+                count = min(self._k, projection.size)
+                decomposition.product_error = float(error) * max(1.0, 0.625 * float(np.sqrt(count)))
         return decomposition.rounding > before
 
     def _random_ritz_combinations(self, projection: Projection) -> Tensor:
-        """Return random unit vectors in the span of the leading Ritz vectors, ``(slice_length, m)``."""
+        """Return sums of the leading Ritz vectors with random signs, of unit norm, ``(slice_length, m)``."""
         vectors = projection.eigenvectors(min(self._k, projection.size))
-        weights = vectors @ np.random.default_rng(self._seed).standard_normal((vectors.shape[1], _MEASURED_DIRECTIONS))
+        signs = np.random.default_rng(self._seed).choice([-1.0, 1.0], (vectors.shape[1], _MEASURED_DIRECTIONS))
+        weights = vectors @ signs
         ranks = self._operator.ranks
         agreed = ranks.broadcast(torch.from_numpy(weights / np.linalg.norm(weights, axis=0)).to(ranks.control_device))
         return self._decomposition.basis.combine(agreed.cpu())

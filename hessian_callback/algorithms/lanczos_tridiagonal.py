@@ -1,7 +1,7 @@
-r"""A Lanczos run of a fixed number of steps, with full reorthogonalisation.
+r"""Run Lanczos for a fixed number of steps, with full reorthogonalisation.
 
-Where `lanczos` iterates until bounds hold, spectral densities and the paper's protocol take what a number
-of steps gives: the Gauss quadrature of the start vector's spectral measure.
+The result is the Gauss quadrature of the start vector's spectral measure. Spectral densities and the published protocol
+use it. `lanczos` iterates until error bounds hold instead.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from hessian_callback.algorithms.decomposition import Decomposition
+from hessian_callback.linalg.arguments import whole_number
 from hessian_callback.linalg.linear_operator import SymmetricOperator
 
 __all__ = ["LanczosTridiagonal", "lanczos_tridiagonal"]
@@ -22,14 +23,14 @@ __all__ = ["LanczosTridiagonal", "lanczos_tridiagonal"]
 
 @dataclass(frozen=True)
 class LanczosTridiagonal:
-    r"""What m Lanczos steps from a start vector :math:`v` say of a matrix A, without a claim of convergence.
+    r"""Ritz values and quadrature weights of m Lanczos steps from a start vector :math:`v`, converged or not.
 
     Attributes:
         ritz_values: :math:`\theta_j`, ``(m,)``, descending, float64 on the CPU; in the eigenvalues' unit.
         weights: :math:`w_j`, ``(m,)``, with sum 1: :math:`\sum_j w_j f(\theta_j)` equals :math:`v^T f(A)\, v`
             for :math:`\|v\| = 1` and every polynomial f of degree below 2 m.
-        residuals: :math:`\|A y_j - \theta_j y_j\|` of the Ritz vectors, ``(m,)``: so near lies *some*
-            eigenvalue of A, rounding excluded.
+        residuals: :math:`\|A y_j - \theta_j y_j\|` of the Ritz vectors, ``(m,)``: the distance to *some* eigenvalue of
+            A is at most that, rounding excluded.
         rounding: additive error of every Ritz value, from products and arithmetic.
         num_matvecs: products spent, m.
     """
@@ -60,7 +61,7 @@ def lanczos_tridiagonal(
         The run; it has fewer than ``num_steps`` Ritz values if the Krylov space of the start vector is smaller.
 
     Raises:
-        ValueError: if ``num_steps`` is below 1 or the start vector is zero.
+        ValueError: if ``num_steps`` is no integer of at least 1, or the start vector is zero or not finite.
         ArithmeticError: when the operator returns NaN or infinity, or when the basis lost its orthogonality.
 
     Source:
@@ -73,9 +74,10 @@ def lanczos_tridiagonal(
         >>> run.ritz_values.round(decimals=6), run.weights.round(decimals=6), run.num_matvecs
         (tensor([3., 1.], dtype=torch.float64), tensor([0.5000, 0.5000], dtype=torch.float64), 2)
     """
-    if num_steps < 1:
-        raise ValueError(f"num_steps must be at least 1, got {num_steps}")
+    num_steps = whole_number("num_steps", num_steps, at_least=1)
     decomposition = Decomposition(operator, seed=0)
+    if not bool(torch.isfinite(start).all()):
+        raise ValueError("the start vector holds NaN or infinity")
     if not decomposition.begin(start):
         raise ValueError("the start vector is zero")
     num_steps = min(num_steps, operator.partition.size)

@@ -1,18 +1,17 @@
-r"""The published protocol: the Ritz values of several Lanczos runs, pooled, and the largest of them fitted.
+r"""The published protocol: pool the Ritz values of several Lanczos runs and fit the largest of them.
 
-It is here to be compared with, not to be preferred. `top_eigenvalues` iterates one run until every eigenvalue
-has a proven bound and shows that none was missed. The protocol takes what a fixed number of steps gives:
+It serves comparisons. `top_eigenvalues` iterates one run until every eigenvalue has an error bound and excludes missed
+eigenvalues. The protocol takes the Ritz values of a fixed number of steps:
 
-- **Copies.** Runs from different start vectors find the same eigenvalues, so what all r runs have found is r
-  times in the pool, and the K values that are fitted are about K / r distinct ones. The slope survives that,
-  its standard error and the critical value, which count K independent values, do not: they are about
-  :math:`\sqrt r` too small.
-- **The tail.** Few of a run's Ritz values have converged; the others spread over what is left of the spectrum
-  too thinly. Where the top K of the pool reach into them the slope is too steep, or a bulk of eigenvalues looks
-  like a power law's tail.
+- **Copies.** Runs from different start vectors find the same eigenvalues. An eigenvalue that all r runs have found is
+  r times in the pool, and the K fitted values are about K / r distinct ones. The slope is not affected. Its standard
+  error and the critical value count K independent values, and are too small by about :math:`\sqrt r`.
+- **The tail.** Few of a run's Ritz values have converged. The others spread too thinly over the rest of the spectrum.
+  If the top K of the pool reach into them, then the slope is too steep, or a bulk of eigenvalues looks like the tail
+  of a power law.
 
-Source: Tang et al., ICML 2025, who printed no code; three runs and the number of steps are their text's, the
-start vectors of random signs those of the software they name.
+Source: Tang et al., ICML 2025, who printed no code. Three runs and the number of steps are from their text, the
+start vectors of random signs from the software that they name.
 """
 
 from __future__ import annotations
@@ -26,6 +25,7 @@ from torch import Tensor
 from hessian_callback.algorithms.lanczos import LanczosProgress
 from hessian_callback.algorithms.lanczos_tridiagonal import lanczos_tridiagonal
 from hessian_callback.algorithms.spectrum import Spectrum, meets_tolerance
+from hessian_callback.linalg.arguments import whole_number
 from hessian_callback.linalg.full_float32 import full_float32
 from hessian_callback.linalg.linear_operator import SymmetricOperator
 from hessian_callback.linalg.random_vectors import Purpose, rademacher_slice
@@ -39,8 +39,8 @@ class PooledRitzValues:
 
     Attributes:
         ritz_values: ``(r m,)``, descending, float64 on the CPU, in the eigenvalues' unit.
-        residuals: of the Ritz vector of each, ``(r m,)``: so near lies *some* eigenvalue, which may be the
-            same for several of them.
+        residuals: norm of the residual of each Ritz vector, ``(r m,)``: a bound on the distance to *some* eigenvalue,
+            which may be the same for several of them.
         num_runs: r.
         rounding: additive error of every Ritz value.
         num_matvecs: products spent.
@@ -64,10 +64,10 @@ class PooledRitzValues:
     num_matvecs: int
 
     def top(self, k: int, *, rtol: float = 1e-2) -> Spectrum:
-        """Return the k largest of the pool as a spectrum that proves nothing by index.
+        """Return the k largest values of the pool as a spectrum without bounds by index.
 
         Args:
-            k: at least 1; all of them where there are fewer.
+            k: at least 1; all of them if there are fewer.
             rtol: an eigenvalue counts as converged if its residual is at most this part of it.
 
         Returns:
@@ -75,10 +75,9 @@ class PooledRitzValues:
             and copies stand side by side.
 
         Raises:
-            ValueError: if k is below 1.
+            ValueError: if k is no integer of at least 1.
         """
-        if k < 1:
-            raise ValueError(f"k must be at least 1, got {k}")
+        k = whole_number("k", k, at_least=1)
         values, bounds = self.ritz_values[:k].clone(), self.residuals[:k] + self.rounding
         return Spectrum(
             eigenvalues=values,
@@ -94,9 +93,9 @@ class PooledRitzValues:
         )
 
     def num_distinct(self, k: int) -> int:
-        """Count what the k largest prove: groups of values whose residual intervals overlap.
+        """Count the groups among the k largest values whose residual intervals overlap.
 
-        At least so many different eigenvalues are there; copies of one fall into the same group.
+        There are at least so many different eigenvalues. Copies of one fall into the same group.
         """
         values, reach = self.ritz_values[:k], self.residuals[:k] + self.rounding
         lowest_so_far = (values - reach).cummin(0).values
@@ -125,7 +124,7 @@ def pooled_ritz_values(
         progress: called after every product.
 
     Raises:
-        ValueError: for arguments out of range.
+        ValueError: for arguments of the wrong type or out of range.
         ArithmeticError: when a product holds NaN or infinity, or a basis lost its orthogonality.
 
     Example:
@@ -137,10 +136,8 @@ def pooled_ritz_values(
         >>> pool.num_matvecs
         120
     """
-    if num_runs < 1:
-        raise ValueError(f"num_runs must be at least 1, got {num_runs}")
-    if num_steps < 1:
-        raise ValueError(f"num_steps must be at least 1, got {num_steps}")
+    num_runs, num_steps = whole_number("num_runs", num_runs, at_least=1), whole_number("num_steps", num_steps, at_least=1)
+    seed = whole_number("seed", seed, at_least=0)
     planned = num_runs * min(num_steps, operator.partition.size)
     runs = []
     spent = 0

@@ -1,4 +1,4 @@
-"""The small matrices of a Krylov decomposition, whose eigenvalues bound those of the operator on both sides."""
+"""The projected matrices of a Krylov decomposition: their eigenvalues bound those of the operator on both sides."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Projection:
 
     @cached_property
     def _off_diagonal(self) -> _Array | None:
-        """The off-diagonal, if ``H`` is one unbroken chain that at most its last vector leads out of."""
+        """The off-diagonal, if ``H`` is one unbroken chain and only its last column has a residual."""
         links = self.couplings
         if len(links) != self.size - 1 or any(row != column + 1 for row, column, _ in links):
             return None
@@ -53,7 +53,7 @@ class Projection:
         return matrix
 
     def bordered(self, border: float) -> _Array:
-        """``[[H, R^T], [R, border I]]``, which bounds ``A`` from above when ``border`` bounds the complement."""
+        """Return ``[[H, R^T], [R, border I]]``, which bounds ``A`` from above if ``border`` bounds the complement."""
         # R = W L with orthonormal W: the border holds L^T, a root of the Gram matrix.
         values, vectors = np.linalg.eigh(self.gram)
         root = vectors * np.sqrt(np.maximum(values, 0))
@@ -73,7 +73,7 @@ class Projection:
         return _tridiagonal_eigenvalues(self.diagonal, self._off_diagonal)
 
     def upper_bounds(self, border: float, k: int) -> _Array:
-        """Upper bounds of the k largest eigenvalues, given a bound on the complement's."""
+        """Return upper bounds of the k largest eigenvalues, given a bound on the complement's."""
         if self._off_diagonal is None:
             values = _descending(scipy.linalg.eigvalsh(self.bordered(border)))
         elif self.columns:
@@ -88,9 +88,11 @@ class Projection:
 
         The vectors from ``first`` on are Lanczos vectors of the compression C to that complement, so they give
         moments of the residual's spectral measure. With :math:`\lambda_{\max}(C) \le u`, Gauss-Radau quadrature with a
-        node at u bounds :math:`r^T (x - C)^{-1} r` from above for :math:`x > u`: the last entry of the bordered matrix
-        is then not u, but what makes u the largest eigenvalue of its part behind ``first`` (Golub and Meurant 2010,
-        ch. 6; `lanczos` says what follows). For a single chain.
+        node at u bounds :math:`r^T (x - C)^{-1} r` from above for :math:`x > u`. The last entry of the bordered matrix
+        is then not u. It makes u the largest eigenvalue of the part behind ``first`` (Golub and Meurant 2010, ch. 6).
+        For a single chain.
+
+        The corner depends on u with an unbounded derivative. So u must include the rounding level of ``H``.
         """
         off = self._off_diagonal
         assert off is not None, "only a single chain has a recurrence"
@@ -119,7 +121,7 @@ class Projection:
         return self._off_diagonal is not None and bool(self.columns)
 
     def eigenvectors(self, k: int) -> _Array:
-        """Eigenvectors of ``H`` for its k largest eigenvalues, ``(N, k)``."""
+        """Return eigenvectors of ``H`` for its k largest eigenvalues, ``(N, k)``."""
         first = self.size - k
         if self._off_diagonal is None or self.size == 1:
             _, vectors = scipy.linalg.eigh(self.dense(), subset_by_index=(first, self.size - 1))
@@ -131,7 +133,7 @@ class Projection:
         return reversed_order
 
     def tail(self, first: int) -> Projection:
-        """The part of the basis from vector ``first`` on: the compression of ``A`` to those vectors."""
+        """Return the compression of ``A`` to the basis vectors from ``first`` on."""
         couplings = [(row - first, column - first, value) for row, column, value in self.couplings if column >= first]
         kept = [position for position, column in enumerate(self.columns) if column >= first]
         columns = [self.columns[position] - first for position in kept]

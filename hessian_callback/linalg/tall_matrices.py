@@ -44,7 +44,7 @@ def inner_products(left: Tensor, right: Tensor, ranks: Ranks) -> Tensor:
 
 @full_float32()
 def triangular_factor(columns: Tensor, partition: Partition, ranks: Ranks) -> tuple[Tensor, Tensor]:
-    r"""QR decomposition of a tall matrix, :math:`X = Q R`, by one decomposition a rank and one of the pieces.
+    r"""Compute the QR decomposition of a tall matrix, :math:`X = Q R`: one on each rank, and one of their factors.
 
     Forming :math:`X^T X` instead would lose half of the digits.
 
@@ -54,8 +54,8 @@ def triangular_factor(columns: Tensor, partition: Partition, ranks: Ranks) -> tu
         ranks: the processes that hold the other rows.
 
     Returns:
-        This rank's rows of Q, ``(slice_length, k)``, and R, ``(k, k)`` in float64 on the CPU. Where X is
-        rank deficient the columns of Q that belong to zeros on R's diagonal mean nothing.
+        This rank's rows of Q, ``(slice_length, k)``, and R, ``(k, k)`` in float64 on the CPU. If X is rank
+        deficient, the columns of Q that belong to zeros on R's diagonal are arbitrary.
 
     Source:
         Demmel, Grigori, Hoemmen and Langou (2012), where it is called TSQR.
@@ -86,7 +86,7 @@ def triangular_factor(columns: Tensor, partition: Partition, ranks: Ranks) -> tu
 
 @full_float32()
 def orthonormal_columns(columns: Tensor, partition: Partition, ranks: Ranks) -> Tensor:
-    r"""Orthonormal basis of the range of a tall matrix, without the directions that only rounding spans.
+    r"""Compute an orthonormal basis of the range of a tall matrix, without directions that only rounding spans.
 
     Args:
         columns: this rank's rows, ``(slice_length, k)``, the padding zero.

@@ -299,13 +299,24 @@ def test_the_measured_error_of_a_product_enters_the_bounds(size: float) -> None:
     assert spectrum.rounding_basis == "measured"
     assert size < spectrum.rounding < 4 * size
     assert not (spectrum.eigenvalues[spectrum.converged] < 20 * size).any()
-    (vectors,) = operator.calls
+    assert len(operator.calls) == 1
+    vectors = operator.calls[0]
     torch.testing.assert_close(vectors.norm(dim=0), torch.ones(2, dtype=torch.float64))
     # They lie in the span of the leading eigenvectors.
     assert (exact @ vectors).norm(dim=0).min() > float(truth[8])
     unmeasured = top_eigenvalues(MatvecOperator(operator.matvec_slice, 150), 8)
     assert unmeasured.rounding < 1e-12
     assert unmeasured.rounding_basis == "a-priori"
+
+
+def test_an_error_along_a_single_ritz_vector_is_covered() -> None:
+    truth = ranks(100) ** -1.0
+    for index in range(8):
+        perturbation = torch.zeros(100, 100, dtype=torch.float64)
+        perturbation[index, index] = 1e-4
+        for seed in range(3):
+            spectrum = top_eigenvalues(PerturbedOperator(torch.diag(truth), perturbation), 8, seed=seed)
+            assert_bounds_hold(spectrum, truth)
 
 
 def test_an_error_that_cannot_be_measured_is_assumed() -> None:
@@ -438,7 +449,7 @@ def test_progress_is_reported_after_every_product() -> None:
     ],
 )
 def test_bad_arguments(kwargs: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         top_eigenvalues(operator_of(rotated(ranks(30))), **kwargs)
 
 

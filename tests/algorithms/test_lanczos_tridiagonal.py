@@ -71,6 +71,10 @@ def test_errors() -> None:
     operator = MatvecOperator(lambda v: v, 3)
     with pytest.raises(ValueError, match="num_steps"):
         lanczos_tridiagonal(operator, torch.ones(3, dtype=torch.float64), 0)
+    with pytest.raises(TypeError, match=r"num_steps must be an integer, got 2\.5"):
+        lanczos_tridiagonal(operator, torch.ones(3, dtype=torch.float64), 2.5)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        lanczos_tridiagonal(operator, torch.full((3,), torch.inf, dtype=torch.float64), 2)
     with pytest.raises(ValueError, match="zero"):
         lanczos_tridiagonal(operator, torch.zeros(3, dtype=torch.float64), 2)
     with pytest.raises(ArithmeticError, match="NaN"):

@@ -132,5 +132,9 @@ def test_errors() -> None:
         pooled_ritz_values(operator, num_runs=0)
     with pytest.raises(ValueError, match="num_steps"):
         pooled_ritz_values(operator, num_steps=0)
+    with pytest.raises(TypeError, match="num_steps must be an integer"):
+        pooled_ritz_values(operator, num_steps=2.5)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="seed must be at least 0"):
+        pooled_ritz_values(operator, num_steps=2, seed=-1)
     with pytest.raises(ValueError, match="k must"):
         pooled_ritz_values(operator, num_steps=2).top(0)
