@@ -342,8 +342,8 @@ def main(args: Sequence[str] | None = None) -> None:
         written = write_report(chosen.folders, chosen.output, val_loss=chosen.val_loss, train_loss=chosen.train_loss)
     except (HistoryError, ModuleNotFoundError, OSError) as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
-    for reason in _limited(written.left_out):
-        print(f"left out: {reason}")
-    print(f"{written.num_runs} run(s), {written.num_measurements} measurements")
-    print(f"report: {written.html}")
-    print(f"table:  {written.csv}")
+    lines = [f"left out: {reason}" for reason in _limited(written.left_out)]
+    lines += [f"{written.num_runs} run(s), {written.num_measurements} measurements"]
+    lines += [f"report: {written.html}", f"table:  {written.csv}"]
+    # Paths may hold bytes that are no text, which a stream in UTF-8 refuses.
+    print("\n".join(lines).encode(errors="backslashreplace").decode())

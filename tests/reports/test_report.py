@@ -319,7 +319,7 @@ class Attributes(HTMLParser):
             self.labels.append(found["aria-label"] or "")
 
 
-def test_a_folder_whose_name_is_no_text(tmp_path: Path) -> None:
+def test_a_folder_whose_name_is_no_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/run\xff"))
     try:
         HistoryWriter("hessian").write([folder], [at(5, 0)])
@@ -328,6 +328,8 @@ def test_a_folder_whose_name_is_no_text(tmp_path: Path) -> None:
     written, page = report(tmp_path, folder)
     assert "run\ufffd" in page
     assert rows_of(written)[0]["run"].endswith("run\ufffd")
+    main([str(folder)])
+    assert "run\\udcff/hessian_report.html" in capsys.readouterr().out
 
 
 def test_the_output_replaces_links_and_does_not_follow_them(whole: Path, tmp_path: Path) -> None:
