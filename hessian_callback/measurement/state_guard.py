@@ -340,7 +340,8 @@ class Snapshot:
     Leave the block, or call `close`, to end it: iterators are replaced by copies until then.
 
     Example:
-        >>> counts = collections.Counter("a")
+        >>> from collections import Counter
+        >>> counts = Counter("a")
         >>> with Snapshot() as snapshot:
         ...     snapshot.remember(counts)
         ...     counts.update("abc")
