@@ -94,6 +94,8 @@ _COPIED_BYTES = 64 * 2**20
 _COPIED_BYTES_TOTAL = 512 * 2**20
 # The state of an optimizer is as large as the model, or twice that: only its small tensors are copied.
 _COPIED_BYTES_OF_OPTIMIZERS = 64 * 2**10
+# The tensors of a data set are its samples, and rarely change.
+_COPIED_BYTES_OF_DATA = 2**20
 # More tensors than this are not copied one by one: each copy takes microseconds.
 _COPIED_TENSORS = 10_000
 # At most so many objects are visited by one call of `Snapshot.remember`, and so many of libraries.
@@ -338,7 +340,8 @@ class Snapshot:
     Leave the block, or call `close`, to end it: iterators are replaced by copies until then.
 
     Example:
-        >>> counts = collections.Counter("a")
+        >>> from collections import Counter
+        >>> counts = Counter("a")
         >>> with Snapshot() as snapshot:
         ...     snapshot.remember(counts)
         ...     counts.update("abc")
@@ -730,6 +733,8 @@ class _Walk:
         elif mode != _SEARCHED and (isinstance(value, (Dataset, Sampler)) or is_user_made(kind)):
             # Restored also if a library's object refers to it.
             self._snapshot._seen[id(value)] = value, _RESTORED
+            if isinstance(value, Dataset):
+                limit = min(limit, _COPIED_BYTES_OF_DATA)
             self._attributes(value, path, limit)
             self._class(kind, path)
         else:

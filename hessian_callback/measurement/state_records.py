@@ -253,6 +253,7 @@ class TensorContent:
         own = own_part(tensor)
         # `tensor.data = other` exchanges the storage. The former one is kept, which is no copy.
         self._storage = tensor.data if type(own) is Tensor and own.shape == tensor.shape else None
+        self._shape = tensor.shape
         self._address = own.data_ptr()
         self._storage_size = own.untyped_storage().nbytes()
         size = own.numel() * own.element_size()
@@ -263,7 +264,7 @@ class TensorContent:
     def changed(self) -> bool:
         """Compare versions and, for a small tensor, bytes: ``.data`` changes elements without a new version."""
         tensor = self._tensor
-        if self._version is None or tensor._version != self._version:
+        if self._version is None or tensor._version != self._version or tensor.shape != self._shape:
             return True
         if self._storage is not None and tensor.data_ptr() != self._address:
             return True
@@ -272,7 +273,7 @@ class TensorContent:
 
     def restore(self) -> None:
         tensor, storage = self._tensor, self._storage
-        if self._bytes is not None and not self.changed() and storage is not None and tensor.shape == storage.shape:
+        if self._bytes is not None and not self.changed():
             return
         with torch.inference_mode(self._inference), torch.no_grad(), _without_tracing():
             if self._leaf and not tensor.is_leaf:

@@ -1,4 +1,4 @@
-"""Runs as people have them: data modules, precisions, compiled modules, signals, long histories."""
+"""Realistic runs: data modules, precisions, compiled modules, signals, long histories."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_transfer_hooks_run_alike_at_every_measurement(tmp_path: Any) -> None:
     plain = first_eigenvalues(tmp_path, seeded(), loader(), loader(seed=1))
     assert not torch.allclose(start, plain, rtol=1e-3)
 
-    # Random changes are those of the seed, in each measurement.
+    # Random changes are drawn from the seed, alike in each measurement.
     class Still(Net):
         def configure_optimizers(self) -> Any:
             return torch.optim.SGD(self.parameters(), lr=0.0)
@@ -97,7 +97,7 @@ def test_precision(precision: str, rtol: float, used: str, tmp_path: Any) -> Non
     expected_of = seeded(MakesTensors)
     if "-true" in precision and "16" in precision:
         half = torch.bfloat16 if precision.startswith("b") else torch.float16
-        expected_of.to(half).float()  # the values that there are, in more digits
+        expected_of.to(half).float()  # the half-precision values, in float32
     expected = first_eigenvalues(tmp_path, expected_of, loader(), loader(seed=1))
     callback = measure()
     model = seeded(MakesTensors)
@@ -128,7 +128,7 @@ def test_a_module_that_cannot_be_copied(tmp_path: Any) -> None:
 
 
 class Quiet(Net):
-    """Without logging, which Lightning's compiled training_step does not survive."""
+    """Without logging, which fails in Lightning's compiled training_step."""
 
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
         return nn.functional.cross_entropy(self(batch[0]), batch[1])
@@ -139,7 +139,7 @@ class Quiet(Net):
 
 def test_a_module_that_is_compiled(tmp_path: Any) -> None:
     expected = first_eigenvalues(tmp_path, seeded(Quiet), loader(), loader(seed=1))
-    # Differentiated by the compiler, as with the usual backend, but not turned into machine code.
+    # The compiler differentiates, as with the default backend, but generates no machine code.
     compiled = torch.compile(seeded(Quiet), backend="aot_eager")
     found = first_eigenvalues(tmp_path, compiled, loader(), loader(seed=1))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
@@ -167,14 +167,14 @@ class TwoOptimizers(LightningModule):
 def test_manual_optimisation_with_two_optimizers(tmp_path: Any) -> None:
     callback = measure(at_steps=[0, 5, 12], dataloader="train")
     trainer(tmp_path, callback, max_epochs=1).fit(seeded(TwoOptimizers), loader())
-    # Two steps a batch: the one after the fifth is the sixth.
+    # Each batch takes two steps, so step 5 is passed at step 6.
     assert [m.step for m in callback.history] == [0, 6, 12]
     assert all(m.logged for m in callback.history)
 
 
 @pytest.mark.parametrize("choice", [{}, {"memory_budget": 0}, {"hvp": "finite_difference"}], ids=str)
 def test_memory_after_many_measurements(choice: dict[str, Any], tmp_path: Any) -> None:
-    """After 50 no tensor is alive that was not after 2, the histories' own aside."""
+    """After 50 measurements as many tensors are alive as after 2, apart from those of the history."""
     alive = {}
 
     class Count(Callback):
@@ -217,19 +217,19 @@ def test_sigterm_in_the_middle_of_a_measurement(where: str, tmp_path: Any) -> No
     assert model.training
     assert torch.is_grad_enabled()
     assert signal.getsignal(signal.SIGTERM) == before
-    # Given up at once, rather than after all products.
+    # The measurement ends at once, and not after all products.
     assert next(calls) < 40
 
 
 # -- stopping ------------------------------------------------------------------------------------------------
 
-# Epoch and slope of LeNet on MNIST, as printed in the paper.
+# Epoch and slope of LeNet on MNIST, as published.
 PAPER = {1: 1.102, 2: 1.087, 3: 1.092, 10: 0.972, 20: 0.925, 30: 0.930}
 
 
 @pytest.mark.parametrize(
     ("mode", "patience", "stops_after"),
-    # The slope falls with a wobble: "min" follows it, if the wobble is forgiven, and "max" gives up at once.
+    # The slope falls, but not monotonically: mode "min" needs patience 2, and mode "max" stops early.
     [("min", 1, 3), ("min", 2, None), ("max", 1, 2), ("max", 2, 3), ("max", 3, 10)],
 )
 def test_the_papers_slopes_through_early_stopping(
