@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from hessian_callback.callbacks.sample_source import (
@@ -12,6 +13,7 @@ from hessian_callback.callbacks.sample_source import (
     warn_of_imbalance,
 )
 from hessian_callback.measurement import samples
+from hessian_callback.measurement.loaders import combination_of
 from hessian_callback.measurement.loaders import stateful_parts as moving_parts
 from hessian_callback.measurement.samples import SampleSet, assign_to_ranks
 
@@ -30,5 +32,7 @@ __all__ = [
 
 def collect(loader: Any, *, sequential: bool = True, **options: Any) -> SampleSet:
     """Collect as `samples.collect` does; several loaders serve as those of validation or of training do."""
-    mode = "sequential" if sequential else "max_size_cycle"
-    return samples.collect(loader, mode=mode, first_only=sequential, shared=True, **options)
+    combination = combination_of(loader, "sequential" if sequential else "max_size_cycle")
+    if sequential:  # Limits of validation, such as those of its sanity check, don't count.
+        combination = replace(combination, limits=None)
+    return samples.collect(combination, first_only=sequential, shared=True, **options)
