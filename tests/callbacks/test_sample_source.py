@@ -161,8 +161,9 @@ def test_validation_samples_are_those_of_the_loop(name: str, at_start: bool, tmp
     assert {str(type(batch)) for batch in collects.batches} == {str(type(batch)) for batch in module.validated}
 
 
-def test_limited_validation_leaves_the_whole_loader(tmp_path: Any) -> None:
-    _, collects = fitted(tmp_path, SampleSource(num_samples=100), loader(), loader(), limit_val_batches=1)
+@pytest.mark.parametrize("options", [{"limit_val_batches": 1}, {"num_sanity_val_steps": 2}], ids=str)
+def test_limited_validation_leaves_the_whole_loader(options: dict[str, Any], tmp_path: Any) -> None:
+    _, collects = fitted(tmp_path, SampleSource(num_samples=100), loader(), loader(), **options)
     assert collects.samples.num_samples == 40
 
 
