@@ -136,7 +136,10 @@ def pooled_ritz_values(
         >>> pool.num_matvecs
         120
     """
-    num_runs, num_steps = whole_number("num_runs", num_runs, at_least=1), whole_number("num_steps", num_steps, at_least=1)
+    num_runs, num_steps = (
+        whole_number("num_runs", num_runs, at_least=1),
+        whole_number("num_steps", num_steps, at_least=1),
+    )
     seed = whole_number("seed", seed, at_least=0)
     planned = num_runs * min(num_steps, operator.partition.size)
     runs = []

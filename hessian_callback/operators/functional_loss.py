@@ -101,8 +101,7 @@ class FunctionalLoss:
         """
 
         def compute(leaves: list[Tensor], own: Any) -> list[Tensor]:
-            with constant_padding(self.loss.model):
-                return list(torch.autograd.grad(self._value(batch, own), leaves, materialize_grads=True))
+            return list(torch.autograd.grad(self._value(batch, own), leaves, materialize_grads=True))
 
         return self._substituted(compute, batch, displacement)
 
@@ -148,7 +147,9 @@ class FunctionalLoss:
             **{name: buffer.clone() for name, buffer in self._buffers.items()},
         }
         own = map_tensors(batch, lambda tensor: self._converted(tensor).clone())
-        with self.loss.differentiable(), _InFloat64() if self._float64 else nullcontext():
+        mode = _InFloat64() if self._float64 else nullcontext()
+        # The padding rows of the module's own parameters, which are not displaced.
+        with self.loss.differentiable(), constant_padding(self.loss.model), mode:
             result: _Result = torch.func.functional_call(self._module, values, (lambda: compute(leaves, own),))
         return result
 

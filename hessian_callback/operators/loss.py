@@ -79,8 +79,9 @@ class BatchLoss:
         self._others = [parameter for parameter in model.parameters() if id(parameter) not in chosen]
         self._frozen: list[nn.Parameter] = []
         self._first_seed = rank << 20
-        # Batches that were evaluated, by identity. A batch's number is the seed of its random numbers.
-        self._seen: dict[int, tuple[Any, int]] = {}
+        # Batches and the seeds of their random numbers, by identity.
+        self._seeds: dict[int, tuple[Any, int]] = {}
+        self._seen: set[int] = set()
 
     def value(self, batch: Any) -> Tensor:
         """Evaluate the loss, and check that it can be differentiated.
@@ -91,12 +92,9 @@ class BatchLoss:
         """
         if id(batch) in self._seen:
             return self._checked(self._evaluate(batch))
-        self._seen[id(batch)] = (batch, self._first_seed + len(self._seen))
-        try:
-            return self._checked(self._with_derivatives_inside(batch))
-        except BaseException:
-            del self._seen[id(batch)]
-            raise
+        loss = self._checked(self._with_derivatives_inside(batch))
+        self._seen.add(id(batch))
+        return loss
 
     def gradient(self, batch: Any, *, create_graph: bool) -> tuple[Tensor, list[Tensor]]:
         """Return the loss and its gradient; parameters it does not depend on get zeros."""
@@ -171,7 +169,7 @@ class BatchLoss:
         generators = _Generators(self.parameters[0].device)
         before = generators.states()
         try:
-            generators.seed(self._seen[id(batch)][1])
+            generators.seed(self._seeds.setdefault(id(batch), (batch, self._first_seed + len(self._seeds)))[1])
             start = None if self.draws else generators.states()
             yield
             if start is not None and generators.states() != start:

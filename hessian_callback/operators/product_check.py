@@ -204,7 +204,9 @@ class _Comparison:
         return ProductCheck(asymmetry, None, self._precision)
 
     def _change(self, entry: tuple[Tensor, Tensor, float], again: tuple[Tensor, Tensor, float]) -> float:
-        return max(self._norm(entry[n] - again[n]) / (self._norm(entry[n]) or 1.0) for n in range(2))  # type: ignore[arg-type]
+        """Return the relative change of two differences from one step to another."""
+        pairs = ((entry[0], again[0]), (entry[1], again[1]))
+        return max(self._norm(one - other) / (self._norm(one) or 1.0) for one, other in pairs)
 
     def _pairs(
         self, direction: Tensor, multiply: Callable[[Tensor], Tensor | None]

@@ -100,12 +100,27 @@ def test_a_run_that_diverges_by_itself(tmp_path: Any) -> None:
     assert all("whether training has diverged" in str(m.reason) for m in callback.history[1:])
 
 
-def test_a_loss_that_is_not_deterministic(tmp_path: Any) -> None:
-    def loss_fn(module: Any, batch: Any) -> torch.Tensor:
-        return nn.functional.cross_entropy(module(batch[0] + torch.randn_like(batch[0])), batch[1])
+def test_a_loss_that_changes_from_call_to_call(tmp_path: Any) -> None:
+    noise = torch.Generator().manual_seed(0)
 
-    with pytest.raises(ValueError, match=r"the loss is random: the same batch gave .*fix its seed inside loss_fn"):
+    def loss_fn(module: Any, batch: Any) -> torch.Tensor:
+        moved = batch[0] + torch.randn(batch[0].shape, generator=noise)
+        return nn.functional.cross_entropy(module(moved), batch[1])
+
+    with pytest.raises(ValueError, match=r"the same batch gave .*no global random generator moved.*a generator of its"):
         outcome(tmp_path, measure(loss_fn=loss_fn))
+
+
+def test_a_loss_that_draws_is_measured_and_training_draws_as_before(tmp_path: Any) -> None:
+    def loss_fn(module: Any, batch: Any) -> torch.Tensor:
+        return nn.functional.cross_entropy(module(batch[0] + 0.1 * torch.randn_like(batch[0])), batch[1])
+
+    callback = measure(loss_fn=loss_fn)
+    with_callback, without = outcome(tmp_path, callback), outcome(tmp_path)
+    assert torch.equal(
+        with_callback["weights and buffers"]["net.0.weight"], without["weights and buffers"]["net.0.weight"]
+    )
+    assert all(measurement.logged for measurement in callback.history)
 
 
 # -- memory --------------------------------------------------------------------------------------------------

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+<<<<<<< HEAD
 import inspect
+=======
+import itertools
+>>>>>>> ops
 import math
 import re
 import warnings
@@ -119,8 +123,8 @@ def not_twice(module: Any, batch: Any) -> torch.Tensor:
     return nn.functional.cross_entropy(OnceDifferentiable.apply(module(batch[0])), batch[1])
 
 
-def random_loss(module: Any, batch: Any) -> torch.Tensor:
-    return nn.functional.cross_entropy(module(batch[0]), batch[1]) * (1 + torch.rand(()))
+def changing_loss(module: Any, batch: Any, calls: Any = itertools.count(1)) -> torch.Tensor:
+    return nn.functional.cross_entropy(module(batch[0]), batch[1]) * next(calls)
 
 
 def test_a_loss_that_draws_is_measured_with_fixed_draws(tmp_path: Any) -> None:
@@ -178,6 +182,10 @@ REFUSED = {
     "loss without grad": (r"does not (depend|require)|grad", {"loss_fn": without_grad}, {}, True),
     "loss no tensor": (r"loss tensor is needed.*use dataloader='train'", {"loss_fn": no_tensor}, {}, True),
     "no double backward": (r"double backward|twice", {"loss_fn": not_twice}, {}, True),
+<<<<<<< HEAD
+=======
+    "changing loss": (r"changes some state \(a queue, a counter", {"loss_fn": changing_loss}, {}, True),
+>>>>>>> ops
     "ambiguous batch": (
         r"leading dimensions \[4, 5\]. Pass batch_weight=",
         {"dataloader": RAGGED, "loss_fn": ragged_loss},
