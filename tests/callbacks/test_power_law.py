@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-<<<<<<< HEAD
 import inspect
-=======
 import itertools
->>>>>>> ops
 import math
 import re
 import warnings
@@ -182,10 +179,7 @@ REFUSED = {
     "loss without grad": (r"does not (depend|require)|grad", {"loss_fn": without_grad}, {}, True),
     "loss no tensor": (r"loss tensor is needed.*use dataloader='train'", {"loss_fn": no_tensor}, {}, True),
     "no double backward": (r"double backward|twice", {"loss_fn": not_twice}, {}, True),
-<<<<<<< HEAD
-=======
     "changing loss": (r"changes some state \(a queue, a counter", {"loss_fn": changing_loss}, {}, True),
->>>>>>> ops
     "ambiguous batch": (
         r"leading dimensions \[4, 5\]. Pass batch_weight=",
         {"dataloader": RAGGED, "loss_fn": ragged_loss},
