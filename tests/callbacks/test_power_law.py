@@ -120,6 +120,10 @@ def not_twice(module: Any, batch: Any) -> torch.Tensor:
     return nn.functional.cross_entropy(OnceDifferentiable.apply(module(batch[0])), batch[1])
 
 
+def random_loss(module: Any, batch: Any) -> torch.Tensor:
+    return nn.functional.cross_entropy(module(batch[0]), batch[1]) * (1 + torch.rand(()))
+
+
 def changing_loss(module: Any, batch: Any, calls: Any = itertools.count(1)) -> torch.Tensor:
     return nn.functional.cross_entropy(module(batch[0]), batch[1]) * next(calls)
 
