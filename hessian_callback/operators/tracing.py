@@ -6,12 +6,14 @@ traced once for all batches of one shape; what does not depend on the direction 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from hessian_callback.operators.batches import tensors
@@ -90,7 +92,8 @@ class TracedProduct:
         # Functionalized: the backward of some operations (SiLU) works in place on what is folded here, which would be
         # right in the first product and wrong in the others.
         functional = torch.func.functionalize(derivative)
-        graph = make_fx(functional)(self._point, data, [torch.zeros_like(part) for part in self._point])
+        with _ComposedLosses():
+            graph = make_fx(functional)(self._point, data, [torch.zeros_like(part) for part in self._point])
         self._primal, self._tangent, self._used = _split(graph, len(self._point))
 
     def constants(self, batch: Any) -> list[Tensor]:
@@ -111,6 +114,33 @@ class TracedProduct:
         with torch.no_grad():
             results = iter(self._tangent(*constants, *directions))
         return [next(results) if used else None for used in self._used]
+
+
+class _ComposedLosses(TorchFunctionMode):
+    """Compute the mean squared error from elementary operations.
+
+    Forward derivatives of ``mse_loss``'s backward end the process with a segmentation fault while they are traced
+    (PyTorch 2.13).
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") == "mse_loss" and func is not nn.functional.mse_loss:
+            return _mean_squared_error(*args, **(kwargs or {}))
+        if func is nn.functional.mse_loss:
+            bound = inspect.signature(func).bind(*args, **(kwargs or {}))
+            given = {name: value for name, value in bound.arguments.items() if value is not None}
+            if given.keys() <= {"input", "target", "reduction"}:
+                number = {"none": 0, "mean": 1, "sum": 2}.get(given.pop("reduction", "mean"), -1)
+                return _mean_squared_error(**given, reduction=number)
+            raise RuntimeError("mse_loss with weights or deprecated options cannot be traced")
+        return func(*args, **(kwargs or {}))
+
+
+def _mean_squared_error(input: Tensor, target: Tensor, reduction: int = 1) -> Tensor:
+    if reduction not in (0, 1, 2):
+        raise ValueError(f"{reduction} is not a valid value for reduction")
+    squares = (input - target).square()
+    return (squares, squares.mean(), squares.sum())[reduction]
 
 
 def _split(traced: fx.GraphModule, num_directions: int) -> tuple[fx.GraphModule, fx.GraphModule, list[bool]]:

@@ -248,3 +248,23 @@ def test_a_wrong_forward_derivative_is_refused(monkeypatch: pytest.MonkeyPatch) 
     )
     with pytest.raises(RuntimeError, match="wrong or missing forward derivative"):
         HessianOperator(case.model, case.loss_fn, case.batches, hvp="linearize")
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_the_mean_squared_error_is_traced(reduction: str) -> None:
+    """PyTorch's own would end the process."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(5, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2)).double()
+    batches = [(torch.randn(8, 5).double(), torch.randn(8, 2).double()) for _ in range(2)]
+
+    def loss(model: Any, batch: Any) -> torch.Tensor:
+        return torch.nn.functional.mse_loss(model(batch[0]), batch[1], reduction=reduction).mean()
+
+    def module_loss(model: Any, batch: Any) -> torch.Tensor:
+        return torch.nn.MSELoss(reduction=reduction)(model(batch[0]), batch[1]).mean()
+
+    expected = HessianOperator(model, loss, batches, hvp="double_backward")
+    vector = torch.randn(expected.num_parameters).double()
+    for one in (loss, module_loss):
+        traced = HessianOperator(model, one, batches, hvp="linearize")
+        torch.testing.assert_close(traced.matvec(vector), expected.matvec(vector), rtol=1e-12, atol=1e-14)
