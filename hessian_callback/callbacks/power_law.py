@@ -14,7 +14,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
-from hessian_callback._options import check_bool, check_callable, check_choice, check_int, check_str, optional
+from hessian_callback._options import check_bool, check_callable, check_str, optional
 from hessian_callback.callbacks import compatibility
 from hessian_callback.callbacks.callback_options import checked_groups, checked_parameters, checked_prefix
 from hessian_callback.callbacks.hyperparameters import announce_columns
@@ -180,13 +180,11 @@ class PowerLawHessianCallback(Callback):
         self.measurer = Measurer(
             num_eigenvalues, solver=solver, extras=extras, groups=checked_groups(groups), seed=seed
         )
-        if isinstance(dataloader, str):
-            check_choice("dataloader", dataloader, ("val", "train"))
         self.source = SampleSource(
             dataloader,
-            num_samples=check_int("num_samples", num_samples, at_least=1),
-            batch_size=optional(check_int, "batch_size", batch_size, at_least=1),
-            batch_weight=optional(check_callable, "batch_weight", batch_weight),
+            num_samples=num_samples,
+            batch_size=batch_size,
+            batch_weight=batch_weight,
             seed=self.measurer.seed,
         )
         self.schedule = MeasurementSchedule(

@@ -11,6 +11,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 
+from hessian_callback._options import MAX_SEED, check_callable, check_choice, check_int, optional
 from hessian_callback.callbacks.full_precision import batch_in_full_precision, has_half_precision
 from hessian_callback.callbacks.state_guard import Snapshot, stage_set_to
 from hessian_callback.linalg.distributed import Ranks
@@ -60,19 +61,13 @@ class SampleSource:
         batch_weight: Callable[..., Any] | None = None,
         seed: int = 0,
     ) -> None:
-        if num_samples < 1:
-            raise ValueError(f"num_samples must be at least 1, got {num_samples}")
-        if batch_size is not None and batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, or None for the loader's own, got {batch_size}")
-        if isinstance(dataloader, str) and dataloader not in ("val", "train"):
-            raise ValueError(f"dataloader must be 'val', 'train' or a DataLoader, got {dataloader!r}")
-        if seed < 0:
-            raise ValueError(f"seed must not be negative, got {seed}")
+        if isinstance(dataloader, str):
+            check_choice("dataloader", dataloader, ("val", "train"))
         self.dataloader = dataloader
-        self.num_samples = num_samples
-        self.batch_size = batch_size
-        self.batch_weight = batch_weight
-        self.seed = seed
+        self.num_samples = check_int("num_samples", num_samples, at_least=1)
+        self.batch_size = optional(check_int, "batch_size", batch_size, at_least=1)
+        self.batch_weight = optional(check_callable, "batch_weight", batch_weight)
+        self.seed = check_int("seed", seed, at_least=0, at_most=MAX_SEED)
         self._samples: SampleSet | None = None
 
     @property

@@ -185,6 +185,13 @@ def collect(
     if groups is None:
         return _collect_stream(combination, num_samples, seed, weigh, ranks, shared=shared)
 
+    _check_equal_choices(groups, combination, ranks)
+    alone = len(combination.loaders) == 1
+    return _checked(_loaded(groups, weigh, ranks, indexed=alone), combination)
+
+
+def _check_equal_choices(groups: Sequence[_Group], combination: Combination, ranks: Ranks) -> None:
+    """Check that all ranks chose the same samples, of which each then takes its share."""
     # Were the choices different, the ranks would hold other batches than they were assigned.
     choice = zlib.crc32(repr([group.indices for group in groups]).encode())
     choices = _agreed(ranks, torch.tensor([float(len(groups)), float(choice)], dtype=torch.float64))
@@ -197,6 +204,9 @@ def collect(
     if not groups:
         raise SampleError(_empty(combination))
 
+
+def _loaded(groups: Sequence[_Group], weigh: BatchWeight, ranks: Ranks, *, indexed: bool) -> SampleSet:
+    """Load this rank's share of the chosen batches."""
     loaded: dict[int, tuple[Any, float]] = {}
 
     def load(numbers: Iterable[int]) -> None:
@@ -218,18 +228,14 @@ def collect(
 
     mine = hands[ranks.rank]
     chosen = [group.indices for group in groups]
-    alone = len(combination.loaders) == 1
-    return _checked(
-        SampleSet(
-            batches=[loaded[number][0] for number in mine],
-            weights=[loaded[number][1] for number in mine],
-            keys=[groups[number].key for number in mine],
-            num_samples=sum(group.size for group in groups),
-            num_batches=len(groups),
-            shares=tuple(sum(all_weights[number] for number in hand) for hand in hands),
-            indices=tuple(i for part in chosen for i in part or ()) if alone and None not in chosen else None,
-        ),
-        combination,
+    return SampleSet(
+        batches=[loaded[number][0] for number in mine],
+        weights=[loaded[number][1] for number in mine],
+        keys=[groups[number].key for number in mine],
+        num_samples=sum(group.size for group in groups),
+        num_batches=len(groups),
+        shares=tuple(sum(all_weights[number] for number in hand) for hand in hands),
+        indices=tuple(i for part in chosen for i in part or ()) if indexed and None not in chosen else None,
     )
 
 

@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-TIMEOUT = 200
+TIMEOUT = 280
 
 
 def launch(module: str, *arguments: Any) -> subprocess.Popen[str]:
