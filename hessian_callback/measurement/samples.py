@@ -216,17 +216,17 @@ def _loaded(groups: Sequence[_Group], weigh: BatchWeight, ranks: Ranks, *, index
                     batch = groups[number].load()
                     loaded[number] = batch, _checked_weight(weigh, batch)
 
-    hands = assign_to_ranks([float(group.size) for group in groups], ranks.world_size)
-    load(hands[ranks.rank])
+    assigned = assign_to_ranks([float(group.size) for group in groups], ranks.world_size)
+    load(assigned[ranks.rank])
     weights = torch.zeros(len(groups), dtype=torch.float64, device=ranks.control_device)
-    for number in hands[ranks.rank]:
+    for number in assigned[ranks.rank]:
         weights[number] = loaded[number][1]
     all_weights = ranks.all_reduce(weights).tolist()
     # Sizes only estimate the work. Weights, such as numbers of tokens, are a better measure of it.
-    hands = assign_to_ranks(all_weights, ranks.world_size)
-    load(hands[ranks.rank])
+    assigned = assign_to_ranks(all_weights, ranks.world_size)
+    load(assigned[ranks.rank])
 
-    mine = hands[ranks.rank]
+    mine = assigned[ranks.rank]
     chosen = [group.indices for group in groups]
     return SampleSet(
         batches=[loaded[number][0] for number in mine],
@@ -234,7 +234,7 @@ def _loaded(groups: Sequence[_Group], weigh: BatchWeight, ranks: Ranks, *, index
         keys=[groups[number].key for number in mine],
         num_samples=sum(group.size for group in groups),
         num_batches=len(groups),
-        shares=tuple(sum(all_weights[number] for number in hand) for hand in hands),
+        shares=tuple(sum(all_weights[number] for number in numbers) for numbers in assigned),
         indices=tuple(i for part in chosen for i in part or ()) if indexed and None not in chosen else None,
     )
 
