@@ -176,8 +176,17 @@ class _InFloat64(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in (Tensor.float, Tensor.half, Tensor.bfloat16):
             func = Tensor.double
-        args, kwargs = tree_map(_wide_argument, (args, kwargs or {}))
+        kwargs = kwargs or {}
+        # Most operations get wide tensors and numbers alone.
+        if any(_may_be_narrow(value) for value in (*args, *kwargs.values())):
+            args, kwargs = tree_map(_wide_argument, (args, kwargs))
         return func(*args, **kwargs)
+
+
+def _may_be_narrow(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return value.dtype in _WIDE
+    return isinstance(value, (torch.dtype, list, tuple, dict))
 
 
 def _wide_argument(value: Any) -> Any:
