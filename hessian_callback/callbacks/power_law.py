@@ -31,7 +31,6 @@ from hessian_callback.callbacks.reporters.pictures import LayoutReporter, Pictur
 from hessian_callback.callbacks.run_prediction import RunPrediction
 from hessian_callback.callbacks.sample_source import SampleSource
 from hessian_callback.callbacks.schedule import MeasurementSchedule
-from hessian_callback.callbacks.state_guard import Snapshot
 from hessian_callback.callbacks.trainer_observer import Announcements, TrainerObserver
 from hessian_callback.callbacks.trainer_state import EpochClock, callbacks_of, is_last, logged_step
 from hessian_callback.callbacks.training_problem import ranks_of, run_guarded, training_problem
@@ -48,6 +47,7 @@ from hessian_callback.measurement.place import Place
 from hessian_callback.measurement.sample_size import warn_of_few_samples
 from hessian_callback.measurement.samples import SampleSet
 from hessian_callback.measurement.solvers import Solver
+from hessian_callback.measurement.state_guard import Snapshot
 from hessian_callback.operators.derivatives import DoubleBackwardError
 from hessian_callback.operators.parameters import ParameterFilter
 

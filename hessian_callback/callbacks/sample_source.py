@@ -13,12 +13,13 @@ from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 
 from hessian_callback._options import MAX_SEED, check_callable, check_choice, check_int, optional
 from hessian_callback.callbacks.full_precision import batch_in_full_precision, has_half_precision
-from hessian_callback.callbacks.state_guard import Snapshot, stage_set_to
+from hessian_callback.callbacks.state_guard import stage_set_to
 from hessian_callback.linalg.distributed import Ranks
 from hessian_callback.measurement.batch_copies import copy_batch
 from hessian_callback.measurement.errors import UserCodeError, may_pass, one_line
 from hessian_callback.measurement.loaders import Combination, combination_of, stateful_parts
 from hessian_callback.measurement.samples import SampleSet, collect, seed_global_generators
+from hessian_callback.measurement.state_guard import Snapshot
 
 __all__ = [
     "SampleSource",

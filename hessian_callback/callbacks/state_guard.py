@@ -17,7 +17,6 @@ from torchmetrics import Metric
 
 from hessian_callback.measurement.state_guard import (
     Snapshot,
-    UnrestorableStateError,
     defer_signals,
     deferrable_signals,
     eval_mode,
@@ -26,16 +25,7 @@ from hessian_callback.measurement.state_guard import (
 )
 from hessian_callback.operators.fully_shard import reshard
 
-__all__ = [
-    "Snapshot",
-    "UnrestorableStateError",
-    "defer_saving_signals",
-    "defer_signals",
-    "defer_sigterm",
-    "preserve_random_state",
-    "preserve_training_state",
-    "stage_set_to",
-]
+__all__ = ["defer_saving_signals", "defer_sigterm", "preserve_training_state", "stage_set_to"]
 
 _SCALARS = (type(None), bool, int, float, str)
 _ABSENT = object()

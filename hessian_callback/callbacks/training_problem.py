@@ -12,11 +12,12 @@ from lightning.pytorch import LightningModule, Trainer
 from hessian_callback.callbacks.full_precision import in_full_precision
 from hessian_callback.callbacks.module_loss import as_in_a_step, resolve_loss
 from hessian_callback.callbacks.sample_source import SampleSource
-from hessian_callback.callbacks.state_guard import Snapshot, defer_sigterm, preserve_training_state
+from hessian_callback.callbacks.state_guard import defer_sigterm, preserve_training_state
 from hessian_callback.linalg.distributed import Ranks
 from hessian_callback.measurement.failure_policy import FailurePolicy, Outcome
 from hessian_callback.measurement.problem import Problem
 from hessian_callback.measurement.samples import SampleSet
+from hessian_callback.measurement.state_guard import Snapshot
 from hessian_callback.operators.parameters import ParameterFilter
 
 __all__ = ["ranks_of", "run_guarded", "training_problem"]

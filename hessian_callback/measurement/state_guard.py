@@ -80,7 +80,6 @@ from hessian_callback.measurement.state_records import (
 
 __all__ = [
     "Snapshot",
-    "UnrestorableStateError",
     "defer_signals",
     "deferrable_signals",
     "eval_mode",

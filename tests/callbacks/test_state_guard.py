@@ -22,12 +22,12 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from torch import nn
 
 from hessian_callback.callbacks.state_guard import (
-    UnrestorableStateError,
     defer_saving_signals,
     defer_sigterm,
     preserve_training_state,
 )
 from hessian_callback.measurement import state_guard
+from hessian_callback.measurement.state_records import UnrestorableStateError
 from tests.helpers.toy_runs import Net, loader, measure, seeded, trainer
 
 

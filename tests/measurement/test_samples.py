@@ -33,10 +33,10 @@ from torch.utils.data import (
     get_worker_info,
 )
 
-from hessian_callback.callbacks.state_guard import preserve_random_state
 from hessian_callback.measurement.errors import SampleError
 from hessian_callback.measurement.loaders import combination_of
 from hessian_callback.measurement.samples import assign_to_ranks, collect
+from hessian_callback.measurement.state_guard import preserve_random_state
 
 NUMBERS = torch.arange(20.0).reshape(20, 1)
 

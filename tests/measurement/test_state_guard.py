@@ -31,12 +31,12 @@ from torch.nn.utils import parametrizations, prune
 from hessian_callback.measurement import state_guard
 from hessian_callback.measurement.state_guard import (
     Snapshot,
-    UnrestorableStateError,
     defer_signals,
     eval_mode,
     preserve_state,
     suspend_hooks,
 )
+from hessian_callback.measurement.state_records import UnrestorableStateError
 
 # -- containers and objects --------------------------------------------------------------------------
 

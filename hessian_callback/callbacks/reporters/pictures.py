@@ -6,8 +6,8 @@ import importlib.util
 
 from hessian_callback.callbacks.loggers import show_layout, show_picture, shows_pictures
 from hessian_callback.callbacks.reporters.base import Report, Reporter
-from hessian_callback.callbacks.state_guard import preserve_random_state
 from hessian_callback.measurement.extras.subspace import Subspace, SubspaceState
+from hessian_callback.measurement.state_guard import preserve_random_state
 
 __all__ = ["LayoutReporter", "PictureReporter"]
 
