@@ -17,6 +17,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hessian_callback import _options as options
 from hessian_callback._options import (
     MAX_SEED,
     OptionError,
@@ -30,7 +31,6 @@ from hessian_callback._options import (
     check_str,
     optional,
 )
-from hessian_callback.callbacks import options
 
 BOOLEANS = [True, False, np.True_, np.array(False), torch.tensor(True)]
 NO_NUMBERS = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import sys
 import traceback
@@ -19,8 +20,10 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from hessian_callback._version import __version__
+from hessian_callback.callbacks.moved_options import MOVED_OPTIONS
 from hessian_callback.callbacks.power_law import PowerLawHessianCallback
 from hessian_callback.cli.spectrum import check_output, measure_module, write_spectrum
+from hessian_callback.measurement.errors import UserCodeError
 from hessian_callback.measurement.measurement import Measurement
 
 __all__ = ["HessianCLI", "main", "print_report", "stop_messages", "table_row"]
@@ -230,6 +233,8 @@ def _user_error(error: Exception) -> str | None:
         for frame, _ in traceback.walk_tb(error.__traceback__)
     ]
     text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, UserCodeError) and error.__cause__ is not None:
+        return None  # A fault of the user's own code.
     if any(
         name == "_parse_ckpt_path"  # LightningCLI looks for hyperparameters in the checkpoint.
         or (module == _CHECKPOINTS and name.lstrip("_").startswith(("resume", "restore")))
@@ -252,7 +257,12 @@ def _remedy(message: str) -> str:
     Example:
         >>> _remedy("the following arguments are required: fit.model")
         'Name a model with --model package.MyModel, or a file of settings with --config FILE.yaml.'
+        >>> _remedy("Option 'rtol' is not accepted")
+        'The option rtol of PowerLawHessianCallback is now solver=Lanczos(rtol=...).'
     """
+    refused = re.search(r"Option '(\w+)' is not accepted", message)
+    if refused and refused[1] in MOVED_OPTIONS:
+        return f"The option {refused[1]} of PowerLawHessianCallback is now {MOVED_OPTIONS[refused[1]]}."
     if "File does not exist" in message:
         return f"Paths count from the current folder, {Path.cwd()}; the examples lie in example_configs/ of a clone."
     if "arguments are required" in message and ".model" in message:

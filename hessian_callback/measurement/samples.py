@@ -451,7 +451,7 @@ class _Fetch:
             ):
                 if self._bulk:
                     seed_global_generators(self._seed, 0, number)
-                    samples = list(self._dataset.__getitems__(plain))
+                    samples = self._dataset.__getitems__(plain)
                 else:
                     samples = []
                     for index, bare in zip(indices, plain, strict=True):

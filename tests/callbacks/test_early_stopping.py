@@ -43,7 +43,7 @@ CADENCES = {
     "every second epoch": ({}, {"every_n_epochs": 2}, (4, 30)),
     "no validation": ({"limit_val_batches": 0}, {}, (2, 18)),
     "half epochs": ({"val_check_interval": 0.5}, {}, (1, 9)),
-    "validation every second epoch": ({"check_val_every_n_epoch": 2}, {}, (5, 36)),
+    "validation every second epoch": ({"check_val_every_n_epoch": 2}, {}, (2, 18)),
     "steps": ({}, {"every_n_train_steps": 4}, (1, 12)),
     "steps by number": ({}, {"at_steps": [0, 1, 3, 7, 8]}, (1, 7)),
 }

@@ -25,7 +25,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from hessian_callback import PowerLawHessianCallback
+from hessian_callback import Lanczos, PowerLawHessianCallback
 from hessian_callback.callbacks.module_loss import resolve_loss
 from hessian_callback.measurement.errors import LossError, SampleError
 from tests.helpers.killed_run import fit
@@ -179,7 +179,12 @@ def test_a_signal_in_the_middle_of_a_measurement(signal_number: int, tmp_path: A
 
     loss_fn = Signalled(None, step=6, evaluation=50)
     callback = Watched(
-        num_eigenvalues=NUM_EIGENVALUES, num_samples=32, loss_fn=loss_fn, memory_budget=0, figures=False, verbose=False
+        num_eigenvalues=NUM_EIGENVALUES,
+        num_samples=32,
+        loss_fn=loss_fn,
+        solver=Lanczos(memory_budget=0),
+        figures=False,
+        verbose=False,
     )
     saver = OnExceptionCheckpoint(tmp_path, filename="interrupted")
     model = seeded()
@@ -235,7 +240,7 @@ def test_a_log_that_cannot_be_written(number: int, tmp_path: Any) -> None:
                 raise OSError(number, os.strerror(number))
 
     callback = measure(every_n_train_steps=3)
-    with pytest.warns(UserWarning, match=rf"training goes on without its slope.*{os.strerror(number)}"):
+    with pytest.warns(UserWarning, match=rf"a logger lacks this measurement.*{os.strerror(number)}"):
         with_callback = outcome(tmp_path, callback, logger=Full(tmp_path))
     without = outcome(tmp_path, logger=CSVLogger(tmp_path / "other"))
     assert all(same(with_callback[part], without[part]) for part in without)
@@ -382,10 +387,8 @@ def test_restoration_is_a_property(
     callback = Watched(
         num_eigenvalues=3,
         num_samples=12,
-        max_hvps=12,
-        rtol=0.2,
+        solver=Lanczos(max_hvps=12, rtol=0.2, memory_budget=memory_budget),
         loss_fn=loss_fn,
-        memory_budget=memory_budget,
         figures=False,
         verbose=False,
         **{**kind.choice, **HOOKS[hook]},

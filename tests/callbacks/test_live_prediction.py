@@ -159,7 +159,7 @@ def test_on_training_samples_the_gap_uses_their_loss(tmp_path: Path) -> None:
 def test_a_validation_loss_of_other_weights_is_not_used(tmp_path: Path) -> None:
     callback = measure(predict="val_loss")
     fit(tmp_path, callback, epochs=4, check_val_every_n_epoch=2)
-    assert [one.val_loss is None for one in callback.history] == [True, False, False]
+    assert [one.val_loss is None for one in callback.history] == [True, True, False, True, False]
     with pytest.raises(MisconfigurationException, match="every_n_epochs"):
         fit(tmp_path, measure(predict="val_loss", every_n_train_steps=2), epochs=1)
 

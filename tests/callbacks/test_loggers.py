@@ -44,7 +44,10 @@ def charts(layout: Layout, category: str) -> dict[str, Any]:
 
 def test_a_run_has_a_layout_of_the_curves_it_logged(tmp_path: Path) -> None:
     logger = TensorBoardLogger(tmp_path, name="", version="run", prefix="mine")
-    callbacks = [measure(), measure(prefix="head", parameters=r"net\.4", extras=["numerical_interval"])]
+    callbacks = [
+        measure(figures=True),
+        measure(figures=True, prefix="head", parameters=r"net\.4", extras=["numerical_interval"]),
+    ]
     trainer(tmp_path, *callbacks, logger=logger).fit(seeded(), loader(), loader(seed=1))
     last = layouts(logger.log_dir)[-1]
     assert {c.title.split(":")[0] for c in last.category} == {"hessian", "head"}

@@ -199,7 +199,7 @@ REFUSED = {
         True,
     ),
     "an iterator": (
-        r"is an iterator.*a separate DataLoader",
+        r"is an iterator.*pass a DataLoader",
         {"dataloader": iter([(torch.zeros(2, 5), torch.zeros(2, dtype=torch.long))])},
         {},
         True,

@@ -233,7 +233,8 @@ def test_help_of_the_callback_explains_its_options(
     (line,) = [line for line in cli._EPILOG.splitlines() if "callbacks.help" in line]
     text = printed(capsys, monkeypatch, *line.split()[1:])
     assert "num_eigenvalues" in text
-    assert "relative tolerance of each eigenvalue" in text
+    assert "regular expression for ``re.search``" in text
+    assert "--trainer.callbacks.solver.help" in text
 
 
 def test_model_in_the_current_directory_is_found(
@@ -314,7 +315,7 @@ def refused(arguments: Sequence[str], capsys: pytest.CaptureFixture[str]) -> str
     ("arguments", "words"),
     [
         ([f"{CALLBACK}.num_eigenvalues", "1"], "num_eigenvalues"),
-        ([f"{CALLBACK}.rtol", "2"], "rtol"),
+        ([f"{CALLBACK}.solver", "hessian_callback.Lanczos", f"{CALLBACK}.solver.rtol", "2"], "rtol"),
         ([f"{CALLBACK}.num_samples", "-3"], "num_samples"),
         ([f"{CALLBACK}.every_n_epochs", "-1"], "every_n_epochs"),
         ([f"{CALLBACK}.num_eigenvalues", "many"], "num_eigenvalues"),

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, TensorDataset
 
-from hessian_callback import PowerLawHessianCallback
+from hessian_callback import Lanczos, PowerLawHessianCallback
 from hessian_callback.cli.main import main
 from hessian_callback.demos import CharacterGPT
 
@@ -204,8 +204,7 @@ def test_a_model_learns_and_is_measured(tmp_path: Path) -> None:
             parameters=parameters,
             dataloader="train",
             at_steps=[30, 60],
-            rtol=0.05,
-            max_hvps=400,
+            solver=Lanczos(rtol=0.05, max_hvps=400),
             prefix=name,
             on_error="raise",
         )
@@ -231,7 +230,12 @@ def test_eigenvalues_are_those_of_the_dense_hessian(parameters: str | None, tmp_
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.3)
     hessian = PowerLawHessianCallback(
-        num_eigenvalues=5, num_samples=10, parameters=parameters, rtol=1e-6, at_steps=[0], on_error="raise"
+        num_eigenvalues=5,
+        num_samples=10,
+        parameters=parameters,
+        solver=Lanczos(rtol=1e-6),
+        at_steps=[0],
+        on_error="raise",
     )
     run = trainer(tmp_path, hessian, max_steps=1, precision="64-true")
     weights = {name: p.detach().double() for name, p in model.named_parameters()}

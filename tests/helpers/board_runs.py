@@ -23,7 +23,7 @@ class Fails(SubspaceHistory):
 
     def overlaps_with(self, vectors: Any, ranks: Ranks) -> list[float]:
         if len(self) == 2 and ranks.rank == 1:
-            self._kept[1].vectors.resize_(0)
+            self._spaces[1].vectors.resize_(0)
         return super().overlaps_with(vectors, ranks)
 
 

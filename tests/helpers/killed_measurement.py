@@ -27,8 +27,8 @@ class Watched(PowerLawHessianCallback):
         defaults = {"num_samples": 32, "figures": False, "verbose": False}
         super().__init__(num_eigenvalues=NUM_EIGENVALUES, **{**defaults, **options})
 
-    def _observer(self, run: Any, ranks: Any) -> Any:
-        observer = super()._observer(run, ranks)
+    def _observer(self, run: Any, ranks: Any, arrived: Any) -> Any:
+        observer = super()._observer(run, ranks, arrived)
         between_parts = observer.between_parts
 
         def watched() -> None:

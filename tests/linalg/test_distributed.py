@@ -179,9 +179,11 @@ def test_one_reduce_scatter_and_one_all_gather_a_product() -> None:
         slice_length = -(-57 // 2)
         assert one_product_volume["all_gather"] == 4 * 2 * slice_length
         assert one_product_volume["reduce_scatter"] == 4 * 2 * (slice_length + 2)  # a flag slot per rank
-        assert calls["reduce_scatter"] == calls["all_gather"] == num_matvecs
-        # Three short ones a step; a chain's beginning needs five more, the last check one.
-        assert calls["all_reduce"] <= 3 * num_matvecs + 2 * 5 + 1
+        # Measuring the error of a product takes two more, and as many in float64.
+        assert calls["reduce_scatter"] == num_matvecs + 4
+        assert calls["all_gather"] <= num_matvecs + 4
+        # Three short ones a step; a chain's beginning needs five more, each test of the basis one.
+        assert calls["all_reduce"] <= 3 * num_matvecs + 2 * 5 + 20
         assert volume["all_reduce"] <= 8 * calls["all_reduce"] * (num_matvecs + 1)
 
 

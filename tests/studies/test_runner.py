@@ -32,7 +32,7 @@ STUDY: dict[str, Any] = {
         "trainer.max_epochs": 1,
         "trainer.callbacks.0.init_args.num_eigenvalues": 5,
         "trainer.callbacks.0.init_args.num_samples": 60,
-        "trainer.callbacks.0.init_args.rtol": 0.05,
+        "trainer.callbacks.0.init_args.solver": {"class_path": "hessian_callback.Lanczos", "init_args": {"rtol": 0.05}},
         "trainer.callbacks.0.init_args.figures": False,
     },
     "seeds": [0],
@@ -151,8 +151,10 @@ def test_a_run_that_is_told_to_end_while_it_measures_its_end(tmp_path: Path) -> 
         **STUDY["set"],
         "trainer.max_epochs": 2,
         "trainer.callbacks.0.init_args.num_eigenvalues": 20,
-        "trainer.callbacks.0.init_args.max_hvps": 2000,
-        "trainer.callbacks.0.init_args.rtol": 1.0e-8,
+        "trainer.callbacks.0.init_args.solver": {
+            "class_path": "hessian_callback.Lanczos",
+            "init_args": {"max_hvps": 2000, "rtol": 1.0e-8},
+        },
         "trainer.callbacks.0.init_args.at_steps": [],
         "trainer.callbacks.0.init_args.at_end": True,
     }
