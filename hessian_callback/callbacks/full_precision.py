@@ -74,6 +74,8 @@ def in_full_precision(trainer: Trainer, pl_module: LightningModule) -> tuple[Lig
         copied = copy.deepcopy(pl_module, {id(trainer): trainer})
     except Exception as error:
         raise MisconfigurationException(f"{reason}, but the module cannot be copied ({error}): {_REMEDY}") from error
+    if pl_module._trainer is not None:
+        copied.trainer = trainer  # A copy of a LightningModule is not attached.
     for parameter in copied.parameters():
         parameter.grad = None
     return copied.float(), f"float32 (a copy of {' and '.join(name for name in found if name != 'float32')})"

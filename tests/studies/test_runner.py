@@ -118,10 +118,14 @@ def test_what_is_finished_is_not_run_again(done: Path, capsys: pytest.CaptureFix
 
 
 @pytest.mark.parametrize("more", [[], ["--tables"]])
-def test_another_configuration_does_not_take_a_folder_over(more: list[str], done: Path) -> None:
+def test_another_configuration_does_not_take_a_folder_over(
+    more: list[str], done: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     changed = [str(done / "digits.yaml"), "--output", str(done / "out"), "--set", "trainer.max_epochs=2", *more]
-    with pytest.raises(SystemExit, match="holds a run of another configuration than the study now describes"):
+    with pytest.raises(SystemExit) as stopped:
         command.main(changed)
+    assert stopped.value.code == 2
+    assert "holds a run of another configuration than the study now describes" in capsys.readouterr().err
 
 
 def test_another_configuration_is_refused_under_the_lock_as_well(
