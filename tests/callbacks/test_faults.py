@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, event, given, settings
+from hypothesis import HealthCheck, assume, event, given, settings
 from hypothesis import strategies as st
 from lightning.pytorch.callbacks import OnExceptionCheckpoint
 from lightning.pytorch.loggers import CSVLogger
@@ -380,6 +380,8 @@ class Watched(PowerLawHessianCallback):
 def test_restoration_is_a_property(
     tmp_path: Any, name: str, precision: str, hook: str, fault: str, evaluation: int, memory_budget: int | None
 ) -> None:
+    # Its step needs optimizers, which trainer.validate() does not make: refused, whatever the fault.
+    assume(not (hook == "validate" and "asks the trainer" in name))
     kind = KINDS[name]
     step = 0 if hook in ("train start", "validate") else 2
     calls = 1 + ("two optimizers" in name)
