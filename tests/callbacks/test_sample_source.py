@@ -309,10 +309,10 @@ def test_a_transfer_hook_that_fails_is_explained(tmp_path: Any) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_samples": 0}, "num_samples must be at least 1"),
-        ({"batch_size": 0}, "batch_size must be at least 1"),
-        ({"dataloader": "test"}, "dataloader must be 'val', 'train' or a DataLoader"),
-        ({"seed": -1}, "seed must not be negative"),
+        ({"num_samples": 0}, "num_samples must be an integer of at least 1"),
+        ({"batch_size": 0}, "batch_size must be None or an integer of at least 1"),
+        ({"dataloader": "test"}, "dataloader must be 'val' or 'train'"),
+        ({"seed": -1}, "seed must be an integer between 0 and"),
     ],
 )
 def test_options_out_of_range(options: dict[str, Any], message: str) -> None:
