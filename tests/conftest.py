@@ -53,7 +53,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark tests with process groups or other processes, and tests above the numerical subpackages."""
     for item in items:
         path = item.path.relative_to(ROOT)
-        if path.parts[0] == "tests" and path.parts[1] not in FAST_FOLDERS | FAST_FILES:
+        # A folder of the tests or, for doctests, of the package.
+        if path.parts[1] not in FAST_FOLDERS | FAST_FILES:
             item.add_marker(pytest.mark.slow)
         function = getattr(item, "function", None)
         if inspect.isfunction(function) and STARTS_PROCESSES.search(_source(function)):

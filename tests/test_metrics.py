@@ -235,6 +235,7 @@ def _on_two_ranks(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_ranks_do_not_count_the_spectrum_twice(tmp_path: Path) -> None:
     mp.spawn(_on_two_ranks, (str(tmp_path),), nprocs=2)
     expected = fit_power_law(SPECTRUM).slope

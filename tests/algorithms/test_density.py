@@ -21,6 +21,7 @@ from tests.helpers.estimates import SPECTRA, Counted, coverage, index
 from tests.helpers.ranks import run_ranks
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SPECTRA)
 def test_moments_of_the_density(name: str) -> None:
     eigenvalues = SPECTRA[name]()
@@ -35,6 +36,7 @@ def test_moments_of_the_density(name: str) -> None:
             assert coverage([estimate.interval(0.9) for estimate in estimates], truth) > 0.75
 
 
+@pytest.mark.slow
 def test_negative_mass() -> None:
     eigenvalues = torch.cat([torch.linspace(0.5, 1.5, 150), torch.linspace(-1.2, -0.4, 50)]).double()
     truth = float(eigenvalues.clamp(max=0).abs().sum() / eigenvalues.abs().sum())
@@ -79,6 +81,7 @@ CROWDED: dict[str, Tensor] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("name", CROWDED)
 def test_intervals_of_a_share_cover_it(name: str, dtype: torch.dtype) -> None:

@@ -37,6 +37,7 @@ def test_prescribed_spectra(name: str, dtype: torch.dtype) -> None:
     assert spectrum.num_matvecs < len(matrix)
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
 def test_bounds_hold_on_any_spectrum(data: st.DataObject) -> None:
@@ -366,6 +367,7 @@ def test_an_eigenvalue_below_the_noise_is_unresolved() -> None:
     assert spectrum.positive_converged.tolist() == spectrum.eigenvalues[:1].tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_million_parameters(dtype: torch.dtype) -> None:
     """Sums of so many terms must not cost the basis its orthogonality."""

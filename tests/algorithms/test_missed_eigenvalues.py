@@ -14,6 +14,7 @@ from hessian_callback.algorithms.ritz import Projection
 from tests.helpers.spectra import operator_of, ranks
 
 
+@pytest.mark.slow
 def test_the_probe_misses_no_more_often_than_it_says() -> None:
     """A run of m steps from a random vector, against an eigenvalue that is hard to see."""
     eigenvalues = torch.cat([torch.tensor([1.02]).double(), torch.linspace(-1, 1, 60).double()])
@@ -35,6 +36,7 @@ def test_the_probe_misses_no_more_often_than_it_says() -> None:
     assert passed > 0, "the probe must be able to be wrong, or this shows nothing"
 
 
+@pytest.mark.slow
 def test_the_confident_bound_covers_the_truth() -> None:
     operator = operator_of(torch.diag(ranks(200) ** -1.0))
     level, runs, misses = 0.05, 400, 0
@@ -54,6 +56,7 @@ def test_the_confident_bound_covers_the_truth() -> None:
     assert misses / runs <= level + 3 * math.sqrt(level * (1 - level) / runs)
 
 
+@pytest.mark.slow
 def test_the_lower_bound_covers_the_truth() -> None:
     operator = operator_of(torch.diag(-(ranks(200) ** -1.0)))
     level, runs, misses = 0.5, 400, 0

@@ -66,6 +66,7 @@ def test_a_tail_that_has_not_converged_bends_the_slope() -> None:
         assert top.num_converged < 0.6 * K
 
 
+@pytest.mark.slow
 def test_a_bulk_looks_steeper_than_it_is() -> None:
     operator = operator_of(OUTLIERS)
     truth = fit_power_law(OUTLIERS[:K]).slope

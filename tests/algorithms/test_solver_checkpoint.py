@@ -70,6 +70,7 @@ def saved(monkeypatch: pytest.MonkeyPatch) -> dict[int, Any]:
     return states
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "k", "dtype"),
     [
@@ -356,6 +357,7 @@ def test_another_hessian_is_refused(change: str, dtype: torch.dtype, tmp_path: P
     assert_same(solve(), top_eigenvalues(HessianOperator(case.model, loss_fn, batches, weights=weights), 8))
 
 
+@pytest.mark.slow
 def test_the_same_hessian_by_another_engine_is_accepted(tmp_path: Path) -> None:
     case = CASES["attention"](torch.float32)
     first, second = (

@@ -133,6 +133,7 @@ def drawn_spectrum(rng: np.random.Generator, size: int, dimension: int) -> np.nd
     return rng.normal(size=size)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_the_bound_holds_for_the_computed_vectors(dtype: torch.dtype) -> None:
     """Loosely converged Ritz vectors differ from the eigenvectors; the angle is measured between them."""

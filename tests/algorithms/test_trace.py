@@ -26,6 +26,7 @@ def deflating(operator: MatvecOperator) -> Spectrum:
 # -- trace and Frobenius norm ------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("deflate", [False, True])
 @pytest.mark.parametrize("name", SPECTRA)
 def test_no_bias_and_standard_errors_that_cover(name: str, deflate: bool) -> None:
@@ -43,6 +44,7 @@ def test_no_bias_and_standard_errors_that_cover(name: str, deflate: bool) -> Non
         assert 0.8 < coverage([estimate.interval(0.9) for estimate in estimates], truth) < 0.97
 
 
+@pytest.mark.slow
 def test_deflation_lowers_the_error() -> None:
     eigenvalues = SPECTRA["spikes and a semicircle"]()
     operator = Counted(eigenvalues)
@@ -84,6 +86,7 @@ def test_the_part_in_the_basis_is_exact() -> None:
     assert whole.trace.interval() == (whole.trace.value, whole.trace.value)
 
 
+@pytest.mark.slow
 def test_unconverged_vectors_cause_no_bias() -> None:
     eigenvalues = SPECTRA["indefinite"]()
     operator = Counted(eigenvalues)

@@ -297,6 +297,7 @@ def test_other_versions_are_refused_with_a_remedy(tmp_path: Path, line: str, wor
 # -- in a run --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_resumed_run_in_the_same_folder_is_one_history(tmp_path: Path) -> None:
     def logger() -> TensorBoardLogger:
         return TensorBoardLogger(tmp_path, name="run", version=0)

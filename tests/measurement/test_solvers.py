@@ -45,6 +45,7 @@ SOLVERS: list[tuple[Solver, int, int]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("solver", "limit", "expected"), SOLVERS)
 def test_products_stay_within_the_limit(solver: Solver, limit: int, expected: int) -> None:
     assert (solver.hvp_limit(20), solver.expected_hvps(20, 500)) == (limit, expected)

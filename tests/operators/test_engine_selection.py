@@ -52,6 +52,7 @@ def always_pays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hessian_callback.operators.engine_selection.tracing_pays", lambda *_: True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("name", CASES)
 def test_bounds_hold_across_a_change_over(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,6 +203,7 @@ class ForbidHostReads(torch.utils._python_dispatch.TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hvp", ["double_backward", "linearize", "finite_difference"])
 @pytest.mark.parametrize("name", ["cnn", "attention"])
 def test_a_product_reads_nothing_back_from_the_device(name: str, hvp: str) -> None:
@@ -214,6 +216,7 @@ def test_a_product_reads_nothing_back_from_the_device(name: str, hvp: str) -> No
         float(vector.norm())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", [8.0, 14.0, 16.0])
 def test_traced_products_are_accepted_at_small_losses(scale: float) -> None:
     """At losses of 1e-6 to 1e-7 the products of both engines are wrong by some percent; float64 decides."""

@@ -59,6 +59,7 @@ def test_softmax_regression() -> None:
 # -- oracles ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", EXACT)
 @pytest.mark.parametrize("name", CASES)
 def test_torch_func_hessian(name: str, engine: str) -> None:
@@ -210,6 +211,7 @@ def test_the_memory_budget_decides_how_many_graphs_are_kept() -> None:
 # -- what is left behind ---------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["double_backward", "linearize", "finite_difference"])
 def test_nothing_is_left_behind(engine: str) -> None:
     case = CASES["attention"](torch.float32)

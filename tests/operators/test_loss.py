@@ -135,6 +135,7 @@ def test_a_loss_that_changes_state_is_told_apart_from_one_that_draws() -> None:
         HessianOperator(case.model, lambda m, b: counting(m, b) + torch.rand(()), case.batches)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hvp", ["double_backward", "linearize", "finite_difference"])
 def test_restored_state_makes_it_a_function(hvp: str) -> None:
     case, counting = CASES["mlp"](), Counting()

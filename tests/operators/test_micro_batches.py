@@ -134,6 +134,7 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory() -> None:
         HessianOperator(model, loss_fn, batches(4))
 
 
+@pytest.mark.slow
 def test_a_budget_decides_the_size_of_the_parts() -> None:
     model = CASES["mlp"]().model
     whole = HessianOperator(model, classify, batches(512))

@@ -250,6 +250,7 @@ def step_loss(module: Any, batch: Any) -> Tensor:
     return output["loss"] if isinstance(output, dict) else output
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ORDINARY)
 def test_modules_of_the_zoo_pass(name: str) -> None:
     kind = KINDS[name]
@@ -326,6 +327,7 @@ def test_losses_near_zero_pass(size: float, float64: bool, monkeypatch: pytest.M
 # -- the error of products -------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hvp", ["double_backward", "linearize", "finite_difference"])
 @pytest.mark.parametrize("name", CASES)
 def test_the_error_of_products_is_their_distance_from_float64(name: str, hvp: str) -> None:

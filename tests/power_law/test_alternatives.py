@@ -151,6 +151,7 @@ def test_truncated_power_law_without_a_cutoff_is_reported_as_the_power_law() -> 
     assert (test.limit_case, test.statistic, test.p_value) == ("power law", 0.0, 1.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("slope", [0.3, 3.0])
 def test_boundary_null_of_the_truncated_power_law_has_its_size_below_half(slope: float) -> None:
     draws, num = 600, 100
@@ -176,6 +177,7 @@ def test_boundary_null_has_its_size(name: Alternative) -> None:
         assert rate == pytest.approx(level, abs=0.015 + 3 * math.sqrt(level * (1 - level) / draws))
 
 
+@pytest.mark.slow
 def test_bootstrap_simulates_the_null_of_a_steep_law() -> None:
     num, draws = 30, 400
     x = np.exp(6.0 * np.random.default_rng(4).standard_exponential(num))

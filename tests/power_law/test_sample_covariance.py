@@ -38,6 +38,7 @@ def test_simulation_has_the_law_of_samples(num_samples: int, num_parameters: int
         assert stats.ks_2samp(values, expected).pvalue > 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("num_samples", "slope"), [(50, 0.5), (50, 1.0), (150, 0.7)])
 def test_tail_of_many_parameters_is_approximated(num_samples: int, slope: float) -> None:
     spectra = simulate_sample_covariances(slope, 10, num_samples=num_samples, num_parameters=800, draws=200)
@@ -52,6 +53,7 @@ def test_tail_of_many_parameters_is_approximated(num_samples: int, slope: float)
     assert np.mean([fit_power_law(row).slope for row in alone]) > np.mean(expected) + 2 * error
 
 
+@pytest.mark.slow
 def test_interval_and_p_value_have_their_level_on_unseen_spectra() -> None:
     rng = np.random.default_rng(4)
     slope, size, draws = 0.9, {"num_samples": 40, "num_parameters": 30}, 60

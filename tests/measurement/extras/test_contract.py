@@ -42,6 +42,7 @@ def measured(name: str, ranks: Ranks | None = None) -> list[Measured]:
     return results
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EXTRAS)
 def test_returned_keys_are_declared(name: str) -> None:
     first, last = (one.measurement for one in measured(name))
@@ -53,6 +54,7 @@ def test_returned_keys_are_declared(name: str) -> None:
     assert last.comparisons.keys() <= last.scalars().keys()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EXTRAS)
 def test_spent_products_do_not_exceed_the_announced_ones(name: str) -> None:
     for one in (result.measurement for result in measured(name)):

@@ -38,6 +38,7 @@ def measured() -> Measurement:
     return measurer.measure(problem(), PLACE).measurement
 
 
+@pytest.mark.slow
 def test_eigenvalues_and_slope(measured: Measurement, eigenvalues: torch.Tensor) -> None:
     assert measured.spectrum is not None
     torch.testing.assert_close(measured.spectrum.eigenvalues, eigenvalues[:K], rtol=1e-6, atol=0)
@@ -93,6 +94,7 @@ def test_subspace_of_other_parameters_is_not_compared() -> None:
     assert not second.measurement.not_compared
 
 
+@pytest.mark.slow
 def test_two_measurements_from_the_same_states_do_not_disturb_each_other() -> None:
     """States are values: a measurement that is given up leaves them as they were."""
     measurer = Measurer(K, extras=["subspace"])
