@@ -67,7 +67,12 @@ class TrainerObserver(Observer):
         self._hvp = hvp
 
     def operator_made(self, operator: HessianOperator, problem: Problem, cost: CostEstimate) -> None:
-        """Print the expected cost of the first measurement; its seconds follow from the time of a product."""
+        """Print the expected cost of the first measurement, and that draws are fixed if the loss draws."""
+        if operator.draws and self._announcements.verbose and self._announcements.is_new("draws"):
+            self._announcements.say(
+                self._trainer,
+                "the loss draws random numbers, so it is measured with the same draws of a batch in every evaluation",
+            )
         if not self._announcements.verbose or not self._announcements.is_new("cost"):
             return
         more = f", about {cost.num_extra_hvps} more for {', '.join(cost.extras)}" if cost.num_extra_hvps else ""

@@ -139,6 +139,14 @@ def test_a_loss_that_draws_is_measured_with_fixed_draws(tmp_path: Any) -> None:
         assert torch.equal(one.spectrum.eigenvalues, other.spectrum.eigenvalues)
 
 
+def test_fixed_draws_are_announced_once(tmp_path: Any, capsys: Any) -> None:
+    for loss_fn, times in ((random_loss, 1), (None, 0)):
+        callback = measure(loss_fn=loss_fn, verbose=True)
+        trainer(tmp_path, callback, max_epochs=2).fit(seeded(), loader(), loader(seed=1))
+        output = capsys.readouterr()
+        assert (output.out + output.err).count("hessian: the loss draws random numbers") == times
+
+
 def no_tensor(module: Any, batch: Any) -> float:
     return 1.0
 
