@@ -92,7 +92,6 @@ class Extra(ABC):
     Attributes:
         name: the name in ``extras=[...]``.
         keys: every key that `compute` can return, without the prefix.
-        charts: titles of TensorBoard charts, with the keys of their curves.
         needs_eigenvectors: whether the solver has to form eigenvectors, K vectors of length P.
         needs_bounds: whether eigenvalues must be known by index, each with an error bound.
         needs_operator: whether `compute` multiplies with the Hessian. If not, it runs after the graphs are released.
@@ -100,7 +99,6 @@ class Extra(ABC):
 
     name: ClassVar[str]
     keys: ClassVar[tuple[str, ...]]
-    charts: ClassVar[dict[str, tuple[str, ...]]] = {}
     needs_eigenvectors: ClassVar[bool] = False
     needs_bounds: ClassVar[bool] = False
     needs_operator: ClassVar[bool] = True
