@@ -573,6 +573,11 @@ class _Solver:
             measure = getattr(self._operator, "product_error", None)
             error = None if measure is None else measure(self._random_ritz_combinations(projection))
             if error is not None:
+                if not np.isfinite(error):
+                    raise ArithmeticError(
+                        "a product along a combination of the Ritz vectors, made to measure its error, holds NaN or "
+                        "infinity; check the loss for overflow or a division by zero on these batches, or use float64"
+                    )
                 self._rounding_basis = "measured"
                 # An error along a single Ritz vector shows in a combination of n of them with 1 / sqrt(n) of its size.
                 count = min(self._k, projection.size)

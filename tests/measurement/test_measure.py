@@ -45,6 +45,38 @@ def test_eigenvalues_are_those_of_a_dense_solver() -> None:
     assert Measurement.from_state(measurement.to_state()) == measurement
 
 
+class FaultyOnce:
+    """Cross-entropy that is NaN in one of its evaluations."""
+
+    def __init__(self, faulty: int) -> None:
+        self.faulty, self.calls = faulty, 0
+
+    def __call__(self, model: Any, batch: Any) -> torch.Tensor:
+        self.calls += 1
+        return cross_entropy(model, batch) * (torch.nan if self.calls == self.faulty else 1.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_one_bad_evaluation_is_an_error_or_leaves_the_values(dtype: torch.dtype) -> None:
+    # Trials of an engine may fail and fall back; a product that enters the result may not.
+    model = network().to(dtype)
+    data = [(x.to(dtype), y) for x, y in batches()[:2]]
+    truth = measure(network(), cross_entropy, batches()[:2], num_eigenvalues=3, solver=Lanczos(rtol=1e-6)).spectrum
+    assert truth is not None
+    raised = 0
+    for faulty in range(1, 20):
+        loss = FaultyOnce(faulty)
+        try:
+            spectrum = measure(model, loss, data, num_eigenvalues=3, solver=Lanczos(max_hvps=12)).spectrum
+        except ArithmeticError:
+            raised += 1
+            continue
+        assert spectrum is not None
+        allowed = spectrum.error_bounds + truth.error_bounds
+        assert ((spectrum.eigenvalues - truth.eigenvalues).abs() <= allowed).all()
+    assert 0 < raised < 19
+
+
 def test_groups_are_diagonal_blocks() -> None:
     measurement = measure(
         network(), cross_entropy, batches(), num_eigenvalues=8, groups={"first": "^0", "head": "^2"}, solver=Lanczos()
