@@ -20,7 +20,7 @@ from typing import Any
 
 from hypothesis import HealthCheck, Phase, given, seed, settings
 
-NAMES = ("state", "history", "csv", "events", "report", "study")
+NAMES = ("state", "history", "csv", "events", "report", "study", "options")
 
 
 def decorated(inputs: Any, run: Callable[[Any], None], number: int, max_examples: int) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -13,7 +14,8 @@ import torch
 import yaml
 from hypothesis import strategies as st
 
-from benchmarks.fuzz.inputs import changed_state, mutated
+import hessian_callback
+from benchmarks.fuzz.inputs import changed_state, mutated, odd_values
 from hessian_callback.algorithms.density import SpectralDensity
 from hessian_callback.algorithms.spectrum import Spectrum
 from hessian_callback.measurement.history import (
@@ -216,6 +218,46 @@ def run_study(data: bytes) -> str:
     return "read"
 
 
+#: Classes whose constructors check their options.
+CONSTRUCTORS = ("PowerLawHessianCallback", "PowerLawEarlyStopping", "Lanczos", "PublishedProtocol", "Density", "Trace")
+CONSTRUCTORS += ("FrobeniusNorm", "Norms", "NumericalInterval", "OutlierRatio", "SplitHalf", "Subspace")
+CONSTRUCTORS += ("PowerLawSlope", "PowerLawFitError")
+#: Options that they require.
+REQUIRED: dict[str, dict[str, Any]] = {"OutlierRatio": {"num_classes": 3}, "PowerLawEarlyStopping": {"mode": "min"}}
+#: Values that one option or another takes, so that several options are read together.
+USUAL_VALUES = (1, 3, 0.5, True, None, "val", "train_loss", "trace", "raise", "min", "^0", [1, 3], {"head": "^head"})
+
+
+def options_of(name: str) -> list[str]:
+    """Return the names of the options of a constructor."""
+    parameters = inspect.signature(getattr(hessian_callback, name)).parameters.values()
+    return [one.name for one in parameters if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)]
+
+
+OPTIONS = {name: names for name in CONSTRUCTORS if (names := options_of(name))}
+
+
+@st.composite
+def options(draw: st.DrawFn) -> tuple[str, dict[str, Any]]:
+    """Draw a class, and values of up to four of its options."""
+    name = draw(st.sampled_from(sorted(OPTIONS)))
+    chosen = draw(st.lists(st.sampled_from(OPTIONS[name]), max_size=4, unique=True))
+    return name, {option: draw(odd_values() | st.sampled_from(USUAL_VALUES)) for option in chosen}
+
+
+def run_options(drawn: tuple[str, dict[str, Any]]) -> str:
+    """Construct an object; an error must be of a documented type and name one of the options."""
+    name, given = drawn
+    try:
+        getattr(hessian_callback, name)(**{**REQUIRED.get(name, {}), **given})
+    except (ValueError, TypeError) as error:
+        check_message(error, "")
+        if not any(option in str(error) for option in OPTIONS[name]):
+            raise AssertionError("the message names no option") from error
+        return "refused"
+    return "read"
+
+
 def csv_files() -> list[bytes]:
     """Tables as CSVLogger writes them."""
     table = b"epoch,step,train_loss,val_loss\r\n0,0,1.5,\r\n0,1,,1.25\r\n1,2,1e-05,\r\n1,3,,nan\r\n"
@@ -269,6 +311,7 @@ TARGETS: dict[str, Callable[[], Target]] = {
     "csv": lambda: of_bytes(csv_files(), run_csv),
     "events": lambda: of_bytes(event_files(), run_events),
     "study": lambda: of_bytes(study_files(), run_study),
+    "options": lambda: Target(options(), run_options),
     "report": lambda: Target(
         st.tuples(
             mutated(histories()), mutated(csv_files()), st.sampled_from(["a", "$\\frac$", "<b>&\"'", "_x", "é\u202e"])

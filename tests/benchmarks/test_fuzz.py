@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(
 
 if (ROOT / "benchmarks" / "fuzz").exists():
     from benchmarks.fuzz.__main__ import NAMES, fuzz
-    from benchmarks.fuzz.targets import TARGETS, Target, run_state, states
+    from benchmarks.fuzz.targets import TARGETS, Target, run_options, run_state, states
 
 
 def test_a_planted_fault_is_found_once_for_each_place() -> None:
@@ -49,3 +49,8 @@ def test_unchanged_files_are_read(name: str) -> None:
 def test_unchanged_states_are_read_and_others_refused() -> None:
     assert [run_state(state) for state in states()] == ["read"] * len(states())
     assert run_state({"version": 1, "history": [{"epoch": "3"}], "time": {}}) == "refused"
+
+
+def test_options_in_range_are_read_and_others_refused() -> None:
+    assert run_options(("Lanczos", {"rtol": 0.1})) == "read"
+    assert run_options(("Lanczos", {"rtol": "0.1"})) == "refused"
