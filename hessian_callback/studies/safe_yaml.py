@@ -44,34 +44,53 @@ def read_yaml(text: str | Path) -> Any:
             raise ValueError(f"it is larger than {_MAX_BYTES} bytes")
         text = data.decode("utf-8")  # A UnicodeDecodeError is a ValueError.
     try:
-        loader = yaml.SafeLoader(text)
+        loader = _ShallowLoader(text)
         try:
             node = loader.get_single_node()
             if node is None:
                 return None
-            _size(node, {}, depth=0)
+            _measure(node, {})
             return loader.construct_document(node)
         finally:
             loader.dispose()
     except yaml.YAMLError as error:
         raise ValueError(f"it is no YAML: {' '.join(str(error).split())[:300]}") from error
-    except RecursionError as error:
-        raise ValueError(f"it is nested more than {_MAX_DEPTH} levels deep") from error
     except (OverflowError, TypeError, AttributeError) as error:  # Of numbers and dates that don't exist.
         raise ValueError(f"it has a value that can't be read ({error})") from error
 
 
-def _size(node: yaml.Node, known: dict[int, int | None], depth: int) -> int:
-    """Count the nodes of a document with the repetitions that its aliases make, in time linear in its own size."""
-    if depth > _MAX_DEPTH:
+class _ShallowLoader(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML has no types.
+    """A loader that stops at the first node that is too deep, because it takes time quadratic in the depth."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        self._depth += 1
+        _check_depth(self._depth)
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
+
+
+def _check_depth(levels: int) -> None:
+    if levels > _MAX_DEPTH:
         raise ValueError(f"it is nested more than {_MAX_DEPTH} levels deep")
+
+
+def _measure(node: yaml.Node, known: dict[int, tuple[int, int] | None]) -> tuple[int, int]:
+    """Count the nodes and the levels of a document with the repetitions that its aliases make.
+
+    The time is linear in the document's own size.
+    """
     if id(node) in known:
         repeated = known[id(node)]
         if repeated is None:
             raise ValueError("it contains itself")
         return repeated
     known[id(node)] = None
-    size = 1
+    size = levels = 1
     parts: list[yaml.Node] = []
     if isinstance(node, yaml.MappingNode):
         _check_keys(node)
@@ -80,11 +99,14 @@ def _size(node: yaml.Node, known: dict[int, int | None], depth: int) -> int:
         parts = node.value
     else:
         size += len(node.value) // 200  # A long text counts as several values.
-    size += sum(_size(part, known, depth + 1) for part in parts)
+    for part in parts:
+        size_of_part, levels_of_part = _measure(part, known)
+        size, levels = size + size_of_part, max(levels, levels_of_part + 1)
     if size > MAX_NODES:
         raise ValueError(f"it has more than {MAX_NODES} values")
-    known[id(node)] = size
-    return size
+    _check_depth(levels)
+    known[id(node)] = size, levels
+    return size, levels
 
 
 def _check_keys(node: yaml.MappingNode) -> None:

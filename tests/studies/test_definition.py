@@ -186,6 +186,10 @@ def laughs(number: int, join: str) -> str:
         ("title: &a {b: *a}", "it contains itself"),
         ("title: " + "[" * 100_000, "it is nested more than 50 levels deep"),
         ("title: " + "[" * 60 + "]" * 60, "it is nested more than 50 levels deep"),
+        (
+            "a0: &a0 [1]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}]\n" for n in range(1, 60)),
+            "it is nested more than 50 levels deep",
+        ),
         ("title: " + "9" * 5000, "can't be read"),
         ("title: 2001-99-99", "can't be read"),
         ("title: a\ntitle: b", "the key 'title' occurs twice in line 2"),
