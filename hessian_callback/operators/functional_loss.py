@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map
 
 from hessian_callback.operators.batches import map_tensors
 from hessian_callback.operators.derivatives import check_twice_differentiable, differentiate, graph_nodes
@@ -101,7 +100,9 @@ class FunctionalLoss:
         """
 
         def compute(leaves: list[Tensor], own: Any) -> list[Tensor]:
-            return list(torch.autograd.grad(self._value(batch, own), leaves, materialize_grads=True))
+            value = self._value(batch, own)
+            with self._precision():
+                return list(torch.autograd.grad(value, leaves, materialize_grads=True))
 
         return self._substituted(compute, batch, displacement)
 
@@ -112,23 +113,29 @@ class FunctionalLoss:
 
         def compute(leaves: list[Tensor], own: Any) -> list[list[Tensor]]:
             value = self._value(batch, own)
-            gradients = torch.autograd.grad(value, leaves, create_graph=True, materialize_grads=True)
+            with self._precision():
+                gradients = torch.autograd.grad(value, leaves, create_graph=True, materialize_grads=True)
             check_twice_differentiable(gradients)
             results = []
             for number, direction in enumerate(directions):
                 wide = [self._converted(part) for part in direction]
                 keep = number < len(directions) - 1
-                results.append(list(differentiate(gradients, leaves, wide, keep=keep)))
+                with self._precision():
+                    results.append(list(differentiate(gradients, leaves, wide, keep=keep)))
             return results
 
         return self._substituted(compute, batch, displacement)
 
     def _value(self, batch: Any, own: Any) -> Tensor:
-        with self.loss.fixed(batch):
+        with self.loss.fixed(batch), self._precision():
             loss = self._module.loss_of(own)
         if self._float64:
             _check_precision(loss)
         return loss
+
+    def _precision(self) -> AbstractContextManager[Any]:
+        """Return the mode for evaluations and for backward passes, in which checkpointing evaluates modules."""
+        return _InFloat64() if self._float64 else nullcontext()
 
     def _substituted(
         self, compute: Callable[[list[Tensor], Any], _Result], batch: Any, displacement: Sequence[Tensor] | None
@@ -147,9 +154,8 @@ class FunctionalLoss:
             **{name: buffer.clone() for name, buffer in self._buffers.items()},
         }
         own = map_tensors(batch, lambda tensor: self._converted(tensor).clone())
-        mode = _InFloat64() if self._float64 else nullcontext()
         # The padding rows of the module's own parameters, which are not displaced.
-        with self.loss.differentiable(), constant_padding(self.loss.model), mode:
+        with self.loss.differentiable(), constant_padding(self.loss.model):
             result: _Result = torch.func.functional_call(self._module, values, (lambda: compute(leaves, own),))
         return result
 
@@ -176,24 +182,20 @@ class _InFloat64(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in (Tensor.float, Tensor.half, Tensor.bfloat16):
             func = Tensor.double
-        kwargs = kwargs or {}
-        # Most operations get wide tensors and numbers alone.
-        if any(_may_be_narrow(value) for value in (*args, *kwargs.values())):
-            args, kwargs = tree_map(_wide_argument, (args, kwargs))
-        return func(*args, **kwargs)
+        return func(*map(_widened, args), **{name: _widened(value) for name, value in (kwargs or {}).items()})
 
 
-def _may_be_narrow(value: Any) -> bool:
+def _widened(value: Any) -> Any:
+    """Replace tensors and dtypes of lower precision in an argument of an operation."""
     if isinstance(value, Tensor):
-        return value.dtype in _WIDE
-    return isinstance(value, (torch.dtype, list, tuple, dict))
-
-
-def _wide_argument(value: Any) -> Any:
+        return value.to(_WIDE[value.dtype]) if value.dtype in _WIDE else value
     if isinstance(value, torch.dtype):
         return _WIDE.get(value, value)
-    if isinstance(value, Tensor) and value.dtype in _WIDE:
-        return value.to(_WIDE[value.dtype])
+    # Operations take no other containers. Subclasses of tuple are sizes.
+    if type(value) in (list, tuple):
+        return type(value)(map(_widened, value))
+    if type(value) is dict:
+        return {name: _widened(part) for name, part in value.items()}
     return value
 
 

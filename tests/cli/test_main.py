@@ -25,6 +25,7 @@ from hessian_callback.demos import DigitsCNN, DigitsData
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "example_configs"
+EPOCHS = 3
 
 
 def command(*args: str, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -73,15 +74,16 @@ class Run:
         return board
 
 
-def example(name: str, folder: Path) -> Run:
-    done = command("fit", "--config", str(CONFIGS / name), cwd=folder)
+def example(name: str, folder: Path, *options: str) -> Run:
+    done = command("fit", "--config", str(CONFIGS / name), *options, cwd=folder)
     assert done.returncode == 0, done.stdout + done.stderr
     return Run(folder, done.stdout)
 
 
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    return example("digits_cnn.yaml", tmp_path_factory.mktemp("digits_cnn"))
+    # The README's command makes all eight epochs.
+    return example("digits_cnn.yaml", tmp_path_factory.mktemp("digits_cnn"), f"--trainer.max_epochs={EPOCHS}")
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +95,7 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 def test_table_has_a_line_for_each_measurement(digits: Run) -> None:
-    assert list(digits.table) == ["before training", *(f"epoch {e}" for e in range(8))]
+    assert list(digits.table) == ["before training", *(f"epoch {e}" for e in range(EPOCHS))]
     assert {k for _, _, k in digits.table.values()} == {50}
 
 
@@ -101,7 +103,7 @@ def test_table_has_a_line_for_each_measurement(digits: Run) -> None:
 def test_tensorboard_has_slope_and_fit_error_of_every_epoch(digits: Run, tag: str, column: int) -> None:
     logged = [(event.step, round(event.value, 3)) for event in digits.board().Scalars(tag)]
     # 75 steps an epoch; TensorBoard's step of an epoch is that of its last batch.
-    steps = [0, *(75 * e - 1 for e in range(1, 9))]
+    steps = [0, *(75 * e - 1 for e in range(1, EPOCHS + 1))]
     expected = list(zip(steps, (row[column] for row in digits.table.values()), strict=True))
     assert [step for step, _ in logged] == steps
     assert [value for _, value in logged] == pytest.approx([value for _, value in expected], abs=6e-4)
@@ -144,7 +146,9 @@ def test_validate_measures_a_checkpoint_as_training_did(digits: Run, tmp_path: P
         "validate", "--config", str(CONFIGS / "digits_cnn.yaml"), "--ckpt_path", str(checkpoint), cwd=tmp_path
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert Run(tmp_path, done.stdout).table["validation"] == pytest.approx(digits.table["epoch 7"], abs=2e-3)
+    assert Run(tmp_path, done.stdout).table["validation"] == pytest.approx(
+        digits.table[f"epoch {EPOCHS - 1}"], abs=2e-3
+    )
 
 
 # -- stopping on the slope ---------------------------------------------------------------------------
