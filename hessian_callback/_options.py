@@ -25,6 +25,7 @@ __all__ = [
     "check_choice",
     "check_each",
     "check_int",
+    "check_mapping",
     "check_number",
     "check_path",
     "check_str",
@@ -214,6 +215,28 @@ def check_path(name: str, value: object) -> str:
     if isinstance(path, str) and path and "\0" not in path:
         return path
     raise OptionError(name, "a path that is not empty", value)
+
+
+def check_mapping(name: str, value: object) -> dict[Any, Any]:
+    """Return a mapping option as ``dict``.
+
+    Args:
+        name: the option's name.
+        value: a mapping, or ``None`` for an empty one.
+
+    Raises:
+        OptionError: if it is neither.
+
+    Example:
+        >>> check_mapping("groups", ["^head"])
+        Traceback (most recent call last):
+        hessian_callback._options.OptionError: groups must be a mapping, got ['^head']
+    """
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise OptionError(name, "a mapping", value)
+    return dict(value)
 
 
 def check_each(

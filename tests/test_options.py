@@ -27,11 +27,13 @@ from hessian_callback._options import (
     check_choice,
     check_each,
     check_int,
+    check_mapping,
     check_number,
     check_path,
     check_str,
     optional,
 )
+from hessian_callback.measurement.measurer import Measurer
 
 BOOLEANS = [True, False, np.True_, np.array(False), torch.tensor(True)]
 NO_NUMBERS = [
@@ -217,6 +219,21 @@ def test_the_refused_item_is_named() -> None:
 def test_a_single_value_is_no_list(value: Any) -> None:
     with pytest.raises(OptionError, match=r"^extras must be a list, got "):
         check_each(check_str, "extras", value)
+
+
+@pytest.mark.parametrize("value", [1, "^head", ["^head"], [("head", "^head")]], ids=name)
+def test_only_mappings_are_mappings(value: Any) -> None:
+    assert check_mapping("groups", {"head": "^head"}) == {"head": "^head"}
+    assert check_mapping("groups", None) == {}
+    with pytest.raises(OptionError, match=r"^groups must be a mapping, got "):
+        check_mapping("groups", value)
+    with pytest.raises(OptionError, match=r"^groups must be a mapping, got "):
+        Measurer(groups=value)
+
+
+def test_only_solvers_are_solvers() -> None:
+    with pytest.raises(OptionError, match=r"^solver must be a Solver, such as Lanczos\(rtol=0.05\), got 1$"):
+        Measurer(solver=1)  # type: ignore[arg-type]
 
 
 def test_an_optional_value_may_be_none() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from hessian_callback._options import check_callable, check_str, optional
+from hessian_callback._options import check_callable, check_mapping, check_str, optional
 from hessian_callback.callbacks.log_names import check_log_name
 from hessian_callback.operators.parameters import compile_pattern
 
@@ -43,7 +43,7 @@ def checked_groups(groups: Mapping[str, str] | None) -> dict[str, str]:
     Raises:
         ValueError: if a name cannot be logged, or a pattern is not a regular expression.
     """
-    checked = dict(groups or {})
+    checked = check_mapping("groups", groups)
     for group, expression in checked.items():
         if not group or "/" in group:
             raise ValueError(f"the names in groups must not be empty or contain slashes, got {group!r}")

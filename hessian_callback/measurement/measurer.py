@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from hessian_callback._options import MAX_SEED, check_int
+from hessian_callback._options import MAX_SEED, OptionError, check_int, check_mapping
 from hessian_callback.algorithms.density import SpectralDensity
 from hessian_callback.algorithms.solver_checkpoint import CheckpointError, delete_files
 from hessian_callback.algorithms.spectrum import Spectrum
@@ -72,9 +72,11 @@ class Measurer:
     ) -> None:
         self.num_eigenvalues = check_int("num_eigenvalues", num_eigenvalues, at_least=3)
         self.solver = Lanczos() if solver is None else solver
+        if not isinstance(self.solver, Solver):
+            raise OptionError("solver", "a Solver, such as Lanczos(rtol=0.05)", solver)
         self.solver.check(self.num_eigenvalues)
         self.extras = make_extras(extras, self.num_eigenvalues, self.solver)
-        self.groups = dict(groups or {})
+        self.groups = check_mapping("groups", groups)
         self.seed = check_int("seed", seed, at_least=0, at_most=MAX_SEED)
         self._tracing_statistics: dict[Hashable, TracingStatistics] = {}
         self._checked: set[Hashable] = set()
