@@ -1,4 +1,4 @@
-"""The import rule: a subpackage imports only the ones below it, and only some import Lightning."""
+"""The import rule: a subpackage imports only the ones below it, and one module imports Lightning."""
 
 from __future__ import annotations
 

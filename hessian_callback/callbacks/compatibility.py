@@ -4,47 +4,22 @@ from __future__ import annotations
 
 from typing import Any
 
-import lightning.pytorch as pl
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
-from lightning.pytorch.strategies import (
-    DDPStrategy,
-    DeepSpeedStrategy,
-    FSDPStrategy,
-    ModelParallelStrategy,
-    SingleDeviceStrategy,
-    Strategy,
-)
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import nn
 
+from hessian_callback.callbacks.lightning_packages import MisconfigurationException, Trainer, is_a
 from hessian_callback.operators.parameters import ParameterFilter, select_parameters
 
 __all__ = [
     "check_parameters",
     "check_precision",
     "check_strategy",
-    "check_trainer",
     "warn_of_strict_monitors",
     "warn_of_strict_schedulers",
 ]
 
 
-def check_trainer(trainer: Any) -> None:
-    """Raise an error for the Trainer of the other package, whose classes differ.
-
-    Raises:
-        MisconfigurationException: if it is not ``lightning.pytorch``'s.
-    """
-    if not isinstance(trainer, pl.Trainer):
-        package = type(trainer).__module__.partition(".")[0]
-        raise MisconfigurationException(
-            f"this Trainer is of the package {package!r}, and the callback supports 'lightning', whose classes "
-            "differ; import Trainer and LightningModule from lightning.pytorch instead"
-        )
-
-
-def check_strategy(strategy: Strategy) -> None:
+def check_strategy(strategy: Any) -> None:
     """Raise an error for strategies under which the Hessian of the whole model cannot be measured.
 
     Raises:
@@ -53,16 +28,16 @@ def check_strategy(strategy: Strategy) -> None:
     name = type(strategy).__name__
     # Unsupported strategies first, because some are subclasses of supported ones.
     reasons = {
-        DeepSpeedStrategy: "DeepSpeed partitions parameters and gradients and replaces autograd's backward",
-        FSDPStrategy: "FSDP flattens and shards the parameters, and its hooks have no double backward",
+        "DeepSpeedStrategy": "DeepSpeed partitions parameters and gradients and replaces autograd's backward",
+        "FSDPStrategy": "FSDP flattens and shards the parameters, and its hooks have no double backward",
     }
-    reason = next((text for kind, text in reasons.items() if isinstance(strategy, kind)), None)
+    reason = next((text for kind, text in reasons.items() if is_a(strategy, kind)), None)
     if reason is None and "XLA" in name:
         reason = "XLA traces the step as a whole and keeps no graph for a second differentiation"
-    if isinstance(strategy, ModelParallelStrategy):
+    if is_a(strategy, "ModelParallelStrategy"):
         if strategy.device_mesh["tensor_parallel"].size() > 1:
             reason = "it also cuts layers over ranks (tensor_parallel_size > 1), which then share a batch"
-    elif reason is None and not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)):
+    elif reason is None and not is_a(strategy, "SingleDeviceStrategy", "DDPStrategy"):
         reason = "only strategies with whole parameters or fully_shard were tested"
     if reason is not None:
         raise MisconfigurationException(
@@ -108,26 +83,26 @@ def check_parameters(pl_module: nn.Module, parameters: ParameterFilter | None, n
         )
 
 
-def warn_of_strict_monitors(trainer: pl.Trainer, prefix: str, *, every_epoch: bool) -> None:
+def warn_of_strict_monitors(trainer: Trainer, prefix: str, *, every_epoch: bool) -> None:
     """Warn of callbacks that would fail if no slope is logged, or mistake a stale value for a new one."""
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         key = getattr(callback, "monitor", None)
         if not isinstance(key, str) or not key.startswith(f"{prefix}/"):
             continue
         name = type(callback).__name__
-        if isinstance(callback, EarlyStopping) and callback.strict:
+        if is_a(callback, "EarlyStopping") and callback.strict:
             rank_zero_warn(
                 f"{name} monitors {key!r} with strict=True: if the first measurement fails, it ends the run "
                 "with an error. Pass strict=False to let it wait for the first slope"
             )
         # A callback with this hook decides after measurements, so epochs without one don't matter.
-        if isinstance(callback, EarlyStopping) and not every_epoch and not hasattr(callback, "on_hessian_measured"):
+        if is_a(callback, "EarlyStopping") and not every_epoch and not hasattr(callback, "on_hessian_measured"):
             rank_zero_warn(
                 f"{name} monitors {key!r}, which is not measured every epoch: in other epochs it sees the last value "
                 f"again and counts a check without improvement, and stops after patience={callback.patience} of them. "
                 "PowerLawEarlyStopping counts measurements instead; or choose patience accordingly"
             )
-        if isinstance(callback, ModelCheckpoint):
+        if is_a(callback, "ModelCheckpoint"):
             rank_zero_warn(
                 f"{name} monitors {key!r}: if the first measurement fails, Lightning ends a run with a validation "
                 "loop with an error. A second ModelCheckpoint without monitor saves checkpoints that don't depend "
@@ -135,7 +110,7 @@ def warn_of_strict_monitors(trainer: pl.Trainer, prefix: str, *, every_epoch: bo
             )
 
 
-def warn_of_strict_schedulers(trainer: pl.Trainer, prefix: str) -> None:
+def warn_of_strict_schedulers(trainer: Trainer, prefix: str) -> None:
     """Warn of a ReduceLROnPlateau that would fail if no slope is logged."""
     for config in trainer.lr_scheduler_configs:
         if config.reduce_on_plateau and str(config.monitor).startswith(f"{prefix}/") and config.strict:

@@ -5,9 +5,6 @@ from __future__ import annotations
 from typing import Any, Literal, cast
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import EarlyStopping
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from hessian_callback._options import (
@@ -20,9 +17,17 @@ from hessian_callback._options import (
     optional,
 )
 from hessian_callback.callbacks.history_cursor import HistoryCursor
+from hessian_callback.callbacks.lightning_packages import (
+    EarlyStoppingBase,
+    LightningModule,
+    MisconfigurationException,
+    Trainer,
+    sibling,
+)
 from hessian_callback.callbacks.power_law import PowerLawHessianCallback
 from hessian_callback.callbacks.progress import announce
 from hessian_callback.callbacks.stopping_rule import Noise, Plateau, PlateauRule, Reading
+from hessian_callback.callbacks.trainer_state import callbacks_of
 from hessian_callback.measurement.extras.numerical_interval import numerical_interval_of
 from hessian_callback.measurement.extras.registry import EXTRAS
 from hessian_callback.measurement.measurement import Measurement
@@ -43,7 +48,7 @@ _ALWAYS = (
 _PATIENCE_EXHAUSTED = 3
 
 
-class PowerLawEarlyStopping(EarlyStopping):
+class PowerLawEarlyStopping(EarlyStoppingBase):
     r"""Stop training when the slope has stopped improving.
 
     Lightning's EarlyStopping looks at the last logged value after every epoch, and counts an epoch without a
@@ -193,8 +198,7 @@ class PowerLawEarlyStopping(EarlyStopping):
             )
 
     def _find_source(self, trainer: Trainer) -> PowerLawHessianCallback:
-        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        sources = [callback for callback in callbacks if isinstance(callback, PowerLawHessianCallback)]
+        sources = [callback for callback in callbacks_of(trainer) if isinstance(callback, PowerLawHessianCallback)]
         of_prefix = [source for source in sources if self.monitor.startswith(f"{source.prefix}/")]
         if of_prefix:
             return max(of_prefix, key=lambda one: len(one.prefix))
@@ -270,7 +274,7 @@ class PowerLawEarlyStopping(EarlyStopping):
             trainer.should_stop = True
             self.stopped_epoch = trainer.current_epoch
             self.stopping_reason_message = message
-            self._set_reason()
+            self._set_reason(trainer)
 
     def _add(self, entry: Measurement) -> None:
         verdict = self._rule.add(self._reading(entry))
@@ -304,12 +308,12 @@ class PowerLawEarlyStopping(EarlyStopping):
             f"(patience={self.patience}, mode={self.mode!r})"
         )
 
-    def _set_reason(self) -> None:
+    def _set_reason(self, trainer: Trainer) -> None:
         try:
-            from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
-        except ImportError:  # Lightning before 2.6
+            reasons = sibling(trainer, "callbacks.early_stopping", "EarlyStoppingReason")
+        except AttributeError:  # Lightning before 2.6
             return
-        self.stopping_reason = EarlyStoppingReason(_PATIENCE_EXHAUSTED)
+        self.stopping_reason = reasons(_PATIENCE_EXHAUSTED)
 
     def _counts(self, entry: Measurement, source: PowerLawHessianCallback) -> bool:
         part = self._part(entry)

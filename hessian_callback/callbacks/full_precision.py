@@ -7,10 +7,9 @@ import itertools
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 
+from hessian_callback.callbacks.lightning_packages import LightningModule, MisconfigurationException, Trainer
 from hessian_callback.measurement.batch_copies import map_tensors
 from hessian_callback.operators.fully_shard import is_sharded
 from hessian_callback.operators.memory import free_memory, readable_size

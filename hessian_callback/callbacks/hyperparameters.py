@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
-from lightning.fabric.utilities.logger import _convert_params, _flatten_dict
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
 from torch.utils.tensorboard.summary import hparams
 
+from hessian_callback.callbacks.lightning_packages import LightningModule, Trainer, is_a, sibling
 from hessian_callback.callbacks.loggers import name_start
 
 __all__ = ["announce_columns"]
@@ -31,11 +29,16 @@ def announce_columns(trainer: Trainer, pl_module: LightningModule, curves: Colle
     saved = _saved(pl_module) | _saved(trainer.datamodule)  # type: ignore[attr-defined]
     if not saved:
         return
-    for logger in trainer.loggers:
-        if isinstance(logger, TensorBoardLogger) and logger._default_hp_metric:
+    loggers: list[Any] = trainer.loggers
+    for logger in loggers:
+        if is_a(logger, "TensorBoardLogger") and logger._default_hp_metric:
             start = name_start(logger)
             names = [start + name for name in ("hp_metric", *curves)]
-            values = logger._sanitize_params(_flatten_dict(_convert_params(saved)))
+            # As Lightning's own announcement is made.
+            convert, flatten = (
+                sibling(logger, "utilities.logger", name, fabric=True) for name in ("_convert_params", "_flatten_dict")
+            )
+            values = logger._sanitize_params(flatten(convert(saved)))
             announcement, _, _ = hparams(values, dict.fromkeys(names, 0.0))
             logger.experiment._get_file_writer().add_summary(announcement)
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from lightning.pytorch.loggers import TensorBoardLogger
+
+from hessian_callback.callbacks.lightning_packages import is_a
 
 __all__ = [
     "CHARTS",
@@ -139,7 +140,7 @@ def show_layout(
     """
     for logger in loggers:
         # By type, because the logger of fast_dev_run has every attribute.
-        if not isinstance(logger, TensorBoardLogger):
+        if not is_a(logger, "TensorBoardLogger"):
             continue
         start = name_start(logger)
         layouts = [curve_layout(prefix, names, charts=charts, logger_prefix=start) for prefix, names in curves.items()]
@@ -152,7 +153,7 @@ def show_layout(
             raise LoggerError(_failure(logger, "write the layout of the curves", error)) from error
 
 
-def name_start(logger: TensorBoardLogger) -> str:
+def name_start(logger: Any) -> str:
     """Return the prefix that a logger adds to every name, its separator included."""
     return f"{logger._prefix}{logger.LOGGER_JOIN_CHAR}" if logger._prefix else ""
 

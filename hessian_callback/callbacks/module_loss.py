@@ -8,11 +8,15 @@ from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.plugins.precision import DoublePrecision
 from torch import Tensor
 
+from hessian_callback.callbacks.lightning_packages import (
+    LightningModule,
+    MisconfigurationException,
+    Trainer,
+    base_of,
+    is_a,
+)
 from hessian_callback.measurement.loss import CheckedLoss
 
 __all__ = ["LossFunction", "as_in_a_step", "resolve_loss"]
@@ -83,7 +87,7 @@ def as_in_a_step(trainer: Trainer, pl_module: LightningModule, loss: LossFunctio
     the loss in the parameters' own precision. A module that was compiled as a whole runs eagerly.
     """
     contexts: list[Callable[[], AbstractContextManager[Any]]] = []
-    if isinstance(trainer.precision_plugin, DoublePrecision):
+    if is_a(trainer.precision_plugin, "DoublePrecision"):
         contexts.append(trainer.precision_plugin.forward_context)
     # Lightning unwraps a compiled module, and keeps its compiled methods.
     if getattr(pl_module, "_compiler_ctx", None) is not None:
@@ -111,7 +115,8 @@ def _training_step_of(pl_module: LightningModule) -> Callable[..., Any]:
             f"{name} optimises manually, so its training_step would step the optimizer instead of "
             f"returning a loss. {_REMEDY}"
         )
-    if type(pl_module).training_step is LightningModule.training_step:
+    base = base_of(type(pl_module), "LightningModule") or LightningModule
+    if type(pl_module).training_step is base.training_step:
         raise MisconfigurationException(f"{name} has no training_step to take the loss from. {_REMEDY}")
     parameters = inspect.signature(pl_module.training_step).parameters
     if "dataloader_iter" in parameters:

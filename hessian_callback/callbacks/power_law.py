@@ -9,15 +9,20 @@ from typing import Any
 from urllib.parse import quote
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.trainer.states import TrainerFn
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
 from hessian_callback._options import check_bool, check_callable, check_str, optional
 from hessian_callback.callbacks import compatibility
 from hessian_callback.callbacks.callback_options import checked_groups, checked_parameters, checked_prefix
 from hessian_callback.callbacks.hyperparameters import announce_columns
+from hessian_callback.callbacks.lightning_packages import (
+    CONFIGURATION_ERRORS,
+    CallbackBase,
+    LightningModule,
+    MisconfigurationException,
+    Trainer,
+    TrainerFn,
+)
 from hessian_callback.callbacks.live_prediction import HELD_OUT, LivePrediction
 from hessian_callback.callbacks.module_loss import resolve_loss
 from hessian_callback.callbacks.moved_options import moved_options
@@ -54,15 +59,15 @@ from hessian_callback.operators.parameters import ParameterFilter
 __all__ = ["PowerLawHessianCallback"]
 
 # The message of such an error stays true for the whole run, so it is raised while nothing is lost.
-_PERMANENT_ERRORS = (MisconfigurationException, DoubleBackwardError, ValueError, TypeError)
+_PERMANENT_ERRORS = (*CONFIGURATION_ERRORS, DoubleBackwardError, ValueError, TypeError)
 # The message of such an error is a whole sentence, which the name of its type does not improve.
-_PLAIN_ERRORS = (MisconfigurationException, NotReadyError, PeerError, UserCodeError)
+_PLAIN_ERRORS = (*CONFIGURATION_ERRORS, NotReadyError, PeerError, UserCodeError)
 
 # The last values of these stand in TensorBoard's table of hyperparameters.
 _COLUMNS = ("slope", "fit_error")
 
 
-class PowerLawHessianCallback(Callback):
+class PowerLawHessianCallback(CallbackBase):
     r"""Measure the power-law slope of the loss Hessian's spectrum while a model trains.
 
     At each measurement the ``num_eigenvalues`` largest eigenvalues of the Hessian
@@ -230,7 +235,6 @@ class PowerLawHessianCallback(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check that trainer, module and options go together; called again by ``lr_find``."""
-        compatibility.check_trainer(trainer)
         self.source.clear()  # A run that ended with an exception has no teardown.
         self._active = stage in ("fit", "validate") and not trainer.barebones
         if trainer.barebones:

@@ -8,9 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
-from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
+from hessian_callback.callbacks.lightning_packages import Trainer, is_a, sibling
 
 if TYPE_CHECKING:
     from hessian_callback.algorithms.lanczos import LanczosProgress
@@ -26,9 +24,9 @@ def announce(trainer: Trainer, text: str) -> None:
         return
     # Standard output may be closed or on a full disk. That must not end a run, least of all on one rank alone.
     with suppress(OSError, ValueError):
-        if isinstance(trainer.progress_bar_callback, TQDMProgressBar):
+        if is_a(trainer.progress_bar_callback, "TQDMProgressBar"):
             # Lightning's own `bar.print` prints nothing if none of its bars is open.
-            Tqdm.write(text)
+            _tqdm_of(trainer.progress_bar_callback).write(text)
         else:
             print(text, flush=True)  # While Rich draws, it redirects standard output.
 
@@ -73,6 +71,11 @@ def measuring(trainer: Trainer, description: str, expected: int | None = None) -
             attempt(lambda: shown.close())
 
 
+def _tqdm_of(bar: object) -> Any:
+    """Return the class of the bars of a TQDMProgressBar."""
+    return sibling(bar, "callbacks.progress.tqdm_progress", "Tqdm")
+
+
 class _Display:
     """A line beside the trainer's progress bar."""
 
@@ -86,10 +89,10 @@ class _Display:
 
 
 def _display(trainer: Trainer, description: str, expected: int | None) -> _Display | None:
-    bar = trainer.progress_bar_callback
-    if isinstance(bar, TQDMProgressBar) and bar.is_enabled:
+    bar: Any = trainer.progress_bar_callback
+    if is_a(bar, "TQDMProgressBar") and bar.is_enabled:
         return _TqdmLine(bar, description, expected)
-    if isinstance(bar, RichProgressBar) and bar.is_enabled:
+    if is_a(bar, "RichProgressBar") and bar.is_enabled:
         return _RichLine(bar, description, expected)
     return None
 
@@ -109,9 +112,9 @@ def _end(progress: LanczosProgress, expected: int | None) -> int:
 
 
 class _TqdmLine(_Display):
-    def __init__(self, bar: TQDMProgressBar, description: str, expected: int | None) -> None:
+    def __init__(self, bar: Any, description: str, expected: int | None) -> None:
         self._expected = expected
-        self._line = Tqdm(
+        self._line = _tqdm_of(bar)(
             desc=description,
             total=expected,
             unit=" products",
@@ -131,7 +134,7 @@ class _TqdmLine(_Display):
 
 
 class _RichLine(_Display):
-    def __init__(self, bar: RichProgressBar, description: str, expected: int | None) -> None:
+    def __init__(self, bar: Any, description: str, expected: int | None) -> None:
         from rich.progress import Progress
 
         self._description = description

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 
+from hessian_callback.callbacks.lightning_packages import Trainer
 from hessian_callback.linalg.distributed import Ranks
-
-if TYPE_CHECKING:
-    from lightning.pytorch import Trainer
 
 __all__ = ["losses_of"]
 

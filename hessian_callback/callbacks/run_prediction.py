@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lightning.pytorch import Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
+from hessian_callback.callbacks.lightning_packages import Trainer
 from hessian_callback.callbacks.live_prediction import HELD_OUT, LivePrediction
 from hessian_callback.callbacks.run_losses import losses_of
 from hessian_callback.linalg.distributed import Ranks

@@ -7,12 +7,16 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.trainer.states import RunningStage, TrainerFn
-
 from hessian_callback._options import MAX_SEED, check_callable, check_choice, check_int, optional
 from hessian_callback.callbacks.full_precision import batch_in_full_precision, has_half_precision
+from hessian_callback.callbacks.lightning_packages import (
+    CONFIGURATION_ERRORS,
+    LightningModule,
+    MisconfigurationException,
+    RunningStage,
+    Trainer,
+    TrainerFn,
+)
 from hessian_callback.callbacks.state_guard import stage_set_to
 from hessian_callback.linalg.distributed import Ranks
 from hessian_callback.measurement.batch_copies import copy_batch
@@ -263,7 +267,7 @@ def batch_on_device(
             batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
             return batch_in_full_precision(batch) if half else batch
     except Exception as error:
-        if may_pass(error) or isinstance(error, MisconfigurationException):
+        if may_pass(error) or isinstance(error, CONFIGURATION_ERRORS):
             raise
         raise UserCodeError(
             f"moving a batch of the samples to the device raised {one_line(error)}. If a transfer hook "

@@ -8,13 +8,16 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.loggers.logger import DummyLogger
-from lightning.pytorch.trainer.states import RunningStage
-from torch import nn
 from torchmetrics import Metric
 
+from hessian_callback.callbacks.lightning_packages import (
+    LightningModule,
+    MisconfigurationException,
+    RunningStage,
+    Trainer,
+    is_a,
+    sibling,
+)
 from hessian_callback.measurement.state_guard import (
     Snapshot,
     defer_signals,
@@ -100,7 +103,8 @@ def _trainer_set_aside(trainer: Trainer) -> Iterator[None]:
     ]
     should_stop, stage, loggers = trainer.should_stop, trainer.state.stage, trainer.loggers
     try:
-        trainer.loggers = [DummyLogger() for _ in loggers]
+        dummy = sibling(trainer, "loggers.logger", "DummyLogger")
+        trainer.loggers = [dummy() for _ in loggers]
         trainer.state.stage = RunningStage.TRAINING
         yield
     finally:
@@ -115,7 +119,7 @@ def _silenced(pl_module: LightningModule, *, alone: bool) -> Iterator[None]:
     replaced: list[tuple[dict[str, Any], dict[str, Any]]] = []
     for module in pl_module.modules():
         # In the instance's dictionary, past whatever the class thinks of assignments.
-        if _is_lightning_module(type(module)):
+        if is_a(module, "LightningModule"):
             functions = {"log": _do_nothing, "log_dict": _do_nothing}
             if not alone:
                 functions["all_gather"] = _refuse_to_gather
@@ -137,14 +141,6 @@ def _silenced(pl_module: LightningModule, *, alone: bool) -> Iterator[None]:
                     attributes.pop(name, None)
                 else:
                     attributes[name] = value
-
-
-def _is_lightning_module(kind: type[nn.Module]) -> bool:
-    """Whether a class is a LightningModule, of either package."""
-    return any(
-        base.__name__ == "LightningModule" and base.__module__.partition(".")[0] in ("lightning", "pytorch_lightning")
-        for base in kind.__mro__
-    )
 
 
 def _do_nothing(*_: Any, **__: Any) -> None:

@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from lightning.pytorch import Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from hessian_callback.algorithms.lanczos import LanczosProgress
+from hessian_callback.callbacks.lightning_packages import Trainer
 from hessian_callback.callbacks.progress import announce, measuring
 from hessian_callback.linalg.distributed import Ranks
 from hessian_callback.measurement.failure_policy import SigtermReceived

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import time
 
-from lightning.pytorch import Callback, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
+from hessian_callback.callbacks.lightning_packages import CallbackBase, Trainer
 from hessian_callback.measurement.measurement import Measurement
 
 __all__ = ["EpochClock", "callbacks_of", "is_last", "logged_step"]
 
 
-def callbacks_of(trainer: Trainer) -> list[Callback]:
+def callbacks_of(trainer: Trainer) -> list[CallbackBase]:
     """Return the trainer's callbacks."""
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    callbacks: list[CallbackBase] = trainer.callbacks  # type: ignore[attr-defined]
     return callbacks
 
 

@@ -7,9 +7,9 @@ from contextlib import nullcontext
 from typing import Any, TypeVar
 
 import torch.distributed as dist
-from lightning.pytorch import LightningModule, Trainer
 
 from hessian_callback.callbacks.full_precision import in_full_precision
+from hessian_callback.callbacks.lightning_packages import LightningModule, Trainer
 from hessian_callback.callbacks.module_loss import as_in_a_step, resolve_loss
 from hessian_callback.callbacks.sample_source import SampleSource
 from hessian_callback.callbacks.state_guard import defer_sigterm, preserve_training_state

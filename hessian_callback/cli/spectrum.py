@@ -9,11 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from hessian_callback.callbacks.full_precision import batch_in_full_precision, in_full_precision
+from hessian_callback.callbacks.lightning_packages import (
+    LightningDataModule,
+    LightningModule,
+    MisconfigurationException,
+    Trainer,
+    sibling,
+)
 from hessian_callback.callbacks.module_loss import resolve_loss
 from hessian_callback.callbacks.power_law import PowerLawHessianCallback
 from hessian_callback.callbacks.sample_source import missing_loader
@@ -99,9 +103,14 @@ def _loader(module: LightningModule, datamodule: LightningDataModule | None, dat
         datamodule.prepare_data()
         datamodule.setup("fit" if dataloader == "train" else "validate")
     name = f"{dataloader}_dataloader"
-    if not is_overridden(name, owner):
+    if not _overrides(owner, name):
         raise MisconfigurationException(missing_loader(dataloader))
     return getattr(owner, name)()
+
+
+def _overrides(owner: LightningModule | LightningDataModule, name: str) -> bool:
+    """Return whether a module or data module defines a hook itself."""
+    return bool(sibling(owner, "utilities.model_helpers", "is_overridden")(name, owner))
 
 
 def _on_device(
@@ -109,7 +118,7 @@ def _on_device(
 ) -> Any:
     """Move a batch with the hooks of the module or, if it overrides them, of the data module."""
     for name in _TRANSFER_HOOKS:
-        owner: Any = datamodule if datamodule is not None and is_overridden(name, datamodule) else module
+        owner: Any = datamodule if datamodule is not None and _overrides(datamodule, name) else module
         hook = getattr(owner, name)
         batch = hook(batch, device, 0) if name == "transfer_batch_to_device" else hook(batch, 0)
     return batch

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hessian_callback.callbacks.lightning_packages import LightningModule
 from hessian_callback.demos.optimizers import OptimizerCallable
 
 __all__ = ["CharacterGPT", "paper_adamw"]
@@ -29,7 +29,7 @@ def paper_adamw(parameters: Iterable[Any]) -> torch.optim.AdamW:
     return torch.optim.AdamW(parameters, lr=6e-4, weight_decay=0.1, betas=(0.9, 0.95))
 
 
-class CharacterGPT(pl.LightningModule):
+class CharacterGPT(LightningModule):
     r"""A decoder-only transformer: learned positions, pre-norm blocks, the head tied to the embedding.
 
     The paper's GPT2-nano is ``num_layers=6, num_heads=6, width=384, context_length=256``; the default is a

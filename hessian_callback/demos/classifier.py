@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
+from hessian_callback.callbacks.lightning_packages import LightningModule
 from hessian_callback.demos.optimizers import OptimizerCallable, check_decay, step_decay
+
+if TYPE_CHECKING:
+    from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 
 __all__ = ["ImageClassifier", "paper_sgd"]
 
@@ -28,7 +30,7 @@ def paper_sgd(parameters: Iterable[Any]) -> torch.optim.SGD:
     return torch.optim.SGD(parameters, lr=0.1, momentum=0.9, weight_decay=5e-4)
 
 
-class ImageClassifier(pl.LightningModule):
+class ImageClassifier(LightningModule):
     """A network trained on the mean cross entropy, by default with the paper's recipe: SGD with two tenfold decays.
 
     Logged: ``train_loss`` and ``train_acc``, means over the epoch's batches as they were trained on, and

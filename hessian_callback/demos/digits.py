@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
+from hessian_callback.callbacks.lightning_packages import LightningDataModule, LightningModule
 from hessian_callback.demos.options import check_at_least
 
 __all__ = ["DigitsCNN", "DigitsData"]
 
 
-class DigitsCNN(pl.LightningModule):
+class DigitsCNN(LightningModule):
     """Two convolutions and a linear layer, 10,090 parameters at the default width.
 
     The convolutions are unpadded, so that the second one leaves a single pixel: products with the
@@ -84,7 +84,7 @@ class DigitsCNN(pl.LightningModule):
         )
 
 
-class DigitsData(pl.LightningDataModule):
+class DigitsData(LightningDataModule):
     """The digits of scikit-learn, split into training and validation images.
 
     scikit-learn contains them, so nothing is downloaded. The split is stratified and depends on ``split_seed`` alone,

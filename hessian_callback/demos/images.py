@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 from typing import Any, Literal, get_args
 
-import lightning.pytorch as pl
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from hessian_callback.callbacks.lightning_packages import LightningDataModule
 from hessian_callback.demos.gathered import as_batch
 from hessian_callback.demos.image_files import (
     FASHION_MNIST_FOLDER,
@@ -62,7 +62,7 @@ class LabelledImages(Dataset[tuple[Tensor, Tensor]]):
         return self.images[chosen], self.labels[chosen]
 
 
-class ImageData(pl.LightningDataModule):
+class ImageData(LightningDataModule):
     r"""Standardised images of one of five sources, the same ones in every run.
 
     The number of training images and the share of random labels can be varied. Subset, held-out part and noise depend

@@ -11,12 +11,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 
+from hessian_callback.callbacks.lightning_packages import LightningDataModule
 from hessian_callback.demos.gathered import as_batch
 from hessian_callback.demos.options import check_at_least
 
@@ -133,7 +133,7 @@ class TextWindows(Dataset[tuple[Tensor, Tensor]]):
         return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
 
 
-class TextData(pl.LightningDataModule):
+class TextData(LightningDataModule):
     """A text as characters, with its end held out.
 
     Batches are inputs and targets in int64, ``(B, T)`` each; a target is the character after its input. Training

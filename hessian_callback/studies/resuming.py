@@ -7,15 +7,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from hessian_callback.callbacks.lightning_packages import CallbackBase, LightningModule, Trainer, sibling
 from hessian_callback.callbacks.power_law import PowerLawHessianCallback
 
 __all__ = ["EndOnSigterm", "KeepRandomState"]
 
 
-class KeepRandomState(Callback):
+class KeepRandomState(CallbackBase):
     """Save the states of Python's, numpy's and torch's global generators in checkpoints, and restore them.
 
     Lightning seeds the generators again when a run is resumed. Its remaining batches, its final weights and the Hessian
@@ -64,7 +63,7 @@ class KeepRandomState(Callback):
         self._restored = None
 
 
-class EndOnSigterm(Callback):
+class EndOnSigterm(CallbackBase):
     """End a run on SIGTERM before its epoch is saved, and refuse to complete a run without its last measurement.
 
     A measurement that SIGTERM interrupts is given up. Lightning would still save the epoch, and a resumed run would
@@ -101,4 +100,4 @@ class EndOnSigterm(Callback):
 
 def _end_on_sigterm(trainer: Trainer) -> None:
     if trainer.received_sigterm:
-        raise SIGTERMException
+        raise sibling(trainer, "utilities.exceptions", "SIGTERMException")

@@ -253,21 +253,6 @@ def test_lr_find_sets_up_twice_and_leaves_no_measurement(tmp_path: Any) -> None:
     ]
 
 
-def test_the_other_packages_trainer_is_refused(tmp_path: Any) -> None:
-    other = pytest.importorskip("pytorch_lightning")
-
-    class Theirs(other.LightningModule):
-        def training_step(self, batch: Any, batch_idx: int) -> None:
-            return None
-
-        def configure_optimizers(self) -> None:
-            return None
-
-    run = other.Trainer(callbacks=[measure()], logger=False, enable_checkpointing=False, accelerator="cpu")
-    with pytest.raises(Exception, match=r"import Trainer and LightningModule from lightning\.pytorch"):
-        run.fit(Theirs(), loader(), loader())
-
-
 def test_validate_examines_a_model_without_training(tmp_path: Any) -> None:
     callback = measure()
     model = seeded()

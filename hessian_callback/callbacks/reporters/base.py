@@ -7,8 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
-
+from hessian_callback.callbacks.lightning_packages import CallbackBase, LightningModule, Trainer
 from hessian_callback.callbacks.live_prediction import LivePrediction
 from hessian_callback.linalg.distributed import Ranks
 from hessian_callback.measurement.failure_policy import FailurePolicy
@@ -38,7 +37,7 @@ class Report:
 
     trainer: Trainer
     pl_module: LightningModule
-    callback: Callback
+    callback: CallbackBase
     prefix: str
     history: Sequence[Measurement]
     values: Mapping[str, float]

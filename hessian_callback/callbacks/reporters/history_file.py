@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from typing import Any
 
+from hessian_callback.callbacks.lightning_packages import is_a
 from hessian_callback.callbacks.reporters.base import Report, Reporter
 from hessian_callback.measurement.history import FILE_NAME, HistoryWriter
 
@@ -23,7 +24,7 @@ class HistoryFileReporter(Reporter):
     def report(self, report: Report) -> None:
         """Append the measurement."""
         trainer = report.trainer
-        loggers = [logger for logger in trainer.loggers if isinstance(logger, (TensorBoardLogger, CSVLogger))]
+        loggers: list[Any] = [logger for logger in trainer.loggers if is_a(logger, "TensorBoardLogger", "CSVLogger")]
         if not loggers:
             return
 

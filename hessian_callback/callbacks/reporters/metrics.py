@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torchmetrics import MeanMetric, Metric
 
+from hessian_callback.callbacks.lightning_packages import LightningModule, Trainer
 from hessian_callback.callbacks.reporters.base import Report, Reporter
 from hessian_callback.metrics import PowerLawFitError, PowerLawSlope, SpectrumMetric
 
