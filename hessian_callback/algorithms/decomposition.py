@@ -3,7 +3,7 @@ r"""Krylov decompositions :math:`A V = V H + R` with an orthonormal basis, of on
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,7 +57,7 @@ class Decomposition:
 
     Attributes:
         norm: the largest :math:`\|A v\|` seen, or the value that `raise_norm` was called with.
-        product_error: estimate of the error norm of a product, from products in higher precision; 0 if there is none.
+        product_error: estimate of :math:`\|V D + F\|` from products in higher precision; 0 if there is none.
         orthogonality: the largest :math:`\|(V^T V - I) x\|` seen, for random unit vectors x.
         num_matvecs: products spent.
     """
@@ -144,25 +144,51 @@ class Decomposition:
         device = self.operator.device
         self.chains = [Chain(residual.to(device), column, detached) for residual, column, detached in state["chains"]]
 
-    def defect(self) -> float:
-        """Return ``||A x - (V H + R) s||`` for a unit ``x = V s``.
+    def repeated(self) -> float:
+        """Return the difference between a product along a combination of all basis vectors and the stored ones.
 
-        It is at the rounding level if the decomposition belongs to this operator. Half of s is random, so that every
-        basis vector takes part. The other half is H times the random half, which emphasises the largest eigenvalues:
-        these change first if a network's weights change. The product is not counted.
+        It is at the rounding level if the decomposition belongs to this operator. Half of the weights are random, so
+        that every basis vector takes part. The other half is H times the random half, which emphasises the largest
+        eigenvalues: these change first if a network's weights change. The product is not counted.
         """
         weights = np.random.default_rng(self._seed).standard_normal(self.size)
         weights /= np.linalg.norm(weights)
         image = self._times(weights)
         if image.any():
             weights += image / np.linalg.norm(image)
-        vector = self.basis.combine(torch.from_numpy(weights)[:, None])[:, 0].contiguous()
-        length = self._norm_of(vector)
-        difference = self.operator.matvec_slice(vector / length) * length
-        difference -= self.basis.combine(torch.from_numpy(self._times(weights))[:, None])[:, 0]
-        for chain in self.chains:
-            difference -= chain.residual * float(weights[chain.column])
-        return self._norm_of(difference) / length
+        defects = self.defects(weights[:, None], lambda v: self.operator.matvec_slice(v[:, 0].contiguous())[:, None])
+        assert defects is not None
+        return float(defects[0])
+
+    def defects(self, weights: _Array, products: Callable[[Tensor], Tensor | None]) -> _Array | None:
+        r"""Return :math:`\|A x - (V H + R) s\|` for unit vectors :math:`x = V s`.
+
+        With products of higher precision these are norms of :math:`(V D + F) s`, which holds all errors of the run: of
+        its products, of the recurrence, and of residuals that were dropped.
+
+        Args:
+            weights: the vectors s, up to their norms, ``(m, n)``; entries beyond the m-th are zero.
+            products: multiplies vectors, ``(slice_length, n)``, with A.
+
+        Returns:
+            ``(n,)``; ``None`` if ``products`` returns ``None``.
+        """
+        padded = np.zeros((self.size, weights.shape[1]))
+        padded[: len(weights)] = weights
+        vectors = self.basis.combine(torch.from_numpy(padded))
+        lengths = [self._norm_of(vector.contiguous()) for vector in vectors.T]
+        images = products(vectors / vectors.new_tensor(lengths))
+        if images is None:
+            return None
+        stored = self.basis.combine(torch.from_numpy(np.stack([self._times(s) for s in padded.T], axis=1)))
+        result = np.zeros(len(lengths))
+        for index, length in enumerate(lengths):
+            difference = images[:, index] * length
+            difference -= stored[:, index]
+            for chain in self.chains:
+                difference -= chain.residual * float(padded[chain.column, index])
+            result[index] = self._norm_of(difference) / length
+        return result
 
     def _times(self, vector: _Array) -> _Array:
         """Compute ``H s``."""
