@@ -95,9 +95,10 @@ def top_eigenvalues(
     :math:`|\theta_i| \le b_i \le 4 \rho \le \text{rtol}\,\|A\|`.
 
     If the operator has a method ``precise_products`` (see `SymmetricOperator`), the run is compared with products of
-    higher precision: along two random combinations of the leading Ritz vectors before the first probe is sent, and again
-    at the end if the basis has grown. A multiple of their differences is added to the rounding level, see the page
-    "Error bounds". These products don't count toward ``max_matvecs``; ``Spectrum.num_precise_products`` counts them.
+    higher precision: along two random combinations of the leading Ritz vectors before the first probe is sent, and
+    again at the end if the basis has grown. A multiple of the differences is added to the rounding level (see the
+    page "Error bounds"). ``num_matvecs`` and ``max_matvecs`` don't include these products, and
+    ``num_precise_products`` is their number.
 
     Args:
         operator: the matrix; a `HessianOperator`, or a `MatvecOperator` around any function.

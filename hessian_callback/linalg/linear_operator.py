@@ -16,9 +16,9 @@ __all__ = ["MatvecOperator", "SymmetricOperator"]
 class SymmetricOperator(Protocol):
     r"""A symmetric matrix of size ``P`` whose vectors are cut over the ranks.
 
-    An operator may also have a method ``precise_products(vectors: Tensor) -> Tensor | None``. It gets this rank's slices
-    of m vectors, ``(slice_length, m)``, and returns this rank's slices of their products, computed in higher precision.
-    It is called on all ranks together, and returns ``None`` on all if higher precision is not available.
+    An operator may also have a method ``precise_products(vectors: Tensor) -> Tensor | None``. It gets this rank's
+    slices of m vectors, ``(slice_length, m)``, and returns this rank's slices of their products, computed in higher
+    precision. It is called on all ranks together, and returns ``None`` on all if higher precision is not available.
 
     Attributes:
         ranks: the processes that share the matrix.
