@@ -58,8 +58,9 @@ class Problem:
 # -- matrices --------------------------------------------------------------------------------------
 
 
-def size_of(rng: Generator, low: int = 12, high: int = 80) -> int:
-    return int(np.exp(rng.uniform(np.log(low), np.log(high))))
+def size_of(rng: Generator, low: int = 12) -> int:
+    """Return a size; in those above about 100 the bounds come from Gauss-Radau quadrature."""
+    return int(np.exp(rng.uniform(np.log(low), np.log(rng.choice([80, 80, 400])))))
 
 
 def power_law(rng: Generator) -> Array:
