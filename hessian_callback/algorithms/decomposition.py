@@ -3,7 +3,7 @@ r"""Krylov decompositions :math:`A V = V H + R` with an orthonormal basis, of on
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hessian_callback.algorithms.ritz import Projection
+from hessian_callback.algorithms.stored_fields import check_fields, each, is_count, is_finite, is_level, is_tensor
 from hessian_callback.linalg.krylov_basis import KrylovBasis, row_products
 from hessian_callback.linalg.linear_operator import SymmetricOperator
 from hessian_callback.linalg.random_vectors import gaussian_slice
@@ -113,7 +114,11 @@ class Decomposition:
     # -- keeping -------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
-        """Return everything except the basis, in types that ``torch.load(weights_only=True)`` accepts."""
+        """Return everything except the basis, in types that ``torch.load(weights_only=True)`` accepts.
+
+        Not while a probe is running.
+        """
+        assert not any(chain.probing for chain in self.chains), "end_probe comes first"
         return {
             "norm": self.norm,
             "product_error": self.product_error,
@@ -129,20 +134,66 @@ class Decomposition:
             "chains": [(chain.residual.cpu(), chain.column, chain.detached) for chain in self.chains],
         }
 
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Restore a state; the basis must hold the vectors that belong to it."""
-        self.norm = state["norm"]
-        if "discrepancy" in state:
-            self.product_error, self.orthogonality = state["product_error"], state["orthogonality"]
-            self._discrepancy, self._discrepancies = state["discrepancy"]
-            self._neglected, self._next_test = state["neglected"], state["next_test"]
-        else:  # Earlier versions stored twice the norm of the largest column of D.
-            self._discrepancy, self._discrepancies = state["asymmetry"] ** 2, len(state["diagonal"])
+    def restore(self, state: Any) -> None:
+        """Restore a state; the basis must hold the vectors that belong to it.
+
+        Raises:
+            ValueError: if the state is not one that `state` returned for a basis of this size.
+        """
+        if isinstance(state, dict) and "discrepancy" not in state:
+            # Earlier versions stored twice the norm of the largest column of D.
+            check_fields(state, {"asymmetry": is_level, "diagonal": lambda value: type(value) is list})
+            earlier = (state["asymmetry"] ** 2, len(state["diagonal"]))
+            added = {"product_error": 0.0, "orthogonality": 0.0, "neglected": 0.0, "next_test": _FIRST_TEST}
+            state = {**state, **added, "discrepancy": earlier}
+        self._check(state)
+        self.norm, self.product_error, self.orthogonality = (
+            state[name] for name in ("norm", "product_error", "orthogonality")
+        )
+        self._discrepancy, self._discrepancies = state["discrepancy"]
+        self._neglected, self._next_test = state["neglected"], state["next_test"]
         self.num_matvecs, self._draws = state["num_matvecs"], state["draws"]
         self._diagonal, self._couplings = list(state["diagonal"]), list(state["couplings"])
         self._gram = state["gram"].numpy()
         device = self.operator.device
         self.chains = [Chain(residual.to(device), column, detached) for residual, column, detached in state["chains"]]
+
+    def _check(self, state: Any) -> None:
+        """Raise a `ValueError` if a state does not fit a basis of this size."""
+
+        def is_index(value: Any) -> bool:
+            return is_count(value) and value < self.size
+
+        def are_couplings(value: Any) -> bool:
+            entry = each(is_index, is_index, is_finite)
+            if type(value) is not list or not all(entry(one) for one in value):
+                return False
+            rows = [row for row, _, _ in value]
+            return rows == sorted(rows) and all(row > column for row, column, _ in value)
+
+        def are_chains(value: Any) -> bool:
+            residual = is_tensor(self.operator.partition.slice_length, dtype=self.operator.dtype)
+            entry = each(residual, is_index, lambda flag: type(flag) is bool)
+            return type(value) is list and all(entry(one) for one in value)
+
+        levels = ("norm", "product_error", "orthogonality", "neglected")
+        check_fields(
+            state,
+            {
+                **dict.fromkeys(levels, is_level),
+                "discrepancy": each(is_level, is_count),
+                "next_test": is_count,
+                "num_matvecs": lambda value: is_count(value) and value >= self.size,
+                "draws": is_count,
+                "diagonal": lambda value: (
+                    type(value) is list and len(value) == self.size and all(map(is_finite, value))
+                ),
+                "couplings": are_couplings,
+                "chains": are_chains,
+            },
+        )
+        number = len(state["chains"])
+        check_fields(state, {"gram": is_tensor(number, number, dtype=torch.float64)})
 
     def repeated(self) -> float:
         """Return the difference between a product along a combination of all basis vectors and the stored ones.

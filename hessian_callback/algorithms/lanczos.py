@@ -19,7 +19,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ from hessian_callback.algorithms.missed_eigenvalues import Probe, level_of_run
 from hessian_callback.algorithms.ritz import Projection
 from hessian_callback.algorithms.solver_checkpoint import DEFAULT_SECONDS, CheckpointError, SolverCheckpoint
 from hessian_callback.algorithms.spectrum import RoundingBasis, Spectrum, StopReason, meets_tolerance
+from hessian_callback.algorithms.stored_fields import check_fields, each, is_count, is_finite, is_tensor
 from hessian_callback.linalg.arguments import whole_number
 from hessian_callback.linalg.full_float32 import full_float32
 from hessian_callback.linalg.linear_operator import SymmetricOperator
@@ -640,21 +641,53 @@ class _Solver:
     def _restore(self, state: Mapping[str, Any]) -> tuple[int, Chain | None]:
         """Restore a state; return the size at which the next check is due, and the chain that is being expanded."""
         decomposition = self._decomposition
-        decomposition.restore(state["decomposition"])
+        assert self._checkpoint is not None
+        # Earlier versions lack these.
+        state = {"rounding_basis": None, "tested_size": 0, "measured_size": 0, "num_precise": 0, **state}
+        with self._checkpoint.restoring():
+            check_fields(state, {"decomposition": lambda value: isinstance(value, dict)})
+            decomposition.restore(state["decomposition"])
+            self._check_state(state)
         defect = self._agreed(decomposition.repeated())
         if not defect <= _REPEATED * decomposition.rounding:
-            assert self._checkpoint is not None
             raise CheckpointError(
                 f"the solver's checkpoint in {self._checkpoint.folder} is of another matrix: products differ from "
                 f"those stored by {defect:.1e}, and rounding explains {decomposition.rounding:.1e}",
                 "restore the weights and the data it was begun with, or delete the folder to start over",
             )
         self._seen, self._num_runs = state["seen"], state["num_probes"]
-        self._rounding_basis, self._tested_size = state.get("rounding_basis"), state.get("tested_size", 0)
-        self._measured_size, self._num_precise = state.get("measured_size", 0), state.get("num_precise", 0)
+        self._rounding_basis, self._tested_size = state["rounding_basis"], state["tested_size"]
+        self._measured_size, self._num_precise = state["measured_size"], state["num_precise"]
         self._num_converged, self._leading = state["num_converged"], state["leading"]
         position = state["chain"]
         return state["next_check"], None if position is None else decomposition.chains[position]
+
+    def _check_state(self, state: Mapping[str, Any]) -> None:
+        """Raise a `ValueError` if a state is not one that `_state` returned for the restored decomposition."""
+        decomposition = self._decomposition
+        sizes = each(is_count, is_finite)
+        leading = is_tensor(-1, dtype=torch.float64)
+
+        def is_size(value: Any) -> bool:
+            return is_count(value) and value <= decomposition.size
+
+        check_fields(
+            state,
+            {
+                "next_check": is_count,
+                "chain": lambda value: value is None or (is_count(value) and value < len(decomposition.chains)),
+                "seen": lambda value: value is None or sizes(value),
+                "num_probes": is_count,
+                "rounding_basis": lambda value: value in (None, *get_args(RoundingBasis)),
+                "tested_size": is_size,
+                "measured_size": is_size,
+                "num_precise": is_count,
+                "num_converged": lambda value: is_count(value) and value <= self._k,
+                "leading": lambda value: value is None or (leading(value) and len(value) <= self._k),
+            },
+        )
+        if decomposition.num_matvecs > self._max_matvecs:
+            raise ValueError(f"{decomposition.num_matvecs} products are stored, and {self._max_matvecs} are allowed")
 
     # -- reporting -----------------------------------------------------------------------------
 
