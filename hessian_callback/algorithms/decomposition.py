@@ -3,7 +3,7 @@ r"""Krylov decompositions :math:`A V = V H + R` with an orthonormal basis, of on
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hessian_callback.algorithms.ritz import Projection
+from hessian_callback.algorithms.stored_fields import check_fields, each, is_count, is_finite, is_level, is_tensor
 from hessian_callback.linalg.krylov_basis import KrylovBasis, row_products
 from hessian_callback.linalg.linear_operator import SymmetricOperator
 from hessian_callback.linalg.random_vectors import gaussian_slice
@@ -57,7 +58,7 @@ class Decomposition:
 
     Attributes:
         norm: the largest :math:`\|A v\|` seen, or the value that `raise_norm` was called with.
-        product_error: estimate of the error norm of a product, from products in higher precision; 0 if there is none.
+        product_error: estimate of :math:`\|V D + F\|` from products in higher precision; 0 if there is none.
         orthogonality: the largest :math:`\|(V^T V - I) x\|` seen, for random unit vectors x.
         num_matvecs: products spent.
     """
@@ -113,7 +114,11 @@ class Decomposition:
     # -- keeping -------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
-        """Return everything except the basis, in types that ``torch.load(weights_only=True)`` accepts."""
+        """Return everything except the basis, in types that ``torch.load(weights_only=True)`` accepts.
+
+        Not while a probe is running.
+        """
+        assert not any(chain.probing for chain in self.chains), "end_probe comes first"
         return {
             "norm": self.norm,
             "product_error": self.product_error,
@@ -129,40 +134,112 @@ class Decomposition:
             "chains": [(chain.residual.cpu(), chain.column, chain.detached) for chain in self.chains],
         }
 
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Restore a state; the basis must hold the vectors that belong to it."""
-        self.norm = state["norm"]
-        if "discrepancy" in state:
-            self.product_error, self.orthogonality = state["product_error"], state["orthogonality"]
-            self._discrepancy, self._discrepancies = state["discrepancy"]
-            self._neglected, self._next_test = state["neglected"], state["next_test"]
-        else:  # Earlier versions stored twice the norm of the largest column of D.
-            self._discrepancy, self._discrepancies = state["asymmetry"] ** 2, len(state["diagonal"])
+    def restore(self, state: Any) -> None:
+        """Restore a state; the basis must hold the vectors that belong to it.
+
+        Raises:
+            ValueError: if the state is not one that `state` returned for a basis of this size.
+        """
+        if isinstance(state, dict) and "discrepancy" not in state:
+            # Earlier versions stored twice the norm of the largest column of D.
+            check_fields(state, {"asymmetry": is_level, "diagonal": lambda value: type(value) is list})
+            earlier = (state["asymmetry"] ** 2, len(state["diagonal"]))
+            added = {"product_error": 0.0, "orthogonality": 0.0, "neglected": 0.0, "next_test": _FIRST_TEST}
+            state = {**state, **added, "discrepancy": earlier}
+        self._check(state)
+        self.norm, self.product_error, self.orthogonality = (
+            state[name] for name in ("norm", "product_error", "orthogonality")
+        )
+        self._discrepancy, self._discrepancies = state["discrepancy"]
+        self._neglected, self._next_test = state["neglected"], state["next_test"]
         self.num_matvecs, self._draws = state["num_matvecs"], state["draws"]
         self._diagonal, self._couplings = list(state["diagonal"]), list(state["couplings"])
         self._gram = state["gram"].numpy()
         device = self.operator.device
         self.chains = [Chain(residual.to(device), column, detached) for residual, column, detached in state["chains"]]
 
-    def defect(self) -> float:
-        """Return ``||A x - (V H + R) s||`` for a unit ``x = V s``.
+    def _check(self, state: Any) -> None:
+        """Raise a `ValueError` if a state does not fit a basis of this size."""
 
-        It is at the rounding level if the decomposition belongs to this operator. Half of s is random, so that every
-        basis vector takes part. The other half is H times the random half, which emphasises the largest eigenvalues:
-        these change first if a network's weights change. The product is not counted.
+        def is_index(value: Any) -> bool:
+            return is_count(value) and value < self.size
+
+        def are_couplings(value: Any) -> bool:
+            entry = each(is_index, is_index, is_finite)
+            if type(value) is not list or not all(entry(one) for one in value):
+                return False
+            rows = [row for row, _, _ in value]
+            return rows == sorted(rows) and all(row > column for row, column, _ in value)
+
+        def are_chains(value: Any) -> bool:
+            residual = is_tensor(self.operator.partition.slice_length, dtype=self.operator.dtype)
+            entry = each(residual, is_index, lambda flag: type(flag) is bool)
+            return type(value) is list and all(entry(one) for one in value)
+
+        levels = ("norm", "product_error", "orthogonality", "neglected")
+        check_fields(
+            state,
+            {
+                **dict.fromkeys(levels, is_level),
+                "discrepancy": each(is_level, is_count),
+                "next_test": is_count,
+                "num_matvecs": lambda value: is_count(value) and value >= self.size,
+                "draws": is_count,
+                "diagonal": lambda value: (
+                    type(value) is list and len(value) == self.size and all(map(is_finite, value))
+                ),
+                "couplings": are_couplings,
+                "chains": are_chains,
+            },
+        )
+        number = len(state["chains"])
+        check_fields(state, {"gram": is_tensor(number, number, dtype=torch.float64)})
+
+    def repeated(self) -> float:
+        """Return the difference between a product along a combination of all basis vectors and the stored ones.
+
+        It is at the rounding level if the decomposition belongs to this operator. Half of the weights are random, so
+        that every basis vector takes part. The other half is H times the random half, which emphasises the largest
+        eigenvalues: these change first if a network's weights change. The product is not counted.
         """
         weights = np.random.default_rng(self._seed).standard_normal(self.size)
         weights /= np.linalg.norm(weights)
         image = self._times(weights)
         if image.any():
             weights += image / np.linalg.norm(image)
-        vector = self.basis.combine(torch.from_numpy(weights)[:, None])[:, 0].contiguous()
-        length = self._norm_of(vector)
-        difference = self.operator.matvec_slice(vector / length) * length
-        difference -= self.basis.combine(torch.from_numpy(self._times(weights))[:, None])[:, 0]
-        for chain in self.chains:
-            difference -= chain.residual * float(weights[chain.column])
-        return self._norm_of(difference) / length
+        defects = self.defects(weights[:, None], lambda v: self.operator.matvec_slice(v[:, 0].contiguous())[:, None])
+        assert defects is not None
+        return float(defects[0])
+
+    def defects(self, weights: _Array, products: Callable[[Tensor], Tensor | None]) -> _Array | None:
+        r"""Return :math:`\|A x - (V H + R) s\|` for unit vectors :math:`x = V s`.
+
+        With products of higher precision these are norms of :math:`(V D + F) s`, which holds all errors of the run: of
+        its products, of the recurrence, and of residuals that were dropped.
+
+        Args:
+            weights: the vectors s, up to their norms, ``(m, n)``; entries beyond the m-th are zero.
+            products: multiplies vectors, ``(slice_length, n)``, with A.
+
+        Returns:
+            ``(n,)``; ``None`` if ``products`` returns ``None``.
+        """
+        padded = np.zeros((self.size, weights.shape[1]))
+        padded[: len(weights)] = weights
+        vectors = self.basis.combine(torch.from_numpy(padded))
+        lengths = [self._norm_of(vector.contiguous()) for vector in vectors.T]
+        images = products(vectors / vectors.new_tensor(lengths))
+        if images is None:
+            return None
+        stored = self.basis.combine(torch.from_numpy(np.stack([self._times(s) for s in padded.T], axis=1)))
+        result = np.zeros(len(lengths))
+        for index, length in enumerate(lengths):
+            difference = images[:, index] * length
+            difference -= stored[:, index]
+            for chain in self.chains:
+                difference -= chain.residual * float(padded[chain.column, index])
+            result[index] = self._norm_of(difference) / length
+        return result
 
     def _times(self, vector: _Array) -> _Array:
         """Compute ``H s``."""

@@ -19,7 +19,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ from hessian_callback.algorithms.missed_eigenvalues import Probe, level_of_run
 from hessian_callback.algorithms.ritz import Projection
 from hessian_callback.algorithms.solver_checkpoint import DEFAULT_SECONDS, CheckpointError, SolverCheckpoint
 from hessian_callback.algorithms.spectrum import RoundingBasis, Spectrum, StopReason, meets_tolerance
+from hessian_callback.algorithms.stored_fields import check_fields, each, is_count, is_finite, is_tensor
 from hessian_callback.linalg.arguments import whole_number
 from hessian_callback.linalg.full_float32 import full_float32
 from hessian_callback.linalg.linear_operator import SymmetricOperator
@@ -48,8 +49,6 @@ _MARGIN = 0.02
 _REPEATED = 2
 # Probability of overlooking an eigenvalue at which a probe ends that is sent to find one.
 _EXPLORING_LEVEL = 0.05
-# Random combinations of the Ritz vectors along which the operator measures the error of its products.
-_MEASURED_DIRECTIONS = 2
 
 
 @dataclass(frozen=True)
@@ -96,9 +95,11 @@ def top_eigenvalues(
     converged if :math:`b_i \le \text{rtol}\,|\theta_i|`, or if it can't be told from zero:
     :math:`|\theta_i| \le b_i \le 4 \rho \le \text{rtol}\,\|A\|`.
 
-    Before a result is declared converged, the operator is asked for the error of its products along two random
-    combinations of the n leading Ritz vectors, if it has a method ``product_error`` (see `SymmetricOperator`). The
-    larger error times :math:`\max(2, 1.25 \sqrt n)` is added to the rounding level. These products are not counted.
+    If the operator has a method ``precise_products`` (see `SymmetricOperator`), the run is compared with products of
+    higher precision: along two random combinations of the leading Ritz vectors before the first probe is sent, and
+    again at the end if the basis has grown. A multiple of the differences is added to the rounding level (see the
+    page "Error bounds"). ``num_matvecs`` and ``max_matvecs`` don't include these products, and
+    ``num_precise_products`` is their number.
 
     Args:
         operator: the matrix; a `HessianOperator`, or a `MatvecOperator` around any function.
@@ -277,6 +278,8 @@ class _Solver:
         self._num_runs = 0  # random vectors that probes have started from
         self._rounding_basis: RoundingBasis | None = None  # None until the products were measured
         self._tested_size = 0  # size of the basis whose orthogonality was tested last
+        self._measured_size = 0  # size of the basis when its errors were measured last
+        self._num_precise = 0  # products in higher precision
         self._seed = seed
         self._decomposition = Decomposition(operator, seed, basis_device)
         self._checkpoint = checkpoint
@@ -330,7 +333,9 @@ class _Solver:
         if limit is None:
             return None, False
         proof, ruled_out = self._prove(projection, first, limit)
-        # The probe may have raised the rounding level.
+        if ruled_out:
+            self._measure_errors(proof.projection, again=True)
+        # The probe or the measurement may have raised the rounding level.
         proof = self._proof(proof.projection, proof.first, proof.border)
         return proof, ruled_out and bool(self._agreed(float(self._sufficient(proof))))
 
@@ -558,8 +563,10 @@ class _Solver:
 
     # -- measuring -----------------------------------------------------------------------------
 
-    def _measure_errors(self, projection: Projection) -> bool:
-        """Measure the orthogonality of the basis, and once the error of the operator's products.
+    def _measure_errors(self, projection: Projection, *, again: bool = False) -> bool:
+        """Measure the orthogonality of the basis, and the errors of the run along its leading Ritz vectors.
+
+        The errors are measured once, and with ``again`` if the basis has grown since.
 
         Returns whether the rounding level has grown.
         """
@@ -568,30 +575,50 @@ class _Solver:
         if self._tested_size != decomposition.size:
             decomposition.check_orthogonality()
             self._tested_size = decomposition.size
-        if self._rounding_basis is None:
-            self._rounding_basis = "assumed" if self._operator.dtype != torch.float64 else "a-priori"
-            measure = getattr(self._operator, "product_error", None)
-            error = None if measure is None else measure(self._random_ritz_combinations(projection))
-            if error is not None:
-                if not np.isfinite(error):
-                    raise ArithmeticError(
-                        "a product along a combination of the Ritz vectors, made to measure its error, holds NaN or "
-                        "infinity; check the loss for overflow or a division by zero on these batches, or use float64"
-                    )
-                self._rounding_basis = "measured"
-                # An error along a single Ritz vector shows in a combination of n of them with 1 / sqrt(n) of its size.
-                count = min(self._k, projection.size)
-                decomposition.product_error = float(error) * max(1.0, 0.625 * float(np.sqrt(count)))
+        grown = self._rounding_basis == "measured" and self._measured_size != decomposition.size
+        if self._rounding_basis is None or (again and grown):
+            self._measure_run(projection)
         return decomposition.rounding > before
 
-    def _random_ritz_combinations(self, projection: Projection) -> Tensor:
-        """Return sums of the leading Ritz vectors with random signs, of unit norm, ``(slice_length, m)``."""
-        vectors = projection.eigenvectors(min(self._k, projection.size))
-        signs = np.random.default_rng(self._seed).choice([-1.0, 1.0], (vectors.shape[1], _MEASURED_DIRECTIONS))
-        weights = vectors @ signs
+    def _measure_run(self, projection: Projection) -> None:
+        """Compare the run with products of higher precision, if the operator has any."""
+        decomposition, operator = self._decomposition, self._operator
+        precise = getattr(operator, "precise_products", None)
+        count = min(self._k, projection.size)
+        errors = None
+        if precise is not None:
+            errors = decomposition.defects(self._random_combinations(projection, count), precise)
+        if errors is None:
+            self._rounding_basis = "assumed" if operator.dtype != torch.float64 else "a-priori"
+            return
+        if not np.isfinite(errors).all():
+            raise ArithmeticError(
+                "a product along a combination of the Ritz vectors, made to measure errors, holds NaN or "
+                "infinity; check the loss for overflow or a division by zero on these batches, or use float64"
+            )
+        self._rounding_basis, self._measured_size = "measured", decomposition.size
+        self._num_precise += len(errors)
+        # All directions were measured, or random ones. An error along one of n Ritz vectors shows in a combination of
+        # them with 1 / sqrt(n) of its size.
+        complete = len(errors) == count
+        error = np.linalg.norm(errors) if complete else np.max(errors) * max(1.0, 0.625 * np.sqrt(count))
+        decomposition.product_error = max(decomposition.product_error, self._agreed(float(error)))
+
+    def _random_combinations(self, projection: Projection, count: int) -> _Array:
+        """Return the weights of sums of the leading Ritz vectors with random signs, ``(N, m)``.
+
+        Up to two Ritz vectors are covered by as many orthogonal sums. The signs of two sums agree on half of the Ritz
+        vectors.
+        """
+        rng = np.random.default_rng(self._seed)
+        signs = rng.choice([-1.0, 1.0], (count, 1))
+        if count > 1:
+            changes = rng.permutation(np.resize([-1.0, 1.0], count))
+            signs = np.append(signs, signs * changes[:, None], axis=1)
+        weights = projection.eigenvectors(count) @ signs
         ranks = self._operator.ranks
-        agreed = ranks.broadcast(torch.from_numpy(weights / np.linalg.norm(weights, axis=0)).to(ranks.control_device))
-        return self._decomposition.basis.combine(agreed.cpu())
+        agreed: _Array = ranks.broadcast(torch.from_numpy(weights).to(ranks.control_device)).cpu().numpy()
+        return agreed
 
     # -- keeping -------------------------------------------------------------------------------
 
@@ -605,6 +632,8 @@ class _Solver:
             "num_probes": self._num_runs,
             "rounding_basis": self._rounding_basis,
             "tested_size": self._tested_size,
+            "measured_size": self._measured_size,
+            "num_precise": self._num_precise,
             "num_converged": self._num_converged,
             "leading": self._leading,
         }
@@ -612,20 +641,53 @@ class _Solver:
     def _restore(self, state: Mapping[str, Any]) -> tuple[int, Chain | None]:
         """Restore a state; return the size at which the next check is due, and the chain that is being expanded."""
         decomposition = self._decomposition
-        decomposition.restore(state["decomposition"])
-        defect = self._agreed(decomposition.defect())
+        assert self._checkpoint is not None
+        # Earlier versions lack these.
+        state = {"rounding_basis": None, "tested_size": 0, "measured_size": 0, "num_precise": 0, **state}
+        with self._checkpoint.restoring():
+            check_fields(state, {"decomposition": lambda value: isinstance(value, dict)})
+            decomposition.restore(state["decomposition"])
+            self._check_state(state)
+        defect = self._agreed(decomposition.repeated())
         if not defect <= _REPEATED * decomposition.rounding:
-            assert self._checkpoint is not None
             raise CheckpointError(
                 f"the solver's checkpoint in {self._checkpoint.folder} is of another matrix: products differ from "
                 f"those stored by {defect:.1e}, and rounding explains {decomposition.rounding:.1e}",
                 "restore the weights and the data it was begun with, or delete the folder to start over",
             )
         self._seen, self._num_runs = state["seen"], state["num_probes"]
-        self._rounding_basis, self._tested_size = state.get("rounding_basis"), state.get("tested_size", 0)
+        self._rounding_basis, self._tested_size = state["rounding_basis"], state["tested_size"]
+        self._measured_size, self._num_precise = state["measured_size"], state["num_precise"]
         self._num_converged, self._leading = state["num_converged"], state["leading"]
         position = state["chain"]
         return state["next_check"], None if position is None else decomposition.chains[position]
+
+    def _check_state(self, state: Mapping[str, Any]) -> None:
+        """Raise a `ValueError` if a state is not one that `_state` returned for the restored decomposition."""
+        decomposition = self._decomposition
+        sizes = each(is_count, is_finite)
+        leading = is_tensor(-1, dtype=torch.float64)
+
+        def is_size(value: Any) -> bool:
+            return is_count(value) and value <= decomposition.size
+
+        check_fields(
+            state,
+            {
+                "next_check": is_count,
+                "chain": lambda value: value is None or (is_count(value) and value < len(decomposition.chains)),
+                "seen": lambda value: value is None or sizes(value),
+                "num_probes": is_count,
+                "rounding_basis": lambda value: value in (None, *get_args(RoundingBasis)),
+                "tested_size": is_size,
+                "measured_size": is_size,
+                "num_precise": is_count,
+                "num_converged": lambda value: is_count(value) and value <= self._k,
+                "leading": lambda value: value is None or (leading(value) and len(value) <= self._k),
+            },
+        )
+        if decomposition.num_matvecs > self._max_matvecs:
+            raise ValueError(f"{decomposition.num_matvecs} products are stored, and {self._max_matvecs} are allowed")
 
     # -- reporting -----------------------------------------------------------------------------
 
@@ -645,7 +707,7 @@ class _Solver:
 
     def _result(self, proof: _Proof, stopped: StopReason, return_eigenvectors: bool) -> Spectrum:
         decomposition, projection = self._decomposition, proof.projection
-        self._measure_errors(projection)
+        self._measure_errors(projection, again=True)
         proof = self._proof(projection, proof.first, proof.border)
         count = min(self._k, projection.size)
         ritz, rounding = projection.ritz_values, decomposition.rounding
@@ -677,6 +739,7 @@ class _Solver:
             ritz_values=ritz_values.clone(),
             eigenvectors=vectors,
             rounding_basis=self._rounding_basis,
+            num_precise_products=self._num_precise,
         )
 
 

@@ -106,6 +106,8 @@ class Projection:
             if not pivot > 0:  # The limit is no bound: the basis itself shows more.
                 return np.full(k, np.inf)
         corner = limit - squared / pivot
+        if not np.isfinite(corner):
+            return np.full(k, np.inf)
         values = _tridiagonal_eigenvalues(np.append(self.diagonal, corner), np.append(off, np.sqrt(squared)))
         return self._padded(values, limit, k)
 
@@ -157,7 +159,11 @@ class Projection:
 def _tridiagonal_eigenvalues(diagonal: _Array, off_diagonal: _Array) -> _Array:
     if len(diagonal) == 1:
         return diagonal.copy()
-    return _descending(scipy.linalg.eigvalsh_tridiagonal(diagonal, off_diagonal, lapack_driver="sterf"))
+    # The arguments' checks of scipy.linalg.eigvalsh_tridiagonal take longer than its result for a small matrix.
+    values, info = scipy.linalg.lapack.dsterf(diagonal, off_diagonal)
+    if info:
+        raise np.linalg.LinAlgError(f"LAPACK's sterf found no eigenvalues of a tridiagonal matrix (info = {info})")
+    return _descending(values)
 
 
 def _descending(ascending: _Array) -> _Array:

@@ -349,6 +349,20 @@ class SolverCheckpoint:
             ) from error
 
     @contextmanager
+    def restoring(self) -> Iterator[None]:
+        """Turn a `ValueError` while a loaded state is applied into a `CheckpointError`, on all ranks together."""
+        with self._together("restoring the solver's checkpoint"):
+            try:
+                yield
+            except CheckpointError:
+                raise
+            except ValueError as error:
+                raise CheckpointError(
+                    f"the state of the solver's checkpoint in {self.folder} can't be used: {error}",
+                    "delete the folder to start over",
+                ) from error
+
+    @contextmanager
     def _together(self, stage: str) -> Iterator[None]:
         """Like `Ranks.propagate_errors`, but all ranks raise a `CheckpointError`, so that all can start over."""
         error: CheckpointError | None = None

@@ -57,7 +57,7 @@ class Spectrum:
         error_bounds: ``(k,)``, float64, in the eigenvalues' unit; rounding included.
         converged: ``(k,)``, bool: whether the bound met the tolerance, see `meets_tolerance`.
         missed_probability: bound on the probability that a probe overlooked an eigenvalue that the bounds exclude.
-        num_matvecs: matrix-vector products spent, probes included.
+        num_matvecs: matrix-vector products spent, probes included; those of ``num_precise_products`` are not.
         rtol: the requested relative tolerance.
         stopped: why the computation ended: ``"converged"`` (all k within tolerance), ``"criterion"`` (the criterion
             accepted the bounds before), ``"no_more_positive"`` (the bounds exclude further eigenvalues above the
@@ -71,10 +71,11 @@ class Spectrum:
         ritz_values: ``(m,)``, descending: all eigenvalues of the projected matrix. Those beyond the
             first k are estimates without a bound.
         eigenvectors: this rank's slice ``(slice_length, k)`` of the Ritz vectors, if they were requested.
-        rounding_basis: the source of the error of a product in ``rounding``: ``"measured"`` (the operator compared
-            products with those of higher precision), ``"a-priori"`` (float64, a multiple of the machine precision) or
+        rounding_basis: the source of the error of a product in ``rounding``: ``"measured"`` (the run was compared with
+            products of higher precision), ``"a-priori"`` (float64, a multiple of the machine precision) or
             ``"assumed"`` (a multiple of the machine precision of float32 or less, which cancellation in the loss can
             exceed). The documentation's page "Error bounds" lists what else is proven, measured and assumed.
+        num_precise_products: products in higher precision that measured rounding errors.
 
     Example:
         >>> spectrum = Spectrum(
@@ -102,6 +103,7 @@ class Spectrum:
     ritz_values: Tensor
     eigenvectors: Tensor | None = None
     rounding_basis: RoundingBasis = "assumed"
+    num_precise_products: int = 0
 
     @property
     def all_converged(self) -> bool:

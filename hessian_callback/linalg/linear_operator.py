@@ -16,10 +16,9 @@ __all__ = ["MatvecOperator", "SymmetricOperator"]
 class SymmetricOperator(Protocol):
     r"""A symmetric matrix of size ``P`` whose vectors are cut over the ranks.
 
-    An operator may also have a method ``product_error(vectors: Tensor) -> float | None``. It gets this rank's slice of
-    m unit vectors, ``(slice_length, m)``, and returns the largest :math:`\|\tilde A v - A v\|_2` over them, where the
-    product :math:`\tilde A v` is this operator's and :math:`A v` is computed in higher precision. It is called on all
-    ranks together and returns the same value on each; ``None`` if the error can't be measured.
+    An operator may also have a method ``precise_products(vectors: Tensor) -> Tensor | None``. It gets this rank's
+    slices of m vectors, ``(slice_length, m)``, and returns this rank's slices of their products, computed in higher
+    precision. It is called on all ranks together, and returns ``None`` on all if higher precision is not available.
 
     Attributes:
         ranks: the processes that share the matrix.

@@ -221,7 +221,7 @@ class HessianOperator:
         """A-priori error of a product relative to the largest eigenvalue.
 
         For exact products it is an estimate of rounding, which cancellation in the loss can exceed. The error of
-        finite differences depends on third derivatives and on kinks. `product_error` measures either.
+        finite differences depends on third derivatives and on kinks. Compare with `precise_products` to measure either.
         """
         eps = torch.finfo(self.dtype).eps
         return float(64 * eps if self.exact else eps**0.5)
@@ -273,27 +273,27 @@ class HessianOperator:
         """
         self._selection.products_left = count
 
-    def product_error(self, vectors: Tensor) -> float | None:
-        r"""Measure the error of products: :math:`\max_j \|(H v_j)_\text{computed} - H v_j\|_2`.
+    def precise_products(self, vectors: Tensor) -> Tensor | None:
+        """Multiply in float64, with float64 values of the parameters, buffers and batches.
 
-        The reference is computed in float64, with float64 values of the parameters, buffers and batches. If products
-        are finite differences, it is a difference in float64 with a much shorter step. The float64 tensors are
-        released before the method returns. Costs one product a vector in this precision, and in float64 a gradient a
-        batch and a product a vector. A collective.
+        If products are finite differences, the result is a difference in float64 with a much shorter step. The float64
+        tensors are released before the method returns. Costs a gradient a batch and a product a vector. A collective.
 
         Args:
-            vectors: this rank's slices of vectors of length 1, ``(slice_length, m)``.
+            vectors: this rank's slices of vectors, ``(slice_length, m)``.
 
         Returns:
-            The largest error, the same on all ranks. ``None`` if it cannot be measured: the parameters are float64
-            already; the float64 tensors don't fit the free memory; parameters are sharded; the loss draws random
-            numbers, which differ between precisions; or it does not run in float64 throughout.
+            This rank's slices of the products, ``(slice_length, m)``. ``None``, on all ranks together, if the
+            parameters are float64 already; the float64 tensors don't fit the free memory; parameters are sharded; the
+            loss draws random numbers, which differ between precisions; or it does not run in float64 throughout.
 
         Example:
             >>> model = nn.Linear(2, 1, bias=False)
-            >>> operator = HessianOperator(model, lambda m, x: m(x).square().mean(), [torch.rand(8, 2)])
-            >>> 0 <= operator.product_error(torch.eye(2)) < 1e-6
-            True
+            >>> X = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
+            >>> operator = HessianOperator(model, lambda m, x: m(x).square().mean(), [X])
+            >>> operator.precise_products(torch.eye(2))
+            tensor([[1., 0.],
+                    [0., 4.]], dtype=torch.float64)
         """
         if vectors.dim() != 2 or vectors.shape[0] != self.partition.slice_length or vectors.shape[1] == 0:
             raise ValueError(
@@ -305,17 +305,10 @@ class HessianOperator:
         if reference is None:
             return None
         wholes = [self.ranks.all_gather(column.contiguous(), self.partition) for column in vectors.unbind(1)]
-        expected = self._expected(reference, wholes)
-        if expected is None:
-            return None
-        squares = [
-            torch.linalg.vector_norm(self.matvec_slice(column.contiguous()).double() - truth).square()
-            for column, truth in zip(vectors.unbind(1), expected, strict=True)
-        ]
-        total = self.ranks.all_reduce(torch.stack(squares).to(self.ranks.control_device))
-        return float(total.max().sqrt())
+        products = self._precise(reference, wholes)
+        return None if products is None else torch.stack(products, dim=1)
 
-    def _expected(self, reference: ReferenceProducts, vectors: list[Tensor]) -> list[Tensor] | None:
+    def _precise(self, reference: ReferenceProducts, vectors: list[Tensor]) -> list[Tensor] | None:
         if self.exact:
             return reference.products(vectors)
         differences = [reference.difference(vector.double()) for vector in vectors]

@@ -319,7 +319,7 @@ class FiniteDifference(ProductEngine):
     With 16 units and 32 samples the largest eigenvalue, .87, came out as .65 (as .82 with steps
     ten times as long, as .88 with a hundred times), while tanh networks lost at most 2e-5 of theirs. Such products
     are not symmetric, and the solver adds their measured asymmetry to its bounds. That is an estimate of the error
-    and no bound of it. `HessianOperator.product_error` measures the error. In float64 the step is 1e-4 of this one.
+    and no bound of it. `HessianOperator.precise_products` shows the error. In float64 the step is 1e-4 of this one.
     """
 
     name = "finite_difference"

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import io
+import math
 import os
+import shutil
 import signal
 import zlib
 from collections.abc import Callable
@@ -543,6 +545,72 @@ def test_a_state_of_other_content_is_refused(data: bytes, tmp_path: Path) -> Non
     (tmp_path / "rank0.state0").write_bytes(data)
     with pytest.raises(CheckpointError, match=r"rank0\.state0 is cut off or damaged; delete the folder"):
         top_eigenvalues(operator_of(POWER_LAW), 10, checkpoint=tmp_path)
+
+
+SAVED_FIELDS = {
+    "next_check": [-1, 2.5, None],
+    "chain": [-1, 1, "0"],
+    "seen": [3, (3,), (-1, 0.5), (3, math.nan), (3, "x")],
+    "num_probes": [-1, 1.0],
+    "rounding_basis": ["guessed", 1],
+    "tested_size": [-1, 10**6, True],
+    "measured_size": [-1, 10**6],
+    "num_precise": [-1, None],
+    "num_converged": [-1, 11],
+    "leading": [[1.0], torch.ones(11, dtype=torch.float64), torch.ones(2), torch.full((2,), math.nan).double()],
+    "decomposition": [None, [], {}],
+    "decomposition/norm": [-1.0, math.inf, 1, "1"],
+    "decomposition/product_error": [-1.0, math.nan],
+    "decomposition/orthogonality": [-1.0, None],
+    "decomposition/discrepancy": [1.0, (1.0,), (-1.0, 3), (1.0, 0.5)],
+    "decomposition/neglected": [-1.0],
+    "decomposition/next_test": ["32"],
+    "decomposition/num_matvecs": [-1, 0, 10**6],
+    "decomposition/draws": [-1, None],
+    "decomposition/diagonal": [[], [1.0], [math.nan] * 15, ["1"] * 15, torch.ones(15)],
+    "decomposition/couplings": [None, [1], [(1, 0)], [(0, 0, 1.0)], [(0, 1, 1.0)], [(99, 0, 1.0)],
+                                [(2, 1, 1.0), (1, 0, 1.0)], [(1, 0, math.inf)]],
+    "decomposition/gram": [1.0, torch.eye(2, dtype=torch.float64), torch.ones(1, 1), torch.ones(1).double()],
+    "decomposition/chains": [None, [], [1], [(torch.ones(3), 14, False)], [(torch.ones(400).double(), 15, False)],
+                             [(torch.ones(400).double(), 14, 0)]],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def saved_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("saved") / "run"
+    killed_after(15, operator_of(POWER_LAW), folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", SAVED_FIELDS)
+def test_a_field_that_no_run_saves_is_refused(name: str, saved_run: Path, tmp_path: Path) -> None:
+    """Each is removed, and replaced by other types, other lengths, and numbers out of range."""
+    operator = operator_of(POWER_LAW)
+    *parents, key = name.split("/")
+    removed = object()
+    for number, value in enumerate([removed, *SAVED_FIELDS[name]]):
+        folder = tmp_path / str(number)
+        shutil.copytree(saved_run, folder)
+        for path in folder.glob("*.state?"):
+            content = torch.load(io.BytesIO(path.read_bytes()[4:]), weights_only=True)
+            fields_of = content["solver"]
+            if content["number"] == 0:
+                continue
+            for parent in parents:
+                fields_of = fields_of[parent]
+            assert key in fields_of
+            if value is removed:
+                del fields_of[key]
+            else:
+                fields_of[key] = value
+            path.write_bytes(forged(content))
+        optional = {"rounding_basis", "tested_size", "measured_size", "num_precise"}
+        if value is removed and name in optional:  # Earlier versions lack it.
+            assert top_eigenvalues(operator, 10, checkpoint=folder).all_converged
+            continue
+        with pytest.raises(CheckpointError, match=r"can't be used: .*; delete the folder to start over"):
+            top_eigenvalues(operator, 10, checkpoint=folder)
 
 
 # -- several ranks ---------------------------------------------------------------------------------
