@@ -289,13 +289,13 @@ class PowerLawHessianCallback(Callback):
 
     def _begin_run(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forget another run, or module, that this object was used with; a resumed run has restored its history."""
-        another_module = self._module.changes(pl_module)
+        another = self._module.changes(pl_module)
         if trainer.state.fn == TrainerFn.FITTING:
-            another_run = self._run.changes(trainer, pl_module)
-            if (another_run or another_module) and not self._restored:
+            another |= self._run.changes(trainer, pl_module)
+            if another and not self._restored:
                 self.history = []
                 self.schedule.reset()
-        if another_module:
+        if another:
             self.measurer.forget()
             self.failures = self.failures.copy()
             self._announcements = Announcements(self.prefix, self.verbose)

@@ -50,7 +50,7 @@ def gradient_norm(loss: BatchLoss, batches: Sequence[Any], weights: Sequence[flo
     Example:
         The loss :math:`\theta^2` has the gradient :math:`2 \theta`.
 
-        >>> model = nn.Linear(1, 1, bias=False)
+        >>> model = torch.nn.Linear(1, 1, bias=False)
         >>> _ = model.weight.data.fill_(3.0)
         >>> square = lambda module, batch: module(batch).square().mean()
         >>> gradient_norm(BatchLoss(model, square, [model.weight]), [torch.ones(2, 1)], [2.0], Ranks())
