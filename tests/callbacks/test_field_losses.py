@@ -253,3 +253,88 @@ def test_a_module_that_overrides_log_is_measured_in_silence(tmp_path: Any) -> No
 def test_the_loader_of_toy_runs_is_another_structure(tmp_path: Any) -> None:
     with pytest.raises(LossError, match=r"Plain.training_step raised TypeError"):
         fitted(tmp_path, Plain, measure(dataloader=loader()))
+
+
+# -- samples of another structure, and losses that are no means --------------------------------------
+
+
+def warnings_of(tmp_path: Any, make: Any, callback: Any, train: Any = None, val: Any = None) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fitted(tmp_path, make, callback, train, val, max_epochs=1)
+    return [str(warning.message) for warning in caught]
+
+
+class Optional(Plain):
+    """Has a consistency term if the batch has a second view."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = super().training_step(batch, batch_idx)
+        return loss + (self.net(batch["x"]) - self.net(batch["view"])).square().mean() if "view" in batch else loss
+
+
+class Offers(Optional):
+    def hessian_loss(self, batch: Any) -> Any:
+        return self.training_step(batch, 0)
+
+
+def with_views(**options: Any) -> DataLoader:
+    return DataLoader([{"x": x, "y": y, "view": x + 0.1} for x, y in data(48)], batch_size=8, **options)
+
+
+@pytest.mark.parametrize("choice", [{}, {"at_steps": [3]}], ids=["start", "later"])
+def test_samples_of_another_structure_are_said_once(choice: dict[str, Any], tmp_path: Any) -> None:
+    """The step takes validation batches without an error, and has another loss there."""
+    found = warnings_of(tmp_path, Optional, measure(**choice), with_views(shuffle=True))
+    (text,) = [text for text in found if "another structure" in text]
+    assert "batch is a mapping with the keys 'x', 'y', and a mapping with the keys 'x', 'y', 'view' in training" in text
+    for remedy in ("dataloader='train'", "dataloader=my_loader", "loss_fn=..."):
+        assert remedy in text
+
+
+def loss_of_pairs(module: Any, batch: Any) -> Any:
+    return module.loss(batch["x"], batch["y"])
+
+
+@pytest.mark.parametrize(
+    ("make", "choice", "val"),
+    [
+        (Optional, {"dataloader": "train"}, None),
+        (Optional, {"loss_fn": loss_of_pairs}, None),
+        (Offers, {}, None),
+        (Optional, {}, with_views()),
+    ],
+    ids=["train", "loss_fn", "hessian_loss", "alike"],
+)
+def test_a_loss_that_is_meant_for_the_samples_needs_no_warning(
+    make: Any, choice: dict[str, Any], val: Any, tmp_path: Any
+) -> None:
+    found = warnings_of(tmp_path, make, measure(**choice), with_views(shuffle=True), val)
+    assert not [text for text in found if "another structure" in text]
+
+
+class Summed(Plain):
+    def loss(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return functional.cross_entropy(self.net(x), y, reduction="sum") / 100
+
+
+def test_a_sum_over_samples_is_said_once_a_run(tmp_path: Any) -> None:
+    callback = measure()
+    for _ in range(2):
+        found = warnings_of(tmp_path, Summed, callback)
+        (text,) = [text for text in found if "sum over its samples" in text]
+        assert text.startswith("hessian: the loss of a batch is the sum")
+    assert [text for text in warnings_of(tmp_path, Plain, callback) if "sum over its samples" in text] == []
+
+
+def test_a_batch_of_ignored_labels_names_the_weight(tmp_path: Any) -> None:
+    ignored = [{"x": x, "y": torch.tensor(-100) if number < 8 else y} for number, (x, y) in enumerate(data(32))]
+    val = DataLoader(ignored, batch_size=8)
+    callback = measure(num_samples=32)
+    fitted(tmp_path, Plain, callback, val=val, max_epochs=1)
+    reason = callback.history[0].reason
+    assert "is nan" in reason
+    assert "the weight 0 with batch_weight=..." in reason
+    callback = measure(num_samples=32, batch_weight=lambda batch: float((batch["y"] >= 0).sum()))
+    fitted(tmp_path, Plain, callback, val=val, max_epochs=1)
+    assert callback.history[-1].logged
