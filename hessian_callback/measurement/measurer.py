@@ -27,6 +27,7 @@ from hessian_callback.measurement.problem_checks import (
     changes_warning,
     check_trainable,
     explained_change,
+    parameters_warning,
     reduction_warning,
 )
 from hessian_callback.measurement.solvers import Lanczos, Solver
@@ -166,10 +167,14 @@ class Measurer:
             # If warnings are errors, they must not be those of one rank alone.
             with problem.ranks.propagate_errors("checking the loss"):
                 if problem.ranks.rank == 0:
-                    for text in (reduction_warning(operator, problem), changes_warning(problem)):
-                        if text is not None:
-                            observer.warn(text)
+                    for text in self._warnings(operator, problem):
+                        observer.warn(text)
         self._checked.add(problem.parameters)
+
+    @staticmethod
+    def _warnings(operator: HessianOperator, problem: Problem) -> list[str]:
+        texts = (reduction_warning(operator, problem), parameters_warning(problem), changes_warning(problem))
+        return [text for text in texts if text is not None]
 
     def forget(self) -> None:
         """Forget the model of earlier measurements, so that the next one is checked as the first."""

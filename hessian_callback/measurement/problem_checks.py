@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from hessian_callback.measurement.errors import LossError, NotTrainableError
@@ -16,7 +18,7 @@ from hessian_callback.operators.hessian import HessianOperator
 from hessian_callback.operators.loss import NotAFunctionError
 from hessian_callback.operators.parameters import chosen_sizes
 
-__all__ = ["changes_warning", "check_trainable", "explained_change", "reduction_warning"]
+__all__ = ["changes_warning", "check_trainable", "explained_change", "parameters_warning", "reduction_warning"]
 
 # A warning names so many attributes, and the reduction is judged by one of so many batches.
 _SHOWN = 3
@@ -64,6 +66,25 @@ def reduction_warning(operator: HessianOperator, problem: Problem) -> str | None
     return None
 
 
+def parameters_warning(problem: Problem) -> str | None:
+    """Return a warning if an evaluation of the loss writes to trained parameters; ``None`` if it does not."""
+    named = [(name, parameter) for name, parameter in problem.model.named_parameters() if parameter.requires_grad]
+    versions = [parameter._version for _, parameter in named]
+    if is_sharded(problem.model) or not problem.batches:
+        return None
+    with preserve_random_state(), torch.no_grad():
+        problem.loss_fn(problem.model, problem.batches[0])
+    if problem.restore_state is not None:
+        problem.restore_state()
+    changed = [name for (name, parameter), before in zip(named, versions, strict=True) if parameter._version != before]
+    if not changed:
+        return None
+    return (
+        f"the loss changes {_listed(changed)} in place (nn.Embedding(max_norm=...) does), so the Hessian is that at "
+        "the changed values, without the dependence of the change on the parameters"
+    )
+
+
 def changes_warning(problem: Problem) -> str | None:
     """Return a warning if the loss changed state that is not restored; ``None`` if it did not."""
     changed = _changes(problem)
@@ -91,6 +112,9 @@ def explained_change(problem: Problem, error: NotAFunctionError) -> LossError:
 
 
 def _changes(problem: Problem) -> str:
-    changed = [] if problem.changes is None else problem.changes()
-    more = len(changed) - _SHOWN
-    return ", ".join(changed[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
+    return _listed([] if problem.changes is None else problem.changes())
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = len(names) - _SHOWN
+    return ", ".join(names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")

@@ -129,7 +129,8 @@ class BatchLoss:
         with torch.no_grad():
             for part, piece in zip(total.split(self.sizes), pieces, strict=True):
                 if piece is not None:
-                    real = torch.view_as_real(piece.resolve_conj()) if piece.is_complex() else piece
+                    whole = piece if piece.layout == torch.strided else piece.to_dense()
+                    real = torch.view_as_real(whole.resolve_conj()) if whole.is_complex() else whole
                     part.add_(real.reshape(-1), alpha=weight)
 
     def check(self, batches: Sequence[Any]) -> list[float]:

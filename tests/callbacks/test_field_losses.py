@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import EarlyStopping
 from torch import nn
 from torch.nn import functional
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
 from hessian_callback.measurement.errors import LossError, UserCodeError
 from tests.helpers.toy_runs import data, loader, measure, seeded, trainer
@@ -248,6 +249,79 @@ def test_a_module_that_overrides_log_is_measured_in_silence(tmp_path: Any) -> No
     assert callback.history[0].logged
     assert "val/loss" not in module.trainer.callback_metrics
     assert "train/loss" in module.trainer.callback_metrics
+
+
+class Narrow(Plain):
+    """Takes fewer options than Lightning's own method, and renames."""
+
+    def log(self, name: str, value: Any, prog_bar: bool = False) -> None:
+        super().log(f"mine/{name}", value, prog_bar=prog_bar)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = super().training_step(batch, batch_idx)
+        self.log("loss", loss)
+        return loss
+
+
+@pytest.mark.parametrize("choice", [{}, {"every_n_train_steps": 3}], ids=["epochs", "steps"])
+@pytest.mark.parametrize("make", [Prefixed, Narrow], ids=lambda make: make.__name__)
+def test_the_names_of_measurements_are_those_documented_where_log_is_overridden(
+    make: Any, choice: dict[str, Any], tmp_path: Any
+) -> None:
+    module = seeded(make)
+    callback = measure(**choice)
+    run = trainer(tmp_path, callback, EarlyStopping("hessian/slope", patience=9, mode="max"))
+    run.fit(module, rows(), rows(1))
+    assert run.global_step == 12
+    assert run.callback_metrics["hessian/slope"] == callback.history[-1].slope
+    assert {name for name in run.callback_metrics if "loss" in name} <= {"train/loss", "mine/loss"}
+
+
+class Tokens(LightningModule):
+    def __init__(self, embedding: Any) -> None:
+        super().__init__()
+        self.embedding, self.head = embedding(), nn.Linear(4, 3)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        hidden = self.embedding(batch[0])
+        return functional.cross_entropy(self.head(hidden.tanh().flatten(1)), batch[1])
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.5)
+
+
+def tokens(**options: Any) -> DataLoader:
+    numbers = torch.randint(0, 9, (32,), generator=torch.Generator().manual_seed(0))
+    return DataLoader(TensorDataset(numbers, numbers % 3), batch_size=8, **options)
+
+
+def test_sparse_embeddings_are_measured_as_dense_ones(tmp_path: Any) -> None:
+    found = []
+    for sparse in (True, False):
+        callback = measure(extras=["norms"])
+        fitted(
+            tmp_path,
+            lambda sparse=sparse: Tokens(lambda: nn.Embedding(9, 4, sparse=sparse)),
+            callback,
+            tokens(),
+            tokens(),
+        )  # type: ignore[misc]
+        found.append(callback.history)
+    for one, other in zip(*found, strict=True):
+        assert torch.allclose(one.spectrum.eigenvalues, other.spectrum.eigenvalues, rtol=1e-5)
+        assert one.comparisons["gradient_norm"] == pytest.approx(other.comparisons["gradient_norm"], rel=1e-5)
+
+
+def test_weights_that_a_forward_pass_changes_are_named(tmp_path: Any) -> None:
+    def make() -> Any:
+        return Tokens(lambda: nn.Embedding(9, 4, max_norm=1.0))
+
+    callback = measure()
+    with pytest.warns(UserWarning, match=r"the loss changes embedding\.weight in place.*max_norm"):
+        module = fitted(tmp_path, make, callback, tokens(), tokens())
+    alone = fitted(tmp_path, make, None, tokens(), tokens())
+    for name, tensor in alone.state_dict().items():
+        assert torch.equal(tensor, module.state_dict()[name])
 
 
 def test_the_loader_of_toy_runs_is_another_structure(tmp_path: Any) -> None:

@@ -423,11 +423,9 @@ def test_a_used_callback_brings_nothing_to_a_resumed_run(copied: bool, without_c
     assert places(callback) == [("epoch", 1, 12)]
     assert seen[0] is None
     with open(tmp_path / "two" / "lightning_logs" / "version_0" / "hessian_history.jsonl") as file:
-        assert len(list(file)) == 1
+        assert sum('"when"' in line for line in file) == 1
     alone = measure()
-    trainer(tmp_path / "three", alone, max_epochs=2).fit(
-        seeded(), loader(), loader(seed=1), ckpt_path=without_callback
-    )
+    trainer(tmp_path / "three", alone, max_epochs=2).fit(seeded(), loader(), loader(seed=1), ckpt_path=without_callback)
     assert torch.equal(callback.history[0].spectrum.eigenvalues, alone.history[0].spectrum.eigenvalues)
 
 
