@@ -403,7 +403,7 @@ def test_a_sum_over_samples_is_said_once_a_run(tmp_path: Any) -> None:
 
 def test_a_batch_of_ignored_labels_names_the_weight(tmp_path: Any) -> None:
     ignored = [{"x": x, "y": torch.tensor(-100) if number < 8 else y} for number, (x, y) in enumerate(data(32))]
-    val = DataLoader(ignored, batch_size=8)
+    val = DataLoader(ignored, batch_size=1)
     callback = measure(num_samples=32)
     fitted(tmp_path, Plain, callback, val=val, max_epochs=1)
     reason = callback.history[0].reason

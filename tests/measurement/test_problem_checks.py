@@ -21,6 +21,7 @@ from hessian_callback.measurement.failure_policy import FailurePolicy
 from hessian_callback.measurement.measure import measure
 from hessian_callback.measurement.solvers import PublishedProtocol
 from hessian_callback.operators.parameters import chosen_sizes
+from hessian_callback.operators.product_check import WrongProductError
 
 LIBRARY = """
 class Simulator:
@@ -172,6 +173,37 @@ def test_generators_of_libraries_and_caches_are_no_change() -> None:
 
     assert texts(model, loss) == []
     assert not hasattr(model, "last")
+
+
+# -- a solver of another library -------------------------------------------------------------------
+
+
+class Flow(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.field, self.head = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 2)), nn.Linear(2, 1)
+
+    def forward(self, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return self.field(y)
+
+
+@pytest.mark.parametrize("name", ["odeint", "odeint_adjoint"])
+def test_the_adjoint_method_is_refused_and_the_solver_itself_is_not(name: str) -> None:
+    solve = getattr(pytest.importorskip("torchdiffeq"), name)
+    torch.manual_seed(0)
+    model = Flow().double()
+    x = torch.randn(20, 2).double()
+    times = torch.tensor([0.0, 1.0]).double()
+
+    def loss(model: Any, batch: Any) -> torch.Tensor:
+        end = solve(model, batch, times, rtol=1e-6, atol=1e-6)[-1]
+        return (model.head(end).squeeze(-1) - batch.square().sum(1)).square().mean()
+
+    if name == "odeint":
+        assert measure(model, loss, [x], num_eigenvalues=3).logged
+        return
+    with pytest.raises(WrongProductError, match=r"the torch.autograd.Function OdeintAdjointMethod.*loss_fn"):
+        measure(model, loss, [x], num_eigenvalues=3)
 
 
 # -- frozen parameters -------------------------------------------------------------------------------
