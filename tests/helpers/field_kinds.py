@@ -6,8 +6,8 @@ __all__ = ["OUTCOMES", "SITUATIONS"]
 
 OUTCOMES = (
     "*Prevented*: the situation cannot arise inside a measurement. *Restored*: state is put back, bit for bit. "
-    "*Measured*: the matrix is the right one. *Detected*: a warning names the place and the remedy. *Refused*: an error names the "
-    "cause and the remedy, before training if it is certain."
+    "*Measured*: the matrix is the right one. *Detected*: a warning names the place and the remedy. *Refused*: an "
+    "error names the cause and the remedy, before training if it is certain."
 )
 
 _CALLBACKS, _MEASUREMENT = "tests/callbacks/test_", "tests/measurement/test_"
