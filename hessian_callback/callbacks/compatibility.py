@@ -8,7 +8,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import nn
 
 from hessian_callback.callbacks.lightning_packages import MisconfigurationException, Trainer, is_a
-from hessian_callback.operators.parameters import ParameterFilter, select_parameters
+from hessian_callback.operators.parameters import ParameterFilter, chosen_sizes, select_parameters
 
 __all__ = [
     "check_parameters",
@@ -61,7 +61,7 @@ def check_precision(precision: str) -> None:
 
 
 def check_parameters(pl_module: nn.Module, parameters: ParameterFilter | None, num_eigenvalues: int) -> None:
-    """Check that the chosen parameters exist and are at least as many as the eigenvalues.
+    """Check that the chosen parameters exist and are at least as many as the eigenvalues, frozen ones included.
 
     Raises:
         MisconfigurationException: if they are not, or some have no shape yet.
@@ -72,10 +72,11 @@ def check_parameters(pl_module: nn.Module, parameters: ParameterFilter | None, n
             "through it before training, for example in configure_model"
         )
     try:
-        chosen = select_parameters(pl_module, parameters)
+        _, num_parameters = chosen_sizes(pl_module, parameters)
+        if num_parameters == 0 or not any(parameter.requires_grad for parameter in pl_module.parameters()):
+            select_parameters(pl_module, parameters)
     except ValueError as error:
         raise MisconfigurationException(str(error)) from error
-    num_parameters = sum(parameter.numel() for parameter in chosen.values())
     if num_parameters < num_eigenvalues:
         raise MisconfigurationException(
             f"num_eigenvalues={num_eigenvalues}, but the Hessian has only {num_parameters} rows, one per "

@@ -13,6 +13,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
 from hessian_callback._options import check_bool, check_callable, check_str, optional
 from hessian_callback.callbacks import compatibility
+from hessian_callback.callbacks.batch_structures import BatchStructures
 from hessian_callback.callbacks.callback_options import checked_groups, checked_parameters, checked_prefix
 from hessian_callback.callbacks.hyperparameters import announce_columns
 from hessian_callback.callbacks.lightning_packages import (
@@ -37,8 +38,9 @@ from hessian_callback.callbacks.run_prediction import RunPrediction
 from hessian_callback.callbacks.sample_source import SampleSource
 from hessian_callback.callbacks.schedule import MeasurementSchedule
 from hessian_callback.callbacks.trainer_observer import Announcements, TrainerObserver
-from hessian_callback.callbacks.trainer_state import EpochClock, callbacks_of, is_last, logged_step
+from hessian_callback.callbacks.trainer_state import EpochClock, Run, callbacks_of, is_last, logged_step
 from hessian_callback.callbacks.training_problem import ranks_of, run_guarded, training_problem
+from hessian_callback.callbacks.training_weights import TrainingWeights, averaging_callbacks
 from hessian_callback.linalg.distributed import PeerError, Ranks
 from hessian_callback.measurement.comparability import incomparable
 from hessian_callback.measurement.errors import NotReadyError, UserCodeError
@@ -217,6 +219,10 @@ class PowerLawHessianCallback(CallbackBase):
         self._restored = False
         self._validated_at: int | None = None
         self._epoch = EpochClock()
+        self._weights = TrainingWeights()
+        self._structures = BatchStructures()
+        self._parameter_names: Sequence[str] = ()
+        self._run, self._module = Run(), Run()
 
     @property
     def prediction(self) -> LivePrediction | None:
@@ -249,6 +255,10 @@ class PowerLawHessianCallback(CallbackBase):
                 f"two PowerLawHessianCallbacks log under prefix={self.prefix!r}, and Lightning would average "
                 "their values; give one of them another prefix"
             )
+        if callbacks_of(trainer)[: len(callbacks)] != callbacks:
+            # The hooks of callbacks that exchange weights come after, whatever their order.
+            others = [other for other in callbacks_of(trainer) if other not in callbacks]
+            trainer.callbacks = [*callbacks, *others]  # type: ignore[attr-defined]
         resolve_loss(pl_module, self.loss_fn)
         cadence = self.schedule.cadence
         self.source.check(trainer)
@@ -268,12 +278,33 @@ class PowerLawHessianCallback(CallbackBase):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check the parameters, which exist for certain only now."""
         if self._active:
+            self._begin_run(trainer, pl_module)
             self._check_parameters(pl_module)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check the parameters for ``trainer.validate()``, which has no start of fit."""
-        if self._active and trainer.state.fn == TrainerFn.VALIDATING:
+        """Check the parameters for ``trainer.validate()``, which has no start of fit; keep the weights of training."""
+        if not self._active or trainer.sanity_checking:
+            return
+        if trainer.state.fn == TrainerFn.VALIDATING:
+            self._begin_run(trainer, pl_module)
             self._check_parameters(pl_module)
+        elif self.schedule.at_validation_end(**self._here(trainer)) is not None:
+            self._weights.keep(pl_module)
+
+    def _begin_run(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forget another run, or module, that this object was used with; a resumed run has restored its history."""
+        another = self._module.changes(pl_module)
+        if trainer.state.fn == TrainerFn.FITTING:
+            another |= self._run.changes(trainer, pl_module)
+            if another and not self._restored:
+                self.history = []
+                self.schedule.reset()
+        if another:
+            self.measurer.forget()
+            self.failures = self.failures.copy()
+            self._announcements = Announcements(self.prefix, self.verbose)
+            self._parameter_names = ()
+        self._structures.forget()
 
     def _check_parameters(self, pl_module: LightningModule) -> None:
         num_eigenvalues = self.measurer.num_eigenvalues
@@ -289,7 +320,7 @@ class PowerLawHessianCallback(CallbackBase):
             return
         compatibility.warn_of_strict_schedulers(trainer, self.prefix)
         if trainer.global_step == 0 and not self._restored:
-            # A run from the start: nothing of an earlier run with the same callback may be left.
+            # A run from the start: nothing of an earlier one of this trainer may be left.
             self.history = [entry for entry in self.history if entry.when == "validate"]
             self.schedule.reset()
         # Lightning's EarlyStopping and ModelCheckpoint decide in the same way where to look.
@@ -310,6 +341,15 @@ class PowerLawHessianCallback(CallbackBase):
         """Note the time, to compare a measurement with an epoch."""
         self._epoch.start(self.schedule.time.spent)
 
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Compare the structure of the first batch with that of the samples, if the training step gets both."""
+        if self._active and self._evaluates_training_step(pl_module):
+            self._structures.follow_training(batch)
+
+    def _evaluates_training_step(self, pl_module: LightningModule) -> bool:
+        own = self.loss_fn is not None or callable(getattr(pl_module, "hessian_loss", None))
+        return not own and not self.source.on_training_data
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -326,6 +366,7 @@ class PowerLawHessianCallback(CallbackBase):
             self._measure(trainer, pl_module, Place(trainer.current_epoch, trainer.global_step, "validate"))
         else:
             self._measure_if_affordable(trainer, pl_module, self.schedule.at_validation_end(**self._here(trainer)))
+            self._weights.discard()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure if monitoring callbacks look after the training epoch, or the epoch had no validation."""
@@ -354,6 +395,7 @@ class PowerLawHessianCallback(CallbackBase):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Release the samples and the state of the extras."""
         self.source.clear()
+        self._weights.discard()
         self._states = {}
         for reporter in self.reporters:
             reporter.forget()
@@ -407,17 +449,19 @@ class PowerLawHessianCallback(CallbackBase):
             validated = self._validated_at == place.step
             val_loss, train_loss = self._prediction.losses(trainer, ranks, self.failures, validated=validated)
         try:
-            outcome = run_guarded(
-                trainer,
-                pl_module,
-                lambda snapshot, arrived: self._examine(trainer, pl_module, snapshot, ranks, place, arrived),
-                ranks,
-                self.failures,
-                stage="measuring the Hessian",
-                consequence="the Hessian could not be measured, and training goes on without its slope",
-                # Nothing is lost if no training is under way.
-                raise_permanent=not of_training,
-            )
+            with self._weights.put_back(trainer) as exchanged:
+                self._say_which_weights(trainer, exchanged=exchanged)
+                outcome = run_guarded(
+                    trainer,
+                    pl_module,
+                    lambda snapshot, arrived: self._examine(trainer, pl_module, snapshot, ranks, place, arrived),
+                    ranks,
+                    self.failures,
+                    stage="measuring the Hessian",
+                    consequence="the Hessian could not be measured, and training goes on without its slope",
+                    # Nothing is lost if no training is under way.
+                    raise_permanent=not of_training,
+                )
         except SigtermReceived:
             self.schedule.add_overhead(time.monotonic() - began)
             announce(
@@ -428,9 +472,11 @@ class PowerLawHessianCallback(CallbackBase):
         measurement = replace(
             measurement, seconds=seconds_since(began, ranks), val_loss=val_loss, train_loss=train_loss
         )
-        reason = incomparable(self.history, measurement)
+        names = () if outcome.value is None else outcome.value.parameter_names
+        reason = incomparable(self.history, measurement, names=names, names_before=self._parameter_names)
         if reason is not None:
             rank_zero_warn(reason)
+        self._parameter_names = names or self._parameter_names
         self.history.append(measurement)
         self._prediction.follow(self.history, ranks, self.failures)
         self.schedule.finish(measurement.seconds)
@@ -458,6 +504,8 @@ class PowerLawHessianCallback(CallbackBase):
             parameters=self.parameters,
             ranks=ranks,
         )
+        if self._evaluates_training_step(pl_module):
+            self._structures.follow_samples(problem.batches)
         folder = self.measurer.solver.checkpoint_folder
         return self.measurer.measure(
             problem,
@@ -468,6 +516,16 @@ class PowerLawHessianCallback(CallbackBase):
             checkpoint=None if folder is None else folder / f"{quote(self.prefix, safe=' ')}-step={place.step}",
             draws_figures=self.figures and bool(trainer.loggers),
         )
+
+    def _say_which_weights(self, trainer: Trainer, *, exchanged: bool) -> None:
+        names = ", ".join(averaging_callbacks(callbacks_of(trainer)))
+        if self.verbose and (names or exchanged) and self._announcements.is_new("weights"):
+            self._announcements.say(
+                trainer,
+                f"the weights that the optimizer trains are measured, and not those that "
+                f"{names or 'another callback'} has for validation; trainer.validate() measures the weights that the "
+                "module then has",
+            )
 
     def _observer(self, trainer: Trainer, ranks: Ranks, arrived: Sequence[int]) -> Observer:
         return TrainerObserver(trainer, ranks, self._announcements, self.measurer.solver.hvp, arrived)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
+import weakref
+from typing import Any
 
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from hessian_callback.callbacks.lightning_packages import CallbackBase, Trainer
 from hessian_callback.measurement.measurement import Measurement
 
-__all__ = ["EpochClock", "callbacks_of", "is_last", "logged_step"]
+__all__ = ["EpochClock", "Run", "callbacks_of", "is_last", "logged_step"]
 
 
 def callbacks_of(trainer: Trainer) -> list[CallbackBase]:
@@ -41,6 +43,31 @@ def logged_step(trainer: Trainer, measurement: Measurement, *, after_epoch: bool
         return measurement.step
     # Lightning subtracts one from the step of values that are logged after the training epoch.
     return int(trainer.fit_loop.epoch_loop._batches_that_stepped) - after_epoch
+
+
+class Run:
+    """Remembers the objects of a run, to notice that a callback is used in another one.
+
+    It keeps none of them alive. A copy of it, by `copy.deepcopy` or `pickle`, belongs to no run that it meets.
+
+    Example:
+        >>> run, trainer, other = Run(), Trainer(logger=False, barebones=True), Trainer(logger=False, barebones=True)
+        >>> run.changes(trainer), run.changes(trainer), run.changes(other)
+        (False, False, True)
+    """
+
+    def __init__(self) -> None:
+        self._members: list[weakref.ref[Any]] | None = None
+
+    def changes(self, *members: Any) -> bool:
+        """Return whether the objects are others than at the last call; ``False`` at the first call."""
+        before = None if self._members is None else [member() for member in self._members]
+        self._members = [weakref.ref(member) for member in members]
+        return before is not None and list(map(id, before)) != list(map(id, members))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the references, which cannot be pickled."""
+        return {"_members": None if self._members is None else []}
 
 
 class EpochClock:

@@ -8,7 +8,16 @@ from contextlib import contextmanager
 from hessian_callback.linalg.distributed import PeerError, RankLostError
 from hessian_callback.operators.memory import is_out_of_memory
 
-__all__ = ["LossError", "NotReadyError", "SampleError", "UserCodeError", "may_pass", "one_line", "sample_errors"]
+__all__ = [
+    "LossError",
+    "NotReadyError",
+    "NotTrainableError",
+    "SampleError",
+    "UserCodeError",
+    "may_pass",
+    "one_line",
+    "sample_errors",
+]
 
 
 class UserCodeError(ValueError):
@@ -28,6 +37,10 @@ class LossError(UserCodeError):
 
 class NotReadyError(RuntimeError):
     """Raised if a loss needs an attribute that the module does not have yet, and may have after training began."""
+
+
+class NotTrainableError(NotReadyError):
+    """Raised if too many of the chosen parameters are frozen, and may be unfrozen later; it never ends a run."""
 
 
 def may_pass(error: BaseException) -> bool:

@@ -9,6 +9,7 @@ from typing import Generic, TypeVar
 
 from hessian_callback._options import check_choice
 from hessian_callback.linalg.distributed import PeerError, RankLostError, Ranks
+from hessian_callback.measurement.errors import NotTrainableError
 
 __all__ = ["FailurePolicy", "Outcome", "SigtermReceived"]
 
@@ -100,7 +101,8 @@ class FailurePolicy:
         if not failed:
             return Outcome(value, None)
         permanent = raise_permanent and bool(ranks.failed_ranks(isinstance(error, self._permanent)))
-        if self.on_error == "raise" or permanent:
+        waits = bool(ranks.failed_ranks(isinstance(error, NotTrainableError)))
+        if (self.on_error == "raise" and not waits) or permanent:
             raise error if error is not None else PeerError(stage, failed)
         reason = self.in_one_line(error if error is not None else PeerError(stage, failed))
         # A rank warns of its own error. Of the ranks without one, the first is enough.

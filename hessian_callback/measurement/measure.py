@@ -113,7 +113,7 @@ def measure(
     folder = measurer.solver.checkpoint_folder
     checkpoint = None if folder is None else folder / f"step={step}"
     with preserve_state(model) as snapshot:
-        guarded = replace(problem, restore_state=snapshot.restore_loss_state)
+        guarded = replace(problem, restore_state=snapshot.restore_loss_state, changes=snapshot.changes)
         return measurer.measure(guarded, place, observer=observer, checkpoint=checkpoint).measurement
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,10 +23,18 @@ from hessian_callback.measurement.measurement import Measurement
 from hessian_callback.measurement.observer import CostEstimate, Observer
 from hessian_callback.measurement.place import Place
 from hessian_callback.measurement.problem import Problem
+from hessian_callback.measurement.problem_checks import (
+    changes_warning,
+    check_trainable,
+    explained_change,
+    parameters_warning,
+    reduction_warning,
+)
 from hessian_callback.measurement.solvers import Lanczos, Solver
 from hessian_callback.operators.engine_selection import TracingStatistics
 from hessian_callback.operators.fully_shard import is_sharded
 from hessian_callback.operators.hessian import HessianOperator
+from hessian_callback.operators.loss import NotAFunctionError
 from hessian_callback.operators.parameters import ParameterFilter
 from hessian_callback.operators.product_check import check_products
 from hessian_callback.power_law.fit import PowerLawFit
@@ -41,10 +49,12 @@ class Measured:
     Attributes:
         measurement: the measurement.
         states: the extras' states for the next measurement, by name. Pass them only if this one counts on all ranks.
+        parameter_names: the names of the chosen parameters.
     """
 
     measurement: Measurement
     states: Mapping[str, Any]
+    parameter_names: Sequence[str] = ()
 
 
 class Measurer:
@@ -80,6 +90,8 @@ class Measurer:
         self.seed = check_int("seed", seed, at_least=0, at_most=MAX_SEED)
         self._tracing_statistics: dict[Hashable, TracingStatistics] = {}
         self._checked: set[Hashable] = set()
+        # Whether the folder of the solver's checkpoint could be used so far.
+        self.is_saved = True
 
     @property
     def needs_eigenvectors(self) -> bool:
@@ -141,15 +153,36 @@ class Measurer:
             draws_figures=draws_figures,
         ).measure()
 
-    def check_products(self, operator: HessianOperator, problem: Problem) -> None:
-        """Compare one product with a difference of gradients, at the first measurement of a choice of parameters.
+    def check(self, operator: HessianOperator, problem: Problem, observer: Observer) -> None:
+        """Check a problem at its first measurement; later ones of the same choice of parameters are not checked.
+
+        One product is compared with a difference of gradients. The observer gets warnings of a loss that is not the
+        mean over a batch, and of state that cannot be restored. A collective.
 
         Raises:
             WrongProductError: if products are not derivatives of the gradient.
         """
-        if problem.parameters not in self._checked:
-            check_products(operator, seed=self.seed)
-            self._checked.add(problem.parameters)
+        if problem.parameters in self._checked:
+            return
+        check_products(operator, seed=self.seed)
+        if not self._checked:
+            # If warnings are errors, they must not be those of one rank alone.
+            with problem.ranks.propagate_errors("checking the loss"):
+                if problem.ranks.rank == 0:
+                    for text in self._warnings(operator, problem):
+                        observer.warn(text)
+        self._checked.add(problem.parameters)
+
+    @staticmethod
+    def _warnings(operator: HessianOperator, problem: Problem) -> list[str]:
+        texts = (reduction_warning(operator, problem), parameters_warning(problem), changes_warning(problem))
+        return [text for text in texts if text is not None]
+
+    def forget(self) -> None:
+        """Forget the model of earlier measurements, so that the next one is checked as the first."""
+        self._checked.clear()
+        self._tracing_statistics.clear()
+        self.is_saved = True
 
     def tracing_statistics(self, problem: Problem) -> TracingStatistics:
         """Return the timings of earlier operators with the same parameters."""
@@ -187,7 +220,7 @@ class _Run:
             # A forward pass of a sharded module is a collective, and ranks hold different numbers of batches.
             whole = not is_sharded(problem.model) or operator.exact
             loss = operator.mean_loss if whole else None
-            measurer.check_products(operator, problem)
+            measurer.check(operator, problem, self.observer)
             self.observer.operator_made(operator, problem, measurer.expected_cost(operator.num_parameters))
             spectrum = self._solve(operator, eigenvectors=measurer.needs_eigenvectors)
             self.observer.operator_used(operator)
@@ -211,15 +244,19 @@ class _Run:
             density=self.density,
             groups=self.groups,
         )
-        return Measured(measurement, {**self.states, **self.new_states})
+        return Measured(measurement, {**self.states, **self.new_states}, operator.parameter_names)
 
     def _operator(self, problem: Problem) -> HessianOperator:
         solver = self.measurer.solver
-        return problem.operator(
-            hvp=solver.hvp,
-            memory_budget=solver.memory_budget,
-            tracing_statistics=self.measurer.tracing_statistics(problem),
-        )
+        check_trainable(problem, self.measurer.num_eigenvalues)
+        try:
+            return problem.operator(
+                hvp=solver.hvp,
+                memory_budget=solver.memory_budget,
+                tracing_statistics=self.measurer.tracing_statistics(problem),
+            )
+        except NotAFunctionError as error:
+            raise explained_change(problem, error) from error
 
     def _measurement(
         self, operator: HessianOperator, spectrum: Spectrum, fit: PowerLawFit | None, reason: str | None, **more: Any
@@ -279,7 +316,7 @@ class _Run:
             began = time.monotonic()
             problem = self.problem.on_parameters(parameters)
             with self._operator(problem) as operator:
-                self.measurer.check_products(operator, problem)
+                self.measurer.check(operator, problem, self.observer)
                 spectrum = self._solve(operator, name=f"Hessian ({group})", part=f"group={group}")
             fit, reason = self.measurer.solver.fit(spectrum, self.measurer.num_eigenvalues)
             return self._measurement(operator, spectrum, fit, reason, seconds=seconds_since(began, self.ranks))
@@ -323,14 +360,15 @@ class _Run:
             try:
                 return solve(folder)
             except CheckpointError as error:  # On all ranks.
+                if self.ranks.any(isinstance(error.__cause__, OSError)):
+                    return self._solve_unsaved(error, solve)
                 with suppress(OSError):
                     delete_files(folder, self.ranks.rank)
                 self._warn(f"the measurement starts over: {error.reason}")
             try:
                 return solve(folder)
-            except CheckpointError as error:  # The folder itself cannot be used.
-                self._warn(f"the measurement is not saved: {error.reason}")
-                return solve(None)
+            except CheckpointError as error:
+                return self._solve_unsaved(error, solve)
         except (RankLostError, SigtermReceived):
             raise
         except Exception:
@@ -338,6 +376,13 @@ class _Run:
                 with suppress(OSError):
                     delete_files(folder, self.ranks.rank)
             raise
+
+    def _solve_unsaved(self, error: CheckpointError, solve: Callable[[Path | None], Spectrum]) -> Spectrum:
+        """Solve without the folder, which cannot be used, and warn of that once."""
+        if self.measurer.is_saved:
+            self.measurer.is_saved = False
+            self._warn(f"the measurement is not saved: {error.reason}")
+        return solve(None)
 
     def _solve_from(self, folder: Path | None, operator: HessianOperator, name: str, eigenvectors: bool) -> Spectrum:
         measurer = self.measurer

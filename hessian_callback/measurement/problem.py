@@ -35,6 +35,7 @@ class Problem:
         parameters: the chosen parameters, see `HessianOperator`.
         precision: of the parameters, such as ``"float32"``.
         restore_state: puts the state that an evaluation of the loss changes back, see `HessianOperator`.
+        changes: returns the paths of state that evaluations changed and that is not put back: `Snapshot.changes`.
     """
 
     model: nn.Module
@@ -49,6 +50,7 @@ class Problem:
     parameters: ParameterFilter | None = None
     precision: str = "float32"
     restore_state: Callable[[], None] | None = None
+    changes: Callable[[], list[str]] | None = None
 
     def on_parameters(self, parameters: ParameterFilter) -> Problem:
         """Return the same loss with other chosen parameters: a diagonal block of the Hessian."""

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hessian_callback.linalg.distributed import Ranks
 from hessian_callback.operators.loss import BatchLoss
@@ -30,14 +30,7 @@ def parameter_norm(parameters: Sequence[Tensor]) -> float:
     return float(torch.tensor(squared, dtype=torch.float64).norm())
 
 
-def gradient_norm(
-    model: nn.Module,
-    loss_fn: Callable[[Any, Any], Tensor],
-    batches: Sequence[Any],
-    weights: Sequence[float],
-    parameters: Sequence[nn.Parameter],
-    ranks: Ranks,
-) -> float:
+def gradient_norm(loss: BatchLoss, batches: Sequence[Any], weights: Sequence[float], ranks: Ranks) -> float:
     r"""Euclidean norm of the gradient of a weighted mean loss over all ranks' batches.
 
     .. math:: \Big\| \sum_i w_i \nabla_\theta L_i(\theta) \Big/ \sum_i w_i \Big\|_2
@@ -45,11 +38,10 @@ def gradient_norm(
     Costs one gradient of the loss and no product.
 
     Args:
-        model: the module that ``loss_fn`` is called with.
-        loss_fn: ``(model, batch) -> scalar``, the mean loss of the batch.
+        loss: the mean loss of a batch in its parameters, each whole on every rank: `HessianOperator.loss`, so that
+            draws are the Hessian's and state is restored.
         batches: this rank's batches.
         weights: a positive weight for each.
-        parameters: the tensors to differentiate with respect to, each whole on every rank and each once.
         ranks: the processes that hold the other batches; all of them must call.
 
     Raises:
@@ -58,16 +50,15 @@ def gradient_norm(
     Example:
         The loss :math:`\theta^2` has the gradient :math:`2 \theta`.
 
-        >>> model = nn.Linear(1, 1, bias=False)
+        >>> model = torch.nn.Linear(1, 1, bias=False)
         >>> _ = model.weight.data.fill_(3.0)
         >>> square = lambda module, batch: module(batch).square().mean()
-        >>> gradient_norm(model, square, [torch.ones(2, 1)], [2.0], list(model.parameters()), Ranks())
+        >>> gradient_norm(BatchLoss(model, square, [model.weight]), [torch.ones(2, 1)], [2.0], Ranks())
         6.0
     """
-    loss = BatchLoss(model, loss_fn, parameters, rank=ranks.rank)
     size = sum(loss.sizes)
     partition = ranks.partition(size)
-    like = torch.view_as_real(parameters[0]) if parameters[0].is_complex() else parameters[0]
+    like = torch.view_as_real(loss.parameters[0]) if loss.parameters[0].is_complex() else loss.parameters[0]
     total: Tensor | None = torch.zeros(size, dtype=like.dtype, device=like.device)
     with ranks.propagate_errors("computing the gradient"), torch.enable_grad(), loss.differentiable():
         assert total is not None

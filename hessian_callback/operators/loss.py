@@ -20,10 +20,22 @@ from hessian_callback.operators.derivatives import (
     graph_nodes,
 )
 
-__all__ = ["BatchLoss", "LossModule"]
+__all__ = ["BatchLoss", "LossModule", "NotAFunctionError"]
 
 # A derivative inside of the loss, such as a gradient penalty, leaves nodes of such names in the graph.
 _SECOND_DERIVATIVE = re.compile("Backward.*Backward")
+
+
+class NotAFunctionError(ValueError):
+    """Raised if a loss gives two values for the same parameters and the same batch.
+
+    Attributes:
+        finding: the message without cause and remedy.
+    """
+
+    def __init__(self, finding: str, remedy: str) -> None:
+        super().__init__(f"{finding}. {remedy}")
+        self.finding = finding
 
 
 class BatchLoss:
@@ -117,7 +129,8 @@ class BatchLoss:
         with torch.no_grad():
             for part, piece in zip(total.split(self.sizes), pieces, strict=True):
                 if piece is not None:
-                    real = torch.view_as_real(piece.resolve_conj()) if piece.is_complex() else piece
+                    whole = piece if piece.layout == torch.strided else piece.to_dense()
+                    real = torch.view_as_real(whole.resolve_conj()) if whole.is_complex() else whole
                     part.add_(real.reshape(-1), alpha=weight)
 
     def check(self, batches: Sequence[Any]) -> list[float]:
@@ -137,7 +150,8 @@ class BatchLoss:
                 if value != value or abs(value) == float("inf"):
                     raise ArithmeticError(
                         f"the loss of batch {index % len(batches)} is {value}: no Hessian exists there. Check the "
-                        "batch for invalid inputs or labels that are all ignored, and whether training has diverged"
+                        "batch for invalid inputs, and whether training has diverged. Give a batch whose labels are "
+                        "all ignored the weight 0 with batch_weight=..."
                     )
                 values.append(value)
                 del loss  # with its graph, before the next
@@ -145,7 +159,7 @@ class BatchLoss:
         # The same operations on the same CPU round alike; on other devices sums may be formed in any order.
         tolerance = (1e2 if self.parameters[0].device.type == "cpu" else 1e4) * _eps(self.parameters[0])
         if abs(values[0] - again) > tolerance * max(abs(values[0]), abs(again)):
-            raise ValueError(self._difference(values[0], again))
+            raise self._difference(values[0], again)
         return values
 
     @contextmanager
@@ -243,16 +257,17 @@ class BatchLoss:
             )
         return loss.reshape(())
 
-    def _difference(self, one: float, other: float) -> str:
+    def _difference(self, one: float, other: float) -> NotAFunctionError:
         text = f"the loss is no function of the parameters and the batch: the same batch gave {one:.9g} and {other:.9g}"
         if self.draws:
             text += ", although all global random generators were in the same state"
         else:
             text += ", and no global random generator moved"
-        return text + (
-            ". An evaluation changes some state (a queue, a counter, a hidden state that is carried over, a generator "
+        return NotAFunctionError(
+            text,
+            "An evaluation changes some state (a queue, a counter, a hidden state that is carried over, a generator "
             "of its own). Pass restore_state=..., a function that puts this state back, or a loss_fn that leaves it "
-            "as it is"
+            "as it is",
         )
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 __all__ = [
     "ParameterFilter",
+    "chosen_sizes",
     "common_type",
     "compile_pattern",
     "constant_padding",
@@ -106,6 +107,28 @@ def select_parameters(model: nn.Module, parameters: ParameterFilter | None = Non
         shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
         raise ValueError(f"parameters={parameters!r} chooses no trainable parameter; there are: {shown}")
     return chosen
+
+
+def chosen_sizes(model: nn.Module, parameters: ParameterFilter | None = None) -> tuple[int, int]:
+    """Count the entries of the parameters that a filter chooses: of those that are trained, and of all.
+
+    A complex entry counts as two.
+
+    Example:
+        >>> model = nn.Linear(3, 1)
+        >>> _ = model.weight.requires_grad_(False)
+        >>> chosen_sizes(model), chosen_sizes(model, "weight")
+        ((1, 4), (0, 3))
+    """
+    named = list(model.named_parameters(remove_duplicate=False))
+    if isinstance(parameters, str):
+        matched = set(matching("parameters", parameters, [name for name, _ in named]))
+        chosen = [parameter for name, parameter in named if name in matched]
+    else:
+        chosen = [parameter for name, parameter in named if parameters is None or parameters(name, parameter)]
+    sizes = {id(parameter): parameter.numel() * (2 if parameter.is_complex() else 1) for parameter in chosen}
+    trained = {id(parameter) for parameter in chosen if parameter.requires_grad}
+    return sum(sizes[number] for number in trained), sum(sizes.values())
 
 
 def common_type(parameters: Mapping[str, nn.Parameter]) -> tuple[torch.dtype, torch.device]:

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import EarlyStopping
 from torch import nn
 from torch.nn import functional
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
 from hessian_callback.measurement.errors import LossError, UserCodeError
 from tests.helpers.toy_runs import data, loader, measure, seeded, trainer
@@ -250,6 +251,164 @@ def test_a_module_that_overrides_log_is_measured_in_silence(tmp_path: Any) -> No
     assert "train/loss" in module.trainer.callback_metrics
 
 
+class Narrow(Plain):
+    """Takes fewer options than Lightning's own method, and renames."""
+
+    def log(self, name: str, value: Any, prog_bar: bool = False) -> None:
+        super().log(f"mine/{name}", value, prog_bar=prog_bar)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = super().training_step(batch, batch_idx)
+        self.log("loss", loss)
+        return loss
+
+
+@pytest.mark.parametrize("choice", [{}, {"every_n_train_steps": 3}], ids=["epochs", "steps"])
+@pytest.mark.parametrize("make", [Prefixed, Narrow], ids=lambda make: make.__name__)
+def test_the_names_of_measurements_are_those_documented_where_log_is_overridden(
+    make: Any, choice: dict[str, Any], tmp_path: Any
+) -> None:
+    module = seeded(make)
+    callback = measure(**choice)
+    run = trainer(tmp_path, callback, EarlyStopping("hessian/slope", patience=9, mode="max"))
+    run.fit(module, rows(), rows(1))
+    assert run.global_step == 12
+    assert run.callback_metrics["hessian/slope"] == callback.history[-1].slope
+    assert {name for name in run.callback_metrics if "loss" in name} <= {"train/loss", "mine/loss"}
+
+
+class Tokens(LightningModule):
+    def __init__(self, embedding: Any) -> None:
+        super().__init__()
+        self.embedding, self.head = embedding(), nn.Linear(4, 3)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        hidden = self.embedding(batch[0])
+        return functional.cross_entropy(self.head(hidden.tanh().flatten(1)), batch[1])
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.5)
+
+
+def tokens(**options: Any) -> DataLoader:
+    numbers = torch.randint(0, 9, (32,), generator=torch.Generator().manual_seed(0))
+    return DataLoader(TensorDataset(numbers, numbers % 3), batch_size=8, **options)
+
+
+def test_sparse_embeddings_are_measured_as_dense_ones(tmp_path: Any) -> None:
+    found = []
+    for sparse in (True, False):
+        callback = measure(extras=["norms"])
+        fitted(
+            tmp_path,
+            lambda sparse=sparse: Tokens(lambda: nn.Embedding(9, 4, sparse=sparse)),
+            callback,
+            tokens(),
+            tokens(),
+        )  # type: ignore[misc]
+        found.append(callback.history)
+    for one, other in zip(*found, strict=True):
+        assert torch.allclose(one.spectrum.eigenvalues, other.spectrum.eigenvalues, rtol=1e-5)
+        assert one.comparisons["gradient_norm"] == pytest.approx(other.comparisons["gradient_norm"], rel=1e-5)
+
+
+def test_weights_that_a_forward_pass_changes_are_named(tmp_path: Any) -> None:
+    def make() -> Any:
+        return Tokens(lambda: nn.Embedding(9, 4, max_norm=1.0))
+
+    callback = measure()
+    with pytest.warns(UserWarning, match=r"the loss changes embedding\.weight in place.*max_norm"):
+        module = fitted(tmp_path, make, callback, tokens(), tokens())
+    alone = fitted(tmp_path, make, None, tokens(), tokens())
+    for name, tensor in alone.state_dict().items():
+        assert torch.equal(tensor, module.state_dict()[name])
+
+
 def test_the_loader_of_toy_runs_is_another_structure(tmp_path: Any) -> None:
     with pytest.raises(LossError, match=r"Plain.training_step raised TypeError"):
         fitted(tmp_path, Plain, measure(dataloader=loader()))
+
+
+# -- samples of another structure, and losses that are no means --------------------------------------
+
+
+def warnings_of(tmp_path: Any, make: Any, callback: Any, train: Any = None, val: Any = None) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fitted(tmp_path, make, callback, train, val, max_epochs=1)
+    return [str(warning.message) for warning in caught]
+
+
+class Optional(Plain):
+    """Has a consistency term if the batch has a second view."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = super().training_step(batch, batch_idx)
+        return loss + (self.net(batch["x"]) - self.net(batch["view"])).square().mean() if "view" in batch else loss
+
+
+class Offers(Optional):
+    def hessian_loss(self, batch: Any) -> Any:
+        return self.training_step(batch, 0)
+
+
+def with_views(**options: Any) -> DataLoader:
+    return DataLoader([{"x": x, "y": y, "view": x + 0.1} for x, y in data(48)], batch_size=8, **options)
+
+
+@pytest.mark.parametrize("choice", [{}, {"at_steps": [3]}], ids=["start", "later"])
+def test_samples_of_another_structure_are_said_once(choice: dict[str, Any], tmp_path: Any) -> None:
+    """The step takes validation batches without an error, and has another loss there."""
+    found = warnings_of(tmp_path, Optional, measure(**choice), with_views(shuffle=True))
+    (text,) = [text for text in found if "another structure" in text]
+    assert "batch is a mapping with the keys 'x', 'y', and a mapping with the keys 'x', 'y', 'view' in training" in text
+    for remedy in ("dataloader='train'", "dataloader=my_loader", "loss_fn=..."):
+        assert remedy in text
+
+
+def loss_of_pairs(module: Any, batch: Any) -> Any:
+    return module.loss(batch["x"], batch["y"])
+
+
+@pytest.mark.parametrize(
+    ("make", "choice", "val"),
+    [
+        (Optional, {"dataloader": "train"}, None),
+        (Optional, {"loss_fn": loss_of_pairs}, None),
+        (Offers, {}, None),
+        (Optional, {}, with_views()),
+    ],
+    ids=["train", "loss_fn", "hessian_loss", "alike"],
+)
+def test_a_loss_that_is_meant_for_the_samples_needs_no_warning(
+    make: Any, choice: dict[str, Any], val: Any, tmp_path: Any
+) -> None:
+    found = warnings_of(tmp_path, make, measure(**choice), with_views(shuffle=True), val)
+    assert not [text for text in found if "another structure" in text]
+
+
+class Summed(Plain):
+    def loss(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return functional.cross_entropy(self.net(x), y, reduction="sum") / 100
+
+
+def test_a_sum_over_samples_is_said_once_a_run(tmp_path: Any) -> None:
+    callback = measure()
+    for _ in range(2):
+        found = warnings_of(tmp_path, Summed, callback)
+        (text,) = [text for text in found if "sum over its samples" in text]
+        assert text.startswith("hessian: the loss of a batch is the sum")
+    assert [text for text in warnings_of(tmp_path, Plain, callback) if "sum over its samples" in text] == []
+
+
+def test_a_batch_of_ignored_labels_names_the_weight(tmp_path: Any) -> None:
+    ignored = [{"x": x, "y": torch.tensor(-100) if number < 8 else y} for number, (x, y) in enumerate(data(32))]
+    val = DataLoader(ignored, batch_size=1)
+    callback = measure(num_samples=32)
+    fitted(tmp_path, Plain, callback, val=val, max_epochs=1)
+    reason = callback.history[0].reason
+    assert "is nan" in reason
+    assert "the weight 0 with batch_weight=..." in reason
+    callback = measure(num_samples=32, batch_weight=lambda batch: float((batch["y"] >= 0).sum()))
+    fitted(tmp_path, Plain, callback, val=val, max_epochs=1)
+    assert callback.history[-1].logged

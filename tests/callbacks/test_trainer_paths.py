@@ -378,6 +378,52 @@ def test_a_callback_used_for_a_second_run_starts_afresh(tmp_path: Any) -> None:
         assert places(callback) == [("fit_start", 0, 0), ("epoch", 0, 6)]
 
 
+@pytest.fixture(scope="module")
+def without_callback(tmp_path_factory: Any) -> Any:
+    """A checkpoint of one epoch without the callback's state."""
+    folder = tmp_path_factory.mktemp("plain")
+    run = trainer(folder, max_epochs=1)
+    run.fit(seeded(), loader(), loader(seed=1))
+    run.save_checkpoint(folder / "plain.ckpt")
+    return folder / "plain.ckpt"
+
+
+@pytest.mark.parametrize("copied", [False, True], ids=["same object", "copy"])
+def test_a_used_callback_brings_nothing_to_a_resumed_run(copied: bool, without_callback: Any, tmp_path: Any) -> None:
+    callback = measure()
+    run = trainer(tmp_path / "one", callback, max_epochs=1)
+    run.fit(seeded(seed=5), loader(seed=7), loader(seed=8))
+    first = callback.history
+    assert len(first) == 2
+    if copied:
+        callback = copy.deepcopy(callback)
+    seen: list[Any] = []
+
+    class Look(Callback):
+        def on_train_batch_start(self, run: Any, module: Any, batch: Any, batch_idx: int) -> None:
+            seen.append(run.callback_metrics.get("hessian/slope"))
+
+    run = trainer(tmp_path / "two", Look(), callback, max_epochs=2, logger=CSVLogger(tmp_path / "two"))
+    run.fit(seeded(), loader(), loader(seed=1), ckpt_path=without_callback)
+    assert places(callback) == [("epoch", 1, 12)]
+    assert seen[0] is None
+    with open(tmp_path / "two" / "lightning_logs" / "version_0" / "hessian_history.jsonl") as file:
+        assert sum('"when"' in line for line in file) == 1
+    alone = measure()
+    trainer(tmp_path / "three", alone, max_epochs=2).fit(seeded(), loader(), loader(seed=1), ckpt_path=without_callback)
+    assert torch.equal(callback.history[0].spectrum.eigenvalues, alone.history[0].spectrum.eigenvalues)
+
+
+def test_a_trainer_that_goes_on_keeps_the_history(tmp_path: Any) -> None:
+    callback, module = measure(), seeded()
+    run = trainer(tmp_path, callback, max_epochs=1)
+    run.fit(module, loader(), loader(seed=1))
+    trainer(tmp_path, callback).validate(module, loader(seed=1), verbose=False)
+    run.fit_loop.max_epochs = 2
+    run.fit(module, loader(), loader(seed=1))
+    assert [when for when, *_ in places(callback)] == ["fit_start", "epoch", "validate", "epoch"]
+
+
 # -- what is written -----------------------------------------------------------------------------------------
 
 

@@ -1,4 +1,7 @@
-"""Write docs/compatibility.md from the tests that pass here: ``python -m tests.helpers.compatibility``."""
+"""Write docs/compatibility.md from the tests that pass here: ``python -m tests.helpers.compatibility``.
+
+With ``--situations`` only the section of other people's code is run and written again.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.helpers.field_kinds import OUTCOMES, SITUATIONS
 
 PAGE = Path(__file__).parents[2] / "docs" / "compatibility.md"
 
@@ -42,6 +47,7 @@ SECTIONS = [
         "tests/callbacks/test_faults.py",
     ),
 ]
+HEADING = "## Other people's code"
 # From here on the page is written by hand, and kept.
 BY_HAND = "## On a GPU"
 PACKAGES = ("torch", "lightning", "torchmetrics", "transformers")
@@ -85,13 +91,25 @@ def page(outcomes: dict[str, str]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def situations() -> str:
+    """Return the section of other people's code; it is written only if its tests pass."""
+    lines = [HEADING, "", OUTCOMES, "", "| Situation | Outcome | Test |", "|---|---|---|"]
+    lines += [f"| {situation} | {outcome} | `{test}` |" for situation, outcome, test in SITUATIONS]
+    return "\n".join(lines) + "\n"
+
+
 def main() -> int:
     """Run the tests; write the page only if all pass, or are skipped for want of a package."""
     outcomes = Outcomes()
-    status = pytest.main(["-q", "-p", "no:cacheprovider", *(tests for *_, tests in SECTIONS)], plugins=[outcomes])
+    tests = [test for *_, test in SITUATIONS]
+    if "--situations" not in sys.argv:
+        tests += [tests for *_, tests in SECTIONS]
+    status = pytest.main(["-q", "-p", "no:cacheprovider", *tests], plugins=[outcomes])
     if status == 0:
-        heading, by_hand = PAGE.read_text().partition(BY_HAND)[1:]
-        PAGE.write_text(f"{page(outcomes.of)}\n{heading}{by_hand}")
+        text = PAGE.read_text()
+        start = HEADING if HEADING in text else BY_HAND
+        generated = text.partition(start)[0] if "--situations" in sys.argv else f"{page(outcomes.of)}\n"
+        PAGE.write_text(f"{generated}{situations()}\n{''.join(text.partition(BY_HAND)[1:])}")
     return int(status)
 
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from hessian_callback.linalg.distributed import Ranks
 from hessian_callback.operators.gradients import gradient_norm, parameter_norm
+from hessian_callback.operators.loss import BatchLoss
 from tests.helpers.cases import CASES
 from tests.helpers.ranks import run_ranks
 
@@ -24,7 +25,7 @@ def test_gradient_of_the_weighted_mean(name: str) -> None:
     parameters = list(case.model.parameters())
     gradients = torch.autograd.grad(total / sum(case.weights), parameters)
     expected = float(torch.cat([gradient.flatten() for gradient in gradients]).norm())
-    found = gradient_norm(case.model, case.loss_fn, case.batches, case.weights, parameters, Ranks())
+    found = gradient_norm(BatchLoss(case.model, case.loss_fn, parameters), case.batches, case.weights, Ranks())
     assert found == pytest.approx(expected, rel=1e-12)
     assert all(parameter.grad is None for parameter in parameters)
 
@@ -46,14 +47,8 @@ def _on_ranks(rank: int, failing: int | None) -> Any:
             raise ZeroDivisionError("broken")
         return case.loss_fn(model, batch)
 
-    return gradient_norm(
-        case.model,
-        loss_fn,
-        case.batches[rank::size],
-        case.weights[rank::size],
-        list(case.model.parameters()),
-        Ranks(dist.group.WORLD),
-    )
+    loss = BatchLoss(case.model, loss_fn, list(case.model.parameters()), rank=rank)
+    return gradient_norm(loss, case.batches[rank::size], case.weights[rank::size], Ranks(dist.group.WORLD))
 
 
 def test_ranks_share_the_batches_and_fail_together() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,7 +31,8 @@ class MetricReporter(Reporter):
         if report.can_log and measurement.when == "step":
             # For callbacks that monitor it. Logged separately below, because Lightning subsamples steps.
             for name, value in report.values.items():
-                report.pl_module.log(
+                _log(
+                    report.pl_module,
                     f"{report.prefix}/{name}",
                     _scalar(value, report.pl_module.device),
                     on_step=True,
@@ -62,7 +64,8 @@ class MetricReporter(Reporter):
                 metric.update(report.measurement.fitted_eigenvalues)
             else:
                 metric.update(value)
-            report.pl_module.log(
+            _log(
+                report.pl_module,
                 f"{report.prefix}/{name}",
                 metric,
                 on_step=False,
@@ -71,6 +74,16 @@ class MetricReporter(Reporter):
                 add_dataloader_idx=False,
                 metric_attribute=f"{report.prefix}/{name}",
             )
+
+
+def _log(pl_module: LightningModule, *args: Any, **options: Any) -> None:
+    """Log by Lightning's own method: a module may override it, with other names or fewer options."""
+    method = next(
+        base.log  # type: ignore[attr-defined]
+        for base in type(pl_module).__mro__
+        if base.__name__ == "LightningModule" and base.__module__.startswith(("lightning.", "pytorch_lightning."))
+    )
+    method(pl_module, *args, **options)
 
 
 def restore_monitored(trainer: Trainer, pl_module: LightningModule, prefix: str, values: Mapping[str, float]) -> None:

@@ -9,7 +9,6 @@ from hessian_callback.measurement.extras.base import Examination, Extra, Finding
 from hessian_callback.operators.fully_shard import is_sharded
 from hessian_callback.operators.gradients import gradient_norm, parameter_norm
 from hessian_callback.operators.hessian import HessianOperator
-from hessian_callback.operators.parameters import select_parameters
 
 __all__ = ["Norms"]
 
@@ -30,8 +29,5 @@ class Norms(Extra):
         assert isinstance(operator, HessianOperator)
         if is_sharded(problem.model) and not operator.exact:
             raise ValueError("norms need whole parameters, and hvp='finite_difference' leaves them sharded")
-        chosen = list(select_parameters(problem.model, problem.parameters).values())
-        gradient = gradient_norm(
-            problem.model, problem.loss_fn, operator.batches, operator.weights, chosen, problem.ranks
-        )
-        return Finding({"parameter_norm": parameter_norm(chosen), "gradient_norm": gradient})
+        gradient = gradient_norm(operator.loss, operator.batches, operator.weights, problem.ranks)
+        return Finding({"parameter_norm": parameter_norm(operator.loss.parameters), "gradient_norm": gradient})

@@ -1,0 +1,86 @@
+"""The weights that the optimizer trains, while other callbacks exchange them for validation."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hessian_callback.callbacks.state_guard import defer_saving_signals
+from hessian_callback.measurement.state_records import own_part
+
+__all__ = ["TrainingWeights", "averaging_callbacks"]
+
+
+class TrainingWeights:
+    """Copies of the trained weights, made before other callbacks can exchange them, and put back for a measurement.
+
+    A callback that averages weights puts the averages in the place of the weights for validation, and exchanges them
+    again in one of the hooks at the end of validation, before or after the one in which a measurement is made.
+    """
+
+    def __init__(self) -> None:
+        self._kept: list[tuple[Tensor, Tensor]] = []
+
+    def keep(self, module: nn.Module) -> None:
+        """Copy the values of parameters and buffers."""
+        # Ordinary tensors, because they are written to.
+        with torch.inference_mode(False), torch.no_grad():
+            self._kept = [
+                (tensor, own_part(tensor).clone())
+                for tensor in itertools.chain(module.parameters(), module.buffers())
+                if not tensor.is_meta and not isinstance(tensor, (nn.UninitializedParameter, nn.UninitializedBuffer))
+            ]
+
+    def discard(self) -> None:
+        """Discard the copies."""
+        self._kept = []
+
+    @contextmanager
+    def put_back(self, trainer: Any) -> Iterator[bool]:
+        """Put the copies in the place of the present values inside the block, if any parameter differs from its copy.
+
+        Args:
+            trainer: the running trainer, whose handlers of signals may save the weights.
+
+        Yields:
+            Whether any parameter differed.
+        """
+        differing = [(tensor, kept) for tensor, kept in self._kept if not torch.equal(own_part(tensor), kept)]
+        if not any(isinstance(tensor, nn.Parameter) for tensor, _ in differing):
+            yield False
+            return
+        with defer_saving_signals(trainer):
+            _exchange(differing)
+            try:
+                yield True
+            finally:
+                _exchange(differing)
+
+
+def _exchange(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
+    with torch.inference_mode(False), torch.no_grad():
+        for tensor, kept in pairs:
+            own = own_part(tensor)
+            present = own.clone()
+            own.copy_(kept)
+            kept.copy_(present)
+
+
+def averaging_callbacks(callbacks: Iterable[Any]) -> list[str]:
+    """Return the names of callbacks that average weights, by the names of their classes.
+
+    Example:
+        >>> from lightning.pytorch.callbacks import EMAWeightAveraging, RichProgressBar
+        >>> averaging_callbacks([EMAWeightAveraging(), RichProgressBar()])
+        ['EMAWeightAveraging']
+    """
+    return [
+        type(callback).__name__
+        for callback in callbacks
+        if any("Averag" in base.__name__ or "EMA" in base.__name__ for base in type(callback).__mro__)
+    ]

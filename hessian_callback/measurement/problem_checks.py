@@ -1,0 +1,120 @@
+"""Checks of a problem before its first measurement, which say what a measurement cannot correct."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hessian_callback.measurement.errors import LossError, NotTrainableError
+from hessian_callback.measurement.loss import REDUCTION_WARNINGS, loss_reduction
+from hessian_callback.measurement.problem import Problem
+from hessian_callback.measurement.state_guard import preserve_random_state
+from hessian_callback.measurement.state_records import REMEDY
+from hessian_callback.operators.fully_shard import is_sharded
+from hessian_callback.operators.hessian import HessianOperator
+from hessian_callback.operators.loss import NotAFunctionError
+from hessian_callback.operators.parameters import chosen_sizes
+
+__all__ = ["changes_warning", "check_trainable", "explained_change", "parameters_warning", "reduction_warning"]
+
+# A warning names so many attributes, and the reduction is judged by one of so many batches.
+_SHOWN = 3
+
+
+def check_trainable(problem: Problem, num_eigenvalues: int) -> None:
+    """Check that enough of the chosen parameters are trained for K eigenvalues.
+
+    Raises:
+        NotTrainableError: if there are too few, but there would be enough if none were frozen.
+    """
+    trained, all_chosen = chosen_sizes(problem.model, problem.parameters)
+    if trained < num_eigenvalues <= all_chosen:
+        chosen = "the parameters" if problem.parameters is None else f"parameters={problem.parameters!r}"
+        raise NotTrainableError(
+            f"{all_chosen - trained} of {all_chosen} rows of the Hessian of {chosen} belong to frozen parameters, and "
+            f"num_eigenvalues={num_eigenvalues} needs more than the other {trained}. They are measured as soon as they "
+            "are trained"
+        )
+
+
+def reduction_warning(operator: HessianOperator, problem: Problem) -> str | None:
+    """Return a warning if the loss of a batch is not the mean over its samples; ``None`` if it is, or if unknown.
+
+    The loss is evaluated on one of this rank's batches and on its halves. Losses that draw random numbers, and those
+    of sharded models, are not examined.
+    """
+    if operator.draws or is_sharded(problem.model):
+        return None
+
+    def loss(model: Any, batch: Any) -> Tensor:
+        value = problem.loss_fn(model, batch)
+        if problem.restore_state is not None:
+            problem.restore_state()
+        return value
+
+    for batch in problem.batches[:_SHOWN]:
+        try:
+            with preserve_random_state():
+                reduction = loss_reduction(loss, problem.model, batch, batch_weight=problem.batch_weight)
+        except Exception:  # The loss takes no half of a batch, or there is no memory; neither is an error here.
+            return None
+        if reduction is not None:
+            return REDUCTION_WARNINGS.get(reduction)
+    return None
+
+
+def parameters_warning(problem: Problem) -> str | None:
+    """Return a warning if an evaluation of the loss writes to trained parameters; ``None`` if it does not."""
+    named = [(name, parameter) for name, parameter in problem.model.named_parameters() if parameter.requires_grad]
+    versions = [parameter._version for _, parameter in named]
+    if is_sharded(problem.model) or not problem.batches:
+        return None
+    with preserve_random_state(), torch.no_grad():
+        problem.loss_fn(problem.model, problem.batches[0])
+    if problem.restore_state is not None:
+        problem.restore_state()
+    changed = [name for (name, parameter), before in zip(named, versions, strict=True) if parameter._version != before]
+    if not changed:
+        return None
+    return (
+        f"the loss changes {_listed(changed)} in place (nn.Embedding(max_norm=...) does), so the Hessian is that at "
+        "the changed values, without the dependence of the change on the parameters"
+    )
+
+
+def changes_warning(problem: Problem) -> str | None:
+    """Return a warning if the loss changed state that is not restored; ``None`` if it did not."""
+    changed = _changes(problem)
+    if not changed:
+        return None
+    return (
+        f"the loss changes {changed}, which belongs to a library's object and cannot be put back, so training goes on "
+        f"from a changed state. {REMEDY}"
+    )
+
+
+def explained_change(problem: Problem, error: NotAFunctionError) -> LossError:
+    """Return the error for a loss that gave two values for the same parameters and batch."""
+    changed = _changes(problem)
+    return LossError(
+        f"{error.finding}. "
+        + (f"It changes {changed}, which belongs to a library's object and cannot be put back. " if changed else "")
+        + (
+            ""
+            if changed
+            else "An evaluation changes some state that is not put back (a generator of its own, a library's object). "
+        )
+        + f"{REMEDY}"
+    )
+
+
+def _changes(problem: Problem) -> str:
+    return _listed([] if problem.changes is None else problem.changes())
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = len(names) - _SHOWN
+    return ", ".join(names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
