@@ -22,8 +22,9 @@ from benchmarks.libraries.library import Library, library, version
 from benchmarks.timing import pin_threads
 from hessian_callback import PowerLawHessianCallback
 
-# The number of eigenvalues and samples of every run.
+# Options of every run with the callback.
 OPTIONS: dict[str, Any] = {"num_eigenvalues": 5, "num_samples": 64, "figures": False}
+SOURCES = ("val", "train")
 
 
 @dataclass
@@ -31,7 +32,8 @@ class Run:
     """What one training run with the callback left.
 
     Attributes:
-        remedy: the options beside the default ones, in words; ``None`` if there are none.
+        source: the loader of the samples, ``"val"`` or ``"train"``.
+        remedy: further options, in words; ``None`` if there are none.
         differs: the state that is not the same as after the run without the callback.
         slopes: the slope of each measurement.
         reasons: why measurements failed.
@@ -42,6 +44,7 @@ class Run:
         total_seconds: seconds of the whole run.
     """
 
+    source: str
     remedy: str | None
     differs: list[str] = field(default_factory=list)
     slopes: list[float | None] = field(default_factory=list)
@@ -70,7 +73,7 @@ class Trial:
         trainer: the package of the Trainer that ran, and its version.
         irreproducible: the state that differs between two runs without the callback.
         plain_seconds: seconds of a run without the callback.
-        runs: the run with default options, and those with remedies until one measured.
+        runs: for each source of samples a run without remedy, and those with remedies until one measured.
     """
 
     name: str
@@ -162,9 +165,9 @@ def _train(case: Library, end: EndState, *callbacks: Any) -> None:
             end.warned = list(dict.fromkeys(str(one.message) for one in caught))
 
 
-def _with_callback(case: Library, plain: EndState, remedy: str | None, options: Mapping[str, Any]) -> Run:
-    run, end = Run(remedy), EndState()
-    callback = PowerLawHessianCallback(**(OPTIONS | dict(case.setting) | dict(options)))
+def _with_callback(case: Library, plain: EndState, source: str, remedy: str | None, options: Mapping[str, Any]) -> Run:
+    run, end = Run(source, remedy), EndState()
+    callback = PowerLawHessianCallback(**{**OPTIONS, "dataloader": source, **case.setting, **options})
     try:
         _train(case, end, callback)
         run.differs = differences(plain.values, end.values)
@@ -192,10 +195,11 @@ def run_trial(name: str) -> Trial:
     _train(case, plain)
     trial.trainer, trial.plain_seconds = plain.trainer, plain.seconds
     trial.irreproducible = differences(first.values, plain.values)
-    for remedy, options in {None: {}, **case.remedies}.items():
-        trial.runs.append(_with_callback(case, plain, remedy, options))
-        if trial.runs[-1].measured:
-            break
+    for source in SOURCES:
+        for remedy, options in {None: {}, **case.remedies}.items():
+            trial.runs.append(_with_callback(case, plain, source, remedy, options))
+            if trial.runs[-1].measured:
+                break
     return trial
 
 
