@@ -22,11 +22,11 @@ class _Denoiser(nn.Module):
             in_channels=1,
             out_channels=1,
             layers_per_block=1,
-            block_out_channels=(8, 16),
-            norm_num_groups=4,
-            attention_head_dim=8,
-            down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-            up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+            block_out_channels=(4, 8),
+            norm_num_groups=2,
+            attention_head_dim=4,
+            down_block_types=("DownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "UpBlock2D"),
         )
         self.scheduler = diffusers.DDPMScheduler(num_train_timesteps=100)
 

@@ -14,9 +14,9 @@ on the CPU, without a network. A library without a LightningModule of its own ha
 with samples of the training loader (`dataloader="train"`). All start from the same seeds, and must end with the same
 weights, states of optimizers, random generators, modes, hyperparameters and logged metrics, bit for bit.
 
-The callback measures {k} eigenvalues on {n} samples, before the first step and at the end of each epoch. "At once" means
-that no other option was needed. Otherwise the table names the option, and the message that asks for it stands below the
-table. Products and seconds are medians over the measurements of a run, on one thread of a busy machine.
+The callback measures {k} eigenvalues on {n} samples, before the first step and at the end of each epoch. "At once"
+means that no other option was needed. Otherwise the table names the option, and the message that asks for it stands
+below the table. Products and seconds are medians over the measurements of a run, on one thread of a busy machine.
 """
 
 
