@@ -56,9 +56,25 @@ def leading_dimension(batch: Any) -> float:
         raise ValueError(
             f"cannot count the samples in a batch of type {type(batch).__name__}: it has {found}. "
             "Pass batch_weight=..., a callable(batch) that returns the number of terms in its mean loss, for "
-            "example lambda batch: len(batch[0]), or the number of counted tokens"
+            f"example lambda batch: {_count_of(batch)}, or the number of counted tokens"
         )
     return float(sizes.pop())
+
+
+def _count_of(batch: Any) -> str:
+    """Return an expression for the number of terms of a batch, from a tensor that it has if there is one."""
+    if isinstance(getattr(batch, "num_graphs", None), int):
+        return "batch.num_graphs"
+    if isinstance(batch, Mapping):
+        entries = {f"batch[{key!r}]": value for key, value in batch.items()}
+    elif isinstance(batch, (list, tuple)):
+        names = getattr(batch, "_fields", None)
+        entries = {f"batch.{names[n]}" if names else f"batch[{n}]": value for n, value in enumerate(batch)}
+    else:
+        attributes = getattr(batch, "__dict__", {})
+        entries = {f"batch.{name}": value for name, value in attributes.items() if not name.startswith("_")}
+    counted = [name for name, value in entries.items() if isinstance(value, Tensor) and value.dim()]
+    return f"len({counted[0] if counted else 'batch.targets'})"
 
 
 def halves(batch: Any) -> tuple[Any, Any]:

@@ -71,6 +71,41 @@ def test_what_is_not_clear_is_not_guessed_at(batch: Any) -> None:
         halves(batch)
 
 
+class Graphs:
+    """Several graphs as one, as graph libraries collate them."""
+
+    def __init__(self) -> None:
+        self.num_graphs = 2
+        self.nodes = torch.zeros(5, 3)
+
+
+class Ragged:
+    def __init__(self) -> None:
+        self._hidden = torch.zeros(4)
+        self.scale = torch.tensor(1.0)
+        self.targets = torch.zeros(2)
+
+
+@pytest.mark.parametrize(
+    ("batch", "count"),
+    [
+        ([torch.zeros(2), torch.zeros(3)], 2),
+        (["a", torch.zeros(2), torch.zeros(3)], 2),
+        ({"x": torch.zeros(2), "y": torch.zeros(3)}, 2),
+        (Pair([torch.zeros(7)], torch.zeros(2)), 2),
+        (Graphs(), 2),
+        (Ragged(), 2),
+    ],
+    ids=["list", "names and tensors", "dictionary", "named tuple", "graphs", "object"],
+)
+def test_the_suggested_weight_is_one_that_the_batch_has(batch: Any, count: int) -> None:
+    with pytest.raises(ValueError, match="Pass batch_weight") as raised:
+        leading_dimension(batch)
+    suggested = str(raised.value).partition("for example ")[2].partition(", or the number")[0]
+    assert suggested.startswith("lambda batch: ")
+    assert eval(suggested)(batch) == count
+
+
 def test_one_sample_has_no_halves() -> None:
     with pytest.raises(ValueError, match="one sample"):
         halves(torch.zeros(1, 4))

@@ -1,0 +1,1 @@
+"""Libraries written elsewhere, trained with the callback and without: `python -m benchmarks.libraries`."""
