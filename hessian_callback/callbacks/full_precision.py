@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from hessian_callback.callbacks.lightning_packages import LightningModule, MisconfigurationException, Trainer
+from hessian_callback.linalg.free_memory import free_memory
 from hessian_callback.measurement.batch_copies import map_tensors
 from hessian_callback.operators.fully_shard import is_sharded
-from hessian_callback.operators.memory import free_memory, readable_size
+from hessian_callback.operators.memory import readable_size
 
 __all__ = ["batch_in_full_precision", "has_half_precision", "in_full_precision"]
 

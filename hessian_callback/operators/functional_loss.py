@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from hessian_callback.linalg.free_memory import free_memory
 from hessian_callback.operators.batches import map_tensors
 from hessian_callback.operators.derivatives import check_twice_differentiable, differentiate, graph_nodes
 from hessian_callback.operators.loss import BatchLoss, LossModule
-from hessian_callback.operators.memory import free_memory
 from hessian_callback.operators.parameters import constant_padding
 
 __all__ = ["FunctionalLoss"]

@@ -1,49 +1,23 @@
-"""How much memory there is, and how much of it an autograd graph holds."""
+"""Memory that vectors may take, and the memory that an autograd graph holds."""
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from hessian_callback.linalg.free_memory import free_memory
 
 __all__ = [
     "SavedTensors",
     "count_saved_tensors",
     "device_with_room",
-    "free_memory",
     "is_out_of_memory",
     "readable_size",
 ]
-
-
-def free_memory(device: torch.device) -> int | None:
-    """Bytes that could be allocated on a device now, or ``None`` where the system does not say.
-
-    Example:
-        >>> free = free_memory(torch.device("cpu"))
-        >>> free is None or free > 0
-        True
-    """
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        # The allocator's own unused blocks can be had as well.
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    if device.type != "cpu":
-        return None
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        for line in meminfo.read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):
-        return None
 
 
 def device_with_room(device: torch.device, num_bytes: float, budget: int | None = None) -> torch.device:

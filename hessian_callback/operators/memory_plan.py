@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from hessian_callback.linalg.distributed import PeerError, RankLostError, Ranks
+from hessian_callback.linalg.free_memory import free_memory
 from hessian_callback.operators.derivatives import DoubleBackwardError
 from hessian_callback.operators.loss import BatchLoss
-from hessian_callback.operators.memory import free_memory, is_out_of_memory, readable_size
+from hessian_callback.operators.memory import is_out_of_memory, readable_size
 from hessian_callback.operators.micro_batches import MicroBatches
 from hessian_callback.operators.products import DoubleBackward, FiniteDifference, trial_directions
 

@@ -1,29 +1,12 @@
-"""Free memory as the system tells it, and what a graph holds against what is known of it."""
+"""Where vectors are kept, and what a graph holds against what is known of it."""
 
 from __future__ import annotations
-
-from pathlib import Path
 
 import pytest
 import torch
 
 from hessian_callback.operators import memory
-from hessian_callback.operators.memory import count_saved_tensors, free_memory
-
-
-@pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="a Linux file")
-def test_free_memory_is_below_the_total() -> None:
-    total = int(Path("/proc/meminfo").read_text().splitlines()[0].split()[1]) * 1024
-    free = free_memory(torch.device("cpu"))
-    assert free is not None
-    assert 0 < free < total
-
-
-def test_a_system_that_does_not_say(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory.Path, "exists", lambda self: False)
-    monkeypatch.delattr(memory.os, "sysconf")
-    assert free_memory(torch.device("cpu")) is None
-    assert free_memory(torch.device("meta")) is None
+from hessian_callback.operators.memory import count_saved_tensors
 
 
 def test_shared_storage_counts_once_and_parameters_do_not() -> None:
