@@ -12,6 +12,7 @@ from hessian_callback.algorithms.lanczos import LanczosProgress
 from hessian_callback.callbacks.lightning_packages import Trainer
 from hessian_callback.callbacks.progress import announce, measuring
 from hessian_callback.linalg.distributed import Ranks
+from hessian_callback.linalg.free_memory import free_memory
 from hessian_callback.measurement.failure_policy import SigtermReceived
 from hessian_callback.measurement.observer import CostEstimate, Observer
 from hessian_callback.measurement.problem import Problem
@@ -79,6 +80,8 @@ class TrainerObserver(Observer):
         vectors = cost.num_hvps + cost.num_kept_vectors
         basis = vectors * operator.partition.slice_length * torch.finfo(operator.dtype).bits // 8
         graphs = operator.num_cached_graphs * operator.bytes_per_graph
+        free = free_memory(operator.device)
+        available = "" if free is None else f" ({readable_size(free)} are free)"
         each = operator.seconds_per_product()
         self._announcements.say(
             self._trainer,
@@ -86,8 +89,8 @@ class TrainerObserver(Observer):
             f"{problem.num_batches} batch(es), about {cost.num_hvps} Hessian-vector products (at most "
             f"{cost.max_hvps}){more}, {1e3 * each:.3g} ms each, so about "
             f"{each * (cost.num_hvps + cost.num_extra_hvps):.2g} s, and memory for each rank about "
-            f"{readable_size(basis)} of Lanczos vectors and {readable_size(graphs)} of gradient graphs. Measurements "
-            "are in the history of the callback in trainer.callbacks",
+            f"{readable_size(basis)} of Lanczos vectors and {readable_size(graphs)} of gradient graphs{available}. "
+            "Measurements are in the history of the callback in trainer.callbacks",
         )
 
     @contextmanager

@@ -10,6 +10,8 @@ sets its flag, so all ranks leave that product with an error instead of waiting 
 
 from __future__ import annotations
 
+import hashlib
+import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -173,6 +175,17 @@ class Ranks:
         table = row.new_zeros(self.world_size, len(row))
         table[self.rank] = row
         return self.all_reduce(table).cpu()
+
+    def num_on_host(self) -> int:
+        """Return the number of these ranks on this machine. A collective.
+
+        Example:
+            >>> Ranks().num_on_host()
+            1
+        """
+        # 48 bits of a hash are exact in float64.
+        host = int.from_bytes(hashlib.sha256(socket.gethostname().encode()).digest()[:6], "big")
+        return int((self.gather([float(host)]) == float(host)).sum())
 
     def reduce_scatter(
         self,

@@ -17,6 +17,7 @@ from hessian_callback.algorithms.pooled_ritz import pooled_ritz_values
 from hessian_callback.algorithms.spectrum import Spectrum
 from hessian_callback.linalg.linear_operator import SymmetricOperator
 from hessian_callback.measurement.measurement import Mode
+from hessian_callback.measurement.vector_room import check_vector_room, vector_room
 from hessian_callback.operators.memory import device_with_room
 from hessian_callback.power_law.fit import PowerLawFit, fit_power_law
 from hessian_callback.power_law.uncertainty import slope_numerical_interval
@@ -28,6 +29,9 @@ EXPECTED_HVPS_PER_EIGENVALUE = 4
 
 # The ten largest eigenvalues of transformers needed up to 320 products.
 _SMALLEST_DEFAULT_MAX_HVPS = 300
+
+# Basis vectors beyond K that a Lanczos run needs for useful bounds.
+_SPARE_VECTORS = 12
 
 _ENGINES = ("auto", "double_backward", "linearize", "finite_difference")
 
@@ -107,6 +111,8 @@ class Solver(ABC):
         Raises:
             ArithmeticError: if a product holds NaN or infinity.
             CheckpointError: if the checkpoint cannot be used.
+            NotEnoughMemoryError: a `MemoryError`, on all ranks together and before the first product, if the vectors
+                do not fit the free memory.
         """
 
     @abstractmethod
@@ -235,17 +241,21 @@ class Lanczos(Solver):
         expected = self.expected_hvps(num_eigenvalues, operator.partition.size)
         _announce_products(operator, expected)
         basis_bytes = expected * operator.partition.slice_length * torch.finfo(operator.dtype).bits // 8
+        device = device_with_room(operator.device, basis_bytes, self.memory_budget)
+        room = vector_room(operator, device, kept=num_eigenvalues if return_eigenvectors else 0)
+        check_vector_room(operator, device, min(num_eigenvalues + _SPARE_VECTORS, operator.partition.size), room)
+        limit = self.hvp_limit(num_eigenvalues)
         return top_eigenvalues(
             operator,
             num_eigenvalues,
             rtol=self.rtol,
-            max_matvecs=self.hvp_limit(num_eigenvalues),
+            max_matvecs=limit if room is None else min(limit, room),
             seed=seed,
             positive_only=True,
             criterion=self._fixes_the_slope if self.stop_on == "slope" else None,
             return_eigenvectors=return_eigenvectors,
             progress=progress,
-            basis_device=device_with_room(operator.device, basis_bytes, self.memory_budget),
+            basis_device=device,
             checkpoint=checkpoint,
         )
 
@@ -263,6 +273,11 @@ class Lanczos(Solver):
     def _why_untrusted(self, spectrum: Spectrum, num_eigenvalues: int) -> str:
         if spectrum.stopped == "max_matvecs":
             limit = self.hvp_limit(num_eigenvalues)
+            if spectrum.num_matvecs < limit:
+                return (
+                    f"positive and converged: no more than {spectrum.num_matvecs} Lanczos vectors fit the free memory; "
+                    "choose fewer parameters, a smaller num_eigenvalues, a larger rtol, or more ranks"
+                )
             return f"positive and converged: max_hvps={limit} products were spent; allow more, or a larger rtol"
         return (
             f"positive and converged: no other is known to lie above the rounding level of {spectrum.rounding:.2g}; "
@@ -344,6 +359,8 @@ class PublishedProtocol(Solver):
             raise ValueError("the runs of PublishedProtocol have no checkpoint; use solver=Lanczos(checkpoint=...)")
         _announce_products(operator, self.expected_hvps(num_eigenvalues, operator.partition.size))
         steps = self._steps(num_eigenvalues)
+        room = vector_room(operator, operator.device)
+        check_vector_room(operator, operator.device, min(steps, operator.partition.size), room)
         pool = pooled_ritz_values(operator, num_runs=self.runs, num_steps=steps, seed=seed, progress=progress)
         return pool.top(num_eigenvalues)
 
