@@ -304,6 +304,9 @@ class PowerLawHessianCallback(CallbackBase):
             self.failures = self.failures.copy()
             self._announcements = Announcements(self.prefix, self.verbose)
             self._parameter_names = ()
+            self._validated_at = None
+            if self.prediction is not None:
+                self.prediction.follow(self.history)
         self._structures.forget()
 
     def _check_parameters(self, pl_module: LightningModule) -> None:
