@@ -102,7 +102,7 @@ def _remember_trainer(snapshot: Snapshot, trainer: Trainer) -> None:
 
 @contextmanager
 def _trainer_set_aside(trainer: Trainer) -> Iterator[None]:
-    """Replace loggers and stage inside the block, and restore the attributes of the trainer and its loops afterwards."""
+    """Replace loggers and stage inside the block, and restore attributes of the trainer and its loops afterwards."""
     owners = (trainer, trainer.state, trainer.fit_loop, trainer.fit_loop.epoch_loop)
     kept = [
         (vars(owner), {name: value for name, value in vars(owner).items() if isinstance(value, _SCALARS)})

@@ -242,7 +242,7 @@ def test_graphs_of_the_user_stay_usable(attached: Hoarder) -> None:
 def test_a_queue_that_another_thread_fills_is_left_alone(attached: Hoarder) -> None:
     attached.queue = queue.Queue()
     with preserve_training_state(attached.trainer, attached):
-        thread = threading.Thread(target=attached.queue.put, args=(1,))
+        thread = threading.Thread(target=lambda: attached.queue.put(1))
         thread.start()
         thread.join()
     assert attached.queue.qsize() == 1
@@ -336,7 +336,7 @@ CHANGES: dict[str, Any] = {
     "epochs": lambda m: setattr(m.trainer.fit_loop, "max_epochs", m.trainer.fit_loop.max_epochs + 1),
     "list hung on the trainer": lambda m: m.trainer.notes.append(1),
     "counter hung on the trainer": lambda m: m.trainer.counts.update("a"),
-    "attribute hung on the trainer": lambda m: setattr(m.trainer, "last", "step"),
+    "attribute hung on the trainer": lambda m: setattr(m.trainer, "last", vars(m.trainer).get("last", 0) + 1),
     "list exchanged": lambda m: setattr(m.trainer, "notes", [*m.trainer.notes, 1]),
     "own optimizer": step_own,
     "another group": lambda m: m.own_optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))]}),
