@@ -89,6 +89,10 @@ class PowerLawHessianCallback(CallbackBase):
     ``training_step``, in eval mode, in the parameters' precision without autocast (half-precision parameters are
     copied to float32), and with logging switched off.
 
+    The weights are those that the optimizer trains, also if another callback averages them or exchanges them for
+    validation; ``trainer.validate()`` measures those that the module then has. The callback comes before all others in
+    ``trainer.callbacks``, whatever their order was.
+
     With several ranks (``strategy="ddp"`` and its variants) all of them share the work. The samples are the same for
     any number of ranks; of an ``IterableDataset`` each rank takes the first samples of its own stream. When a
     measurement fails on one rank, all ranks give it up together.

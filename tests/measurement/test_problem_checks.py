@@ -169,9 +169,7 @@ def test_a_loss_that_trains_parameters_itself_names_them() -> None:
             model["momentum"].weight.mul_(0.9).add_(model["online"].weight, alpha=0.1)
         return functional.mse_loss(model["online"](batch[0]), model["momentum"](batch[0]))
 
-    with pytest.raises(
-        LossError, match=r"It changes momentum\.weight in place.*freeze parameters that"
-    ):
+    with pytest.raises(LossError, match=r"It changes momentum\.weight in place.*freeze parameters that"):
         measure(model, loss, [samples()], num_eigenvalues=3)
 
 
