@@ -38,7 +38,7 @@ from hessian_callback.callbacks.run_prediction import RunPrediction
 from hessian_callback.callbacks.sample_source import SampleSource
 from hessian_callback.callbacks.schedule import MeasurementSchedule
 from hessian_callback.callbacks.trainer_observer import Announcements, TrainerObserver
-from hessian_callback.callbacks.trainer_state import EpochClock, Run, callbacks_of, is_last, logged_step
+from hessian_callback.callbacks.trainer_state import EpochClock, Hook, Run, callbacks_of, is_last, logged_step
 from hessian_callback.callbacks.training_problem import ranks_of, run_guarded, training_problem
 from hessian_callback.callbacks.training_weights import TrainingWeights, averaging_callbacks
 from hessian_callback.linalg.distributed import PeerError, Ranks
@@ -88,6 +88,10 @@ class PowerLawHessianCallback(CallbackBase):
     The loss is ``loss_fn(pl_module, batch)``, else ``pl_module.hessian_loss(batch)``, else the result of
     ``training_step``, in eval mode, in the parameters' precision without autocast (half-precision parameters are
     copied to float32), and with logging switched off.
+
+    The weights are those that the optimizer trains, also if another callback averages them or exchanges them for
+    validation; ``trainer.validate()`` measures those that the module then has. The callback comes before all others in
+    ``trainer.callbacks``, whatever their order was.
 
     With several ranks (``strategy="ddp"`` and its variants) all of them share the work. The samples are the same for
     any number of ranks; of an ``IterableDataset`` each rank takes the first samples of its own stream. When a
@@ -304,6 +308,9 @@ class PowerLawHessianCallback(CallbackBase):
             self.failures = self.failures.copy()
             self._announcements = Announcements(self.prefix, self.verbose)
             self._parameter_names = ()
+            self._validated_at = None
+            if self.prediction is not None:
+                self.prediction.follow(self.history)
         self._structures.forget()
 
     def _check_parameters(self, pl_module: LightningModule) -> None:
@@ -332,7 +339,7 @@ class PowerLawHessianCallback(CallbackBase):
             after_validation=trainer.enable_validation and not simple,
         )
         if place is not None:
-            self._measure(trainer, pl_module, place, at_start=True)
+            self._measure(trainer, pl_module, place, "on_train_start")
         elif trainer.global_step == 0 and not self._restored:
             self._collect_ahead(trainer, pl_module)
         self._restore_monitored(trainer, pl_module)
@@ -355,7 +362,8 @@ class PowerLawHessianCallback(CallbackBase):
     ) -> None:
         """Measure if this batch took an optimizer step that is due; never within an accumulation."""
         if self._active:
-            self._measure_if_affordable(trainer, pl_module, self.schedule.at_batch_end(**self._here(trainer)))
+            place = self.schedule.at_batch_end(**self._here(trainer))
+            self._measure_if_affordable(trainer, pl_module, place, "on_train_batch_end")
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure in ``trainer.validate()``, and if monitoring callbacks look after validation."""
@@ -363,9 +371,11 @@ class PowerLawHessianCallback(CallbackBase):
             return
         self._validated_at = trainer.global_step
         if trainer.state.fn == TrainerFn.VALIDATING:
-            self._measure(trainer, pl_module, Place(trainer.current_epoch, trainer.global_step, "validate"))
+            place = Place(trainer.current_epoch, trainer.global_step, "validate")
+            self._measure(trainer, pl_module, place, "on_validation_epoch_end")
         else:
-            self._measure_if_affordable(trainer, pl_module, self.schedule.at_validation_end(**self._here(trainer)))
+            due = self.schedule.at_validation_end(**self._here(trainer))
+            self._measure_if_affordable(trainer, pl_module, due, "on_validation_epoch_end")
             self._weights.discard()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -374,7 +384,7 @@ class PowerLawHessianCallback(CallbackBase):
             return
         epoch_seconds = self._epoch.seconds(self.schedule.time.spent)
         place = self.schedule.at_epoch_end(**self._here(trainer), is_last=is_last(trainer))
-        self._measure_if_affordable(trainer, pl_module, place, after_epoch=True)
+        self._measure_if_affordable(trainer, pl_module, place, "on_train_epoch_end")
         if self.history:
             self._epoch.warn_of(self.history[-1], epoch_seconds)
 
@@ -384,7 +394,7 @@ class PowerLawHessianCallback(CallbackBase):
             return
         place = self.schedule.at_train_end(**self._here(trainer))
         if place is not None:
-            self._measure(trainer, pl_module, place)
+            self._measure(trainer, pl_module, place, "on_train_end")
         summary = None if self.prediction is None else self.prediction.summary()
         if summary and self.verbose:
             announce(trainer, f"{self.prefix}: {summary}")
@@ -407,7 +417,7 @@ class PowerLawHessianCallback(CallbackBase):
         self.teardown(trainer, pl_module, "fit")
 
     def _measure_if_affordable(
-        self, trainer: Trainer, pl_module: LightningModule, place: Place | None, *, after_epoch: bool = False
+        self, trainer: Trainer, pl_module: LightningModule, place: Place | None, hook: Hook
     ) -> None:
         if place is None:
             return
@@ -418,27 +428,18 @@ class PowerLawHessianCallback(CallbackBase):
             decision = torch.tensor([float(affordable)], device=ranks.control_device)
             if not bool(ranks.broadcast(decision)):
                 return
-        self._measure(trainer, pl_module, place, after_epoch=after_epoch)
+        self._measure(trainer, pl_module, place, hook)
 
     # -- a measurement ---------------------------------------------------------------------------
 
-    def _measure(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        place: Place,
-        *,
-        after_epoch: bool = False,
-        at_start: bool = False,
-    ) -> None:
+    def _measure(self, trainer: Trainer, pl_module: LightningModule, place: Place, hook: Hook) -> None:
         """Measure, note and report; on all ranks together, whatever fails.
 
         Args:
             trainer: the trainer.
             pl_module: its module.
             place: the place, which is an earlier one for an owed measurement.
-            after_epoch: whether the hook comes after the training epoch.
-            at_start: whether the hook is that of the start of training.
+            hook: the present hook.
         """
         began = time.monotonic()
         ranks = ranks_of(trainer)
@@ -480,7 +481,7 @@ class PowerLawHessianCallback(CallbackBase):
         self.history.append(measurement)
         self._prediction.follow(self.history, ranks, self.failures)
         self.schedule.finish(measurement.seconds)
-        self._report(trainer, pl_module, measurement, ranks, after_epoch=after_epoch, at_start=at_start)
+        self._report(trainer, pl_module, measurement, ranks, hook)
         # Logging and drawing take the callback's time as well.
         self.schedule.add_overhead(time.monotonic() - began - measurement.seconds)
 
@@ -581,14 +582,7 @@ class PowerLawHessianCallback(CallbackBase):
         self.schedule.add_overhead(time.monotonic() - began)
 
     def _report(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        measurement: Measurement,
-        ranks: Ranks,
-        *,
-        after_epoch: bool,
-        at_start: bool,
+        self, trainer: Trainer, pl_module: LightningModule, measurement: Measurement, ranks: Ranks, hook: Hook
     ) -> None:
         fraction = torch.tensor([self.schedule.time.fraction], dtype=torch.float64, device=ranks.control_device)
         overhead = float(ranks.broadcast(fraction))
@@ -604,8 +598,8 @@ class PowerLawHessianCallback(CallbackBase):
             prefix=self.prefix,
             history=self.history,
             values=values,
-            step=logged_step(trainer, measurement, after_epoch=after_epoch),
-            can_log=not at_start,
+            step=logged_step(trainer, measurement, hook),
+            can_log=hook != "on_train_start",
             prediction=self.prediction,
             states=self._states,
             ranks=ranks,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from collections import deque
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
@@ -26,6 +27,7 @@ from hessian_callback.measurement.state_guard import (
     preserve_random_state,
     suspend_hooks,
 )
+from hessian_callback.measurement.state_records import is_user_made
 from hessian_callback.operators.fully_shard import reshard
 
 __all__ = ["defer_saving_signals", "defer_sigterm", "preserve_training_state", "stage_set_to"]
@@ -88,6 +90,11 @@ def _remember_trainer(snapshot: Snapshot, trainer: Trainer) -> None:
         name = f"trainer.lr_scheduler_configs[{number}]"
         snapshot.remember(config, restore=True, name=name)
         snapshot.remember(config.scheduler, restore=True, name=f"{name}.scheduler")
+    for name, value in vars(trainer).items():
+        # The user's own attributes; those of Lightning are its machinery, but for these two lists.
+        own = isinstance(value, (dict, list, set, deque)) and name not in ("callbacks", "_loggers")
+        if own or is_user_made(type(value)):
+            snapshot.remember(value, name=f"trainer.{name}")
     data_module = getattr(trainer, "datamodule", None)
     if data_module is not None:
         snapshot.remember(data_module, restore=True)
@@ -95,12 +102,13 @@ def _remember_trainer(snapshot: Snapshot, trainer: Trainer) -> None:
 
 @contextmanager
 def _trainer_set_aside(trainer: Trainer) -> Iterator[None]:
-    """Replace the loggers and the stage inside the block, and restore all settings of trainer and loops afterwards."""
+    """Replace loggers and stage inside the block, and restore attributes of the trainer and its loops afterwards."""
     owners = (trainer, trainer.state, trainer.fit_loop, trainer.fit_loop.epoch_loop)
     kept = [
         (vars(owner), {name: value for name, value in vars(owner).items() if isinstance(value, _SCALARS)})
         for owner in owners
     ]
+    own = dict(vars(trainer))
     should_stop, stage, loggers = trainer.should_stop, trainer.state.stage, trainer.loggers
     try:
         dummy = sibling(trainer, "loggers.logger", "DummyLogger")
@@ -111,6 +119,9 @@ def _trainer_set_aside(trainer: Trainer) -> Iterator[None]:
         trainer.should_stop, trainer.state.stage, trainer.loggers = should_stop, stage, loggers
         for attributes, values in kept:
             attributes.update(values)
+        for name in vars(trainer).keys() - own.keys():
+            del vars(trainer)[name]
+        vars(trainer).update({name: value for name, value in own.items() if vars(trainer).get(name) is not value})
 
 
 @contextmanager

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import time
 import weakref
-from typing import Any
+from typing import Any, Literal
 
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from hessian_callback.callbacks.lightning_packages import CallbackBase, Trainer
 from hessian_callback.measurement.measurement import Measurement
 
-__all__ = ["EpochClock", "Run", "callbacks_of", "is_last", "logged_step"]
+__all__ = ["EpochClock", "Hook", "Run", "callbacks_of", "is_last", "logged_step"]
+
+
+#: The hooks of Lightning in which measurements are made.
+Hook = Literal["on_train_start", "on_train_batch_end", "on_validation_epoch_end", "on_train_epoch_end", "on_train_end"]
 
 
 def callbacks_of(trainer: Trainer) -> list[CallbackBase]:
@@ -31,18 +35,18 @@ def is_last(trainer: Trainer) -> bool:
     )
 
 
-def logged_step(trainer: Trainer, measurement: Measurement, *, after_epoch: bool) -> int:
+def logged_step(trainer: Trainer, measurement: Measurement, hook: Hook) -> int:
     """Return the step under which a measurement's scalars are in the logger.
 
     Args:
         trainer: the trainer.
         measurement: the measurement.
-        after_epoch: whether it is logged in ``on_train_epoch_end``.
+        hook: the hook in which it is logged.
     """
     if measurement.when not in ("epoch", "validate"):
         return measurement.step
     # Lightning subtracts one from the step of values that are logged after the training epoch.
-    return int(trainer.fit_loop.epoch_loop._batches_that_stepped) - after_epoch
+    return int(trainer.fit_loop.epoch_loop._batches_that_stepped) - (hook == "on_train_epoch_end")
 
 
 class Run:
@@ -51,8 +55,8 @@ class Run:
     It keeps none of them alive. A copy of it, by `copy.deepcopy` or `pickle`, belongs to no run that it meets.
 
     Example:
-        >>> run, trainer, other = Run(), Trainer(logger=False, barebones=True), Trainer(logger=False, barebones=True)
-        >>> run.changes(trainer), run.changes(trainer), run.changes(other)
+        >>> run, trainer, another = Run(), {"a trainer"}, {"a trainer"}
+        >>> run.changes(trainer), run.changes(trainer), run.changes(another)
         (False, False, True)
     """
 

@@ -68,20 +68,12 @@ def reduction_warning(operator: HessianOperator, problem: Problem) -> str | None
 
 def parameters_warning(problem: Problem) -> str | None:
     """Return a warning if an evaluation of the loss writes to trained parameters; ``None`` if it does not."""
-    named = [(name, parameter) for name, parameter in problem.model.named_parameters() if parameter.requires_grad]
-    versions = [parameter._version for _, parameter in named]
-    if is_sharded(problem.model) or not problem.batches:
-        return None
-    with preserve_random_state(), torch.no_grad():
-        problem.loss_fn(problem.model, problem.batches[0])
-    if problem.restore_state is not None:
-        problem.restore_state()
-    changed = [name for (name, parameter), before in zip(named, versions, strict=True) if parameter._version != before]
+    changed = _changed_parameters(problem)
     if not changed:
         return None
     return (
-        f"the loss changes {_listed(changed)} in place (nn.Embedding(max_norm=...) does), so the Hessian is that at "
-        "the changed values, without the dependence of the change on the parameters"
+        f"the loss changes {changed} in place (nn.Embedding(max_norm=...) does), so the Hessian is that at the changed "
+        "values, without the dependence of the change on the parameters"
     )
 
 
@@ -98,16 +90,27 @@ def changes_warning(problem: Problem) -> str | None:
 
 def explained_change(problem: Problem, error: NotAFunctionError) -> LossError:
     """Return the error for a loss that gave two values for the same parameters and batch."""
-    changed = _changes(problem)
-    return LossError(
-        f"{error.finding}. "
-        + (f"It changes {changed}, which belongs to a library's object and cannot be put back. " if changed else "")
-        + (
-            ""
-            if changed
-            else "An evaluation changes some state that is not put back (a generator of its own, a library's object). "
-        )
-        + f"{REMEDY}"
+    changed, parameters = _changes(problem), _changed_parameters(problem)
+    cause = "An evaluation changes some state that is not put back (a generator of its own, a library's object)"
+    if changed:
+        cause = f"It changes {changed}, which belongs to a library's object and cannot be put back"
+    elif parameters:
+        cause = f"It changes {parameters} in place, which the optimizer trains; freeze parameters that the loss updates"
+    return LossError(f"{error.finding}. {cause}. {REMEDY}")
+
+
+def _changed_parameters(problem: Problem) -> str:
+    """Evaluate the loss once, and return the names of the trained parameters that it writes to."""
+    if is_sharded(problem.model) or not problem.batches:
+        return ""
+    named = [(name, parameter) for name, parameter in problem.model.named_parameters() if parameter.requires_grad]
+    versions = [parameter._version for _, parameter in named]
+    with preserve_random_state(), torch.no_grad():
+        problem.loss_fn(problem.model, problem.batches[0])
+    if problem.restore_state is not None:
+        problem.restore_state()
+    return _listed(
+        [name for (name, parameter), before in zip(named, versions, strict=True) if parameter._version != before]
     )
 
 

@@ -523,6 +523,8 @@ class _Walk:
                 self._snapshot._add(ByteContent(value))
         elif isinstance(value, (types.FunctionType, types.MethodType, functools.partial, types.CellType)):
             self._callable(value, path, mode, limit)
+        elif isinstance(value, memoryview):
+            self._queue.append((value.obj, path, mode, limit))
         elif isinstance(value, io.IOBase):
             if mode == _RESTORED and (record := FilePosition.of(value)) is not None:
                 self._snapshot._add(record)

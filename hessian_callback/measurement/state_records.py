@@ -20,6 +20,7 @@ import operator
 import queue
 import random
 import sys
+import threading
 import types
 import warnings
 from collections import OrderedDict, deque
@@ -532,6 +533,10 @@ def _same_value(one: Any, other: Any) -> bool:
 # -- streams -----------------------------------------------------------------------------------------
 
 
+def _discard(*_: Any, **__: Any) -> None:
+    return None
+
+
 class StreamSlot:
     """A place that refers to an iterator or a stream, with a copy of it, or one that refuses, inside the block."""
 
@@ -556,10 +561,14 @@ class StreamSlot:
 
 
 class RefusingStream:
-    """Stands for a stream inside the block: everything but reading is passed on to it."""
+    """Stands for a stream inside the block: it refuses to be read, and a queue takes no items of this thread.
+
+    Everything else is passed on, items that other threads put into a queue as well.
+    """
 
     def __init__(self, original: Any, path: str) -> None:
         object.__setattr__(self, "_original", original)
+        object.__setattr__(self, "_thread", threading.get_ident())
         object.__setattr__(self, "_path", path)
 
     @property  # type: ignore[misc]
@@ -577,6 +586,8 @@ class RefusingStream:
     def __getattr__(self, name: str) -> Any:
         if name in _READING:
             return self._refuse
+        if name in _PUTTING and isinstance(self._original, _QUEUES) and threading.get_ident() == self._thread:
+            return _discard
         return getattr(self._original, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -598,6 +609,7 @@ _QUEUES = (
     multiprocessing.queues.Queue,
     multiprocessing.queues.SimpleQueue,
 )
+_PUTTING = frozenset(["put", "put_nowait"])
 _READING = frozenset(
     [
         *("get", "get_nowait", "peek", "read", "read1", "readall", "readinto", "readinto1", "readline", "readlines"),

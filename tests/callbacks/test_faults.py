@@ -173,9 +173,9 @@ def test_a_signal_in_the_middle_of_a_measurement(signal_number: int, tmp_path: A
             return resolve_loss(module)(module, batch)
 
     class Watched(PowerLawHessianCallback):
-        def _measure(self, trainer: Any, pl_module: Any, place: Any, **hook: Any) -> None:
+        def _measure(self, trainer: Any, pl_module: Any, place: Any, *hook: Any) -> None:
             before.update(observable(trainer, pl_module))
-            super()._measure(trainer, pl_module, place, **hook)
+            super()._measure(trainer, pl_module, place, *hook)
 
     loss_fn = Signalled(None, step=6, evaluation=50)
     callback = Watched(
@@ -358,10 +358,10 @@ def everything(run: Any, model: Any) -> dict[str, Any]:
 class Watched(PowerLawHessianCallback):
     """Compares what is observable before and after each measurement, however it ends."""
 
-    def _measure(self, trainer: Any, pl_module: Any, place: Any, **hook: Any) -> None:
+    def _measure(self, trainer: Any, pl_module: Any, place: Any, *hook: Any) -> None:
         before = everything(trainer, pl_module)
         try:
-            super()._measure(trainer, pl_module, place, **hook)
+            super()._measure(trainer, pl_module, place, *hook)
         finally:
             after = everything(trainer, pl_module)
             self.compared = getattr(self, "compared", 0) + 1

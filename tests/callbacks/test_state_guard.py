@@ -7,7 +7,8 @@ import os
 import queue
 import random
 import signal
-from collections import defaultdict, deque
+import threading
+from collections import Counter, defaultdict, deque
 from contextlib import nullcontext, suppress
 from typing import Any
 
@@ -241,7 +242,9 @@ def test_graphs_of_the_user_stay_usable(attached: Hoarder) -> None:
 def test_a_queue_that_another_thread_fills_is_left_alone(attached: Hoarder) -> None:
     attached.queue = queue.Queue()
     with preserve_training_state(attached.trainer, attached):
-        attached.queue.put(1)  # As another thread would.
+        thread = threading.Thread(target=lambda: attached.queue.put(1))
+        thread.start()
+        thread.join()
     assert attached.queue.qsize() == 1
 
 
@@ -303,6 +306,7 @@ class Reaching(Net):
         ]
         plain["data"] = (run.datamodule.seen, list(run.datamodule.history), run.datamodule.scores.tolist())
         plain["hparams"] = dict(self.hparams)
+        plain["hung"] = (list(run.notes), vars(run).get("last"), dict(run.counts))
         plain["settings"] = (run.accumulate_grad_batches, run.gradient_clip_val, run.fit_loop.max_epochs)
         plain["own"] = (
             [group["lr"] for group in self.own_optimizer.param_groups],
@@ -330,6 +334,10 @@ CHANGES: dict[str, Any] = {
     "accumulation": lambda m: setattr(m.trainer, "accumulate_grad_batches", m.trainer.accumulate_grad_batches + 1),
     "clipping": lambda m: setattr(m.trainer, "gradient_clip_val", 1.0 + (m.trainer.gradient_clip_val or 0.0)),
     "epochs": lambda m: setattr(m.trainer.fit_loop, "max_epochs", m.trainer.fit_loop.max_epochs + 1),
+    "list hung on the trainer": lambda m: m.trainer.notes.append(1),
+    "counter hung on the trainer": lambda m: m.trainer.counts.update("a"),
+    "attribute hung on the trainer": lambda m: setattr(m.trainer, "last", vars(m.trainer).get("last", 0) + 1),
+    "list exchanged": lambda m: setattr(m.trainer, "notes", [*m.trainer.notes, 1]),
     "own optimizer": step_own,
     "another group": lambda m: m.own_optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))]}),
 }
@@ -352,6 +360,7 @@ def test_changes_through_the_trainer_are_restored(change: str, tmp_path: Any) ->
             pictures.append(True)
 
     run = trainer(tmp_path, Look(), max_epochs=9, max_steps=6)
+    run.notes, run.counts = [], Counter()
     run.fit(seeded(Reaching, change=change), datamodule=Data())
     assert pictures == [True] * 4
 

@@ -161,6 +161,18 @@ def test_a_value_that_depends_on_such_an_object_is_refused(library: Any) -> None
         measure(model, loss, [samples()], num_eigenvalues=3)
 
 
+def test_a_loss_that_trains_parameters_itself_names_them() -> None:
+    model = nn.ModuleDict({"online": nn.Linear(4, 3), "momentum": nn.Linear(4, 3)}).double()
+
+    def loss(model: Any, batch: Any) -> torch.Tensor:
+        with torch.no_grad():
+            model["momentum"].weight.mul_(0.9).add_(model["online"].weight, alpha=0.1)
+        return functional.mse_loss(model["online"](batch[0]), model["momentum"](batch[0]))
+
+    with pytest.raises(LossError, match=r"It changes momentum\.weight in place.*freeze parameters that"):
+        measure(model, loss, [samples()], num_eigenvalues=3)
+
+
 def test_generators_of_libraries_and_caches_are_no_change() -> None:
     model = network()
     model.helper = functional  # type: ignore[assignment]

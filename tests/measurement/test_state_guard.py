@@ -13,6 +13,7 @@ import queue
 import random
 import signal
 import sys
+import threading
 import types
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator
@@ -655,12 +656,26 @@ def _pipe() -> int:
     return reading
 
 
-def test_a_queue_still_takes_items() -> None:
+@pytest.mark.parametrize("kind", [queue.Queue, queue.PriorityQueue, queue.SimpleQueue])
+def test_a_queue_takes_items_of_other_threads_alone(kind: Any) -> None:
     module = nn.Linear(1, 1)
-    module.queue = queue.Queue()
+    module.queue = kind()
     with preserve_state(module):
-        module.queue.put(1)  # As another thread would.
-    assert module.queue.qsize() == 1
+        thread = threading.Thread(target=lambda: module.queue.put("theirs"))
+        thread.start()
+        thread.join()
+        module.queue.put("ours")
+        module.queue.put_nowait("ours")
+    assert module.queue.get_nowait() == "theirs"
+    assert module.queue.empty()
+
+
+def test_the_bytes_behind_a_view_are_restored() -> None:
+    module = nn.Linear(1, 1)
+    module.view = memoryview(bytearray(2))
+    with preserve_state(module):
+        module.view[0] = 1
+    assert bytes(module.view) == bytes(2)
 
 
 @pytest.mark.parametrize("mode", ["r", "rb", "r+", "memory", "bytes in memory"])

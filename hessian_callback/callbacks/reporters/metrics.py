@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torchmetrics import MeanMetric, Metric
 
-from hessian_callback.callbacks.lightning_packages import LightningModule, Trainer
+from hessian_callback.callbacks.lightning_packages import LightningModule, Trainer, base_of
 from hessian_callback.callbacks.reporters.base import Report, Reporter
 from hessian_callback.metrics import PowerLawFitError, PowerLawSlope, SpectrumMetric
 
@@ -78,12 +78,9 @@ class MetricReporter(Reporter):
 
 def _log(pl_module: LightningModule, *args: Any, **options: Any) -> None:
     """Log by Lightning's own method: a module may override it, with other names or fewer options."""
-    method = next(
-        base.log  # type: ignore[attr-defined]
-        for base in type(pl_module).__mro__
-        if base.__name__ == "LightningModule" and base.__module__.startswith(("lightning.", "pytorch_lightning."))
-    )
-    method(pl_module, *args, **options)
+    base = base_of(type(pl_module), "LightningModule")
+    assert base is not None
+    base.log(pl_module, *args, **options)
 
 
 def restore_monitored(trainer: Trainer, pl_module: LightningModule, prefix: str, values: Mapping[str, float]) -> None:
