@@ -21,7 +21,12 @@ from hessian_callback.callbacks.state_guard import stage_set_to
 from hessian_callback.linalg.distributed import Ranks
 from hessian_callback.measurement.batch_copies import copy_batch
 from hessian_callback.measurement.errors import UserCodeError, may_pass, one_line
-from hessian_callback.measurement.loaders import Combination, combination_of, stateful_parts
+from hessian_callback.measurement.loaders import (
+    Combination,
+    combination_of,
+    iterates_in_its_own_way,
+    stateful_parts,
+)
 from hessian_callback.measurement.samples import SampleSet, collect, seed_global_generators
 from hessian_callback.measurement.state_guard import Snapshot
 
@@ -120,7 +125,7 @@ class SampleSource:
             with ranks.propagate_errors("finding the loader of the samples"):
                 combination = run_loaders(trainer, self.dataloader)
                 for part in stateful_parts(combination):
-                    snapshot.remember(part, copy_tensors=False)
+                    snapshot.remember(part, copy_tensors=False, restore=iterates_in_its_own_way(part))
                 shared = _is_read_by_the_run(trainer, self.dataloader, combination)
             self._samples = collect(
                 combination,

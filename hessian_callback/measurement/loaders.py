@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 from torch.utils.data._utils import worker as _worker
 
 from hessian_callback.measurement.errors import SampleError
+from hessian_callback.measurement.state_records import RefusingStream, is_user_made
 
 __all__ = [
     "Combination",
@@ -26,6 +27,7 @@ __all__ = [
     "combination_of",
     "fresh_iterator",
     "iterates_as_torch",
+    "iterates_in_its_own_way",
     "single_worker",
     "stateful_parts",
 ]
@@ -136,6 +138,17 @@ def iterates_as_torch(loader: Any) -> bool:
     )
 
 
+def iterates_in_its_own_way(part: Any) -> bool:
+    """Whether a part of a loader is an object of a library that iterates and may keep its position in attributes.
+
+    Such a loader may count its epochs, for example. The same objects of the user, data sets and samplers are restored
+    anyway.
+    """
+    return _is_iterable_object(part) and not (
+        isinstance(part, (DataLoader, Dataset, Sampler, list, tuple, set, Mapping)) or is_user_made(type(part))
+    )
+
+
 def closing_after(iterator: Any) -> Any:
     """Return a context manager that closes a generator, as its ``finally`` may release a resource."""
     return closing(iterator) if hasattr(iterator, "close") else nullcontext(iterator)
@@ -202,12 +215,12 @@ def _position_in(stream: Any) -> str | None:
             return None
         seen.add(id(value))
         if _has_position(value):
-            return f"{name} (a {type(value).__name__})"
+            return f"{name} (a {value.__class__.__name__})"
         if isinstance(value, Mapping) and len(value) <= 100:
             items = [(f"{name}[{key!r}]", item) for key, item in value.items()]
         elif isinstance(value, (list, tuple)) and len(value) <= 100:
             items = [(f"{name}[{place}]", item) for place, item in enumerate(value)]
-        elif isinstance(value, (Dataset, DataLoader)) or _is_users_object(value):
+        elif isinstance(value, (Dataset, DataLoader)) or _is_users_object(value) or _is_iterable_object(value):
             skipped = own if isinstance(value, DataLoader) else set()
             items = [(f"{name}.{key}", item) for key, item in vars(value).items() if key not in skipped]
         else:
@@ -218,8 +231,16 @@ def _position_in(stream: Any) -> str | None:
     return None if found is None else found.replace("its.", "its ", 1)
 
 
+def _is_iterable_object(value: Any) -> bool:
+    """Whether an object of any origin iterates over something that its attributes may refer to."""
+    known = isinstance(value, (type, types.ModuleType, Tensor, nn.Module))
+    return not known and hasattr(type(value), "__iter__") and isinstance(getattr(value, "__dict__", None), dict)
+
+
 def _has_position(value: Any) -> bool:
     """Whether reading from an object moves it, and its attributes don't show where it is."""
+    if type(value) is RefusingStream:
+        return True
     if isinstance(value, (type, types.ModuleType)):
         return False
     if hasattr(value, "readline") and hasattr(value, "read"):

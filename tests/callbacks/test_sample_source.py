@@ -19,6 +19,7 @@ from hessian_callback.linalg.distributed import Ranks
 from hessian_callback.measurement.errors import SampleError, UserCodeError
 from hessian_callback.measurement.samples import SampleSet
 from hessian_callback.operators.batches import tensors
+from tests.helpers.installed import installed
 from tests.helpers.toy_runs import trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -231,6 +232,37 @@ def test_a_position_in_an_attribute_is_restored(tmp_path: Any) -> None:
     module, collects = fitted(tmp_path, source, DataLoader(Counts(), batch_size=4), loader())
     assert len(collects.batches) == 2
     assert numbers(module.trained) == Counter(range(40))
+
+
+LIBRARY = """
+class Shuffling:
+    def __init__(self, rows, batch_size):
+        self.rows, self.batch_size, self.epoch, self.order = rows, batch_size, 0, list(range(len(rows)))
+    def __len__(self):
+        return len(self.rows) // self.batch_size
+    def __iter__(self):
+        self.epoch += 1
+        self.order.append(self.order.pop(0))
+        order = sorted(self.order, key=lambda row: (row * self.epoch) % 7)
+        for first in range(0, len(order), self.batch_size):
+            yield self.rows[order[first : first + self.batch_size]]
+"""
+
+
+def test_a_loader_of_a_library_that_counts_its_epochs_is_restored(tmp_path: Any) -> None:
+    with installed(tmp_path, "shuffling_loader_of_a_test", LIBRARY) as library:
+        orders = []
+        for at_start in (True, False, None):
+            train, val = (library.Shuffling(NUMBERS, 8) for _ in range(2))
+            module = Sees()
+            if at_start is None:
+                trainer(tmp_path, max_epochs=2).fit(module, train, val)
+            else:
+                source = SampleSource("train" if at_start else "val", num_samples=8)
+                module, collects = fitted(tmp_path, source, train, val, at_start=at_start, max_epochs=2)
+                assert len(collects.batches) == 1
+            orders.append([float(value) for batch in [*module.trained, *module.validated] for value in batch])
+    assert orders[0] == orders[1] == orders[2]
 
 
 def test_generators_of_the_loader_are_restored(tmp_path: Any) -> None:

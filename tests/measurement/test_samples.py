@@ -7,6 +7,7 @@ import multiprocessing
 import queue
 import random
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ from hessian_callback.measurement.errors import SampleError
 from hessian_callback.measurement.loaders import combination_of
 from hessian_callback.measurement.samples import assign_to_ranks, collect
 from hessian_callback.measurement.state_guard import preserve_random_state
+from tests.helpers.installed import installed
 
 NUMBERS = torch.arange(20.0).reshape(20, 1)
 
@@ -561,6 +563,37 @@ def test_a_loader_that_keeps_an_iterator_running_is_refused() -> None:
         collected(Endless(NUMBERS, batch_size=4), shared=True)
     with pytest.raises(SampleError, match="is an iterator"):
         collected(iter([NUMBERS]))
+
+
+LIBRARY = """
+import itertools
+class Slice:
+    def __init__(self, iterable, length):
+        self.iterable, self.length = iterable, length
+    def __iter__(self):
+        return itertools.islice(self.iterable, self.length)
+class Steady:
+    def __init__(self, rows):
+        self.inner, self.batch_size = [Slice(rows, 4)], 4
+    def __iter__(self):
+        return iter(self.inner[0])
+"""
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    with installed(tmp_path_factory.mktemp("lib"), "loaders_of_a_test", LIBRARY) as module:
+        yield module
+
+
+def test_a_loader_of_a_library_that_reads_on_is_refused(library: Any) -> None:
+    batches = [NUMBERS[:4], NUMBERS[4:8], NUMBERS[8:12]]
+    for source in (iter(batches), map(list, batches), (batch for batch in batches)):
+        for loader, place in ((library.Slice(source, 2), "its iterable"), (library.Steady(source), "its inner")):
+            with pytest.raises(SampleError, match=f"reads on from {place}.*separate DataLoader"):
+                collected(loader, shared=True)
+    assert collected(library.Slice(batches, 2), shared=True).num_samples == 8
+    assert collected(library.Steady(batches), shared=True).num_samples == 12
 
 
 # -- workers -----------------------------------------------------------------------------------------
