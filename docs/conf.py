@@ -26,7 +26,7 @@ project = "hessian-callback"
 author = "the authors of hessian-callback"
 version = release = hessian_callback.__version__
 
-extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode", "myst_parser"]
+extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode", "myst_nb"]
 
 # Docstrings refer to each other as `Spectrum`, from any module; see `_resolve_short_name`.
 default_role = "py:obj"
@@ -40,6 +40,11 @@ napoleon_use_ivar = True
 
 myst_enable_extensions = ["colon_fence", "dollarmath"]
 myst_heading_anchors = 3
+
+# The notebook is stored without outputs and runs at every build. A cell that raises ends the build.
+nb_execution_mode = "force"
+nb_execution_raise_on_error = True
+nb_execution_timeout = 300
 
 html_theme = "furo"
 html_title = f"hessian-callback {release}"
@@ -73,7 +78,7 @@ def _displayed_formula(translator: Any, node: nodes.math_block) -> None:
 
 def _read_source(app: Sphinx, page: str, source: list[str]) -> None:
     """Turn links to the benchmarks' reports into links to their pages, and fill the reference."""
-    source[0] = re.sub(r"\]\(\.\./benchmarks/(\w+\.md)", r"](benchmarks/\1", source[0])
+    source[0] = re.sub(r"\]\((?:\.\./)+benchmarks/(\w+\.md)", r"](/benchmarks/\1", source[0])
     folder, _, subpackage = page.partition("/")
     if folder == "reference":
         source[0] += "".join(map(_module_section, _modules_of(subpackage)))

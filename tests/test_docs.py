@@ -12,8 +12,11 @@ import pytest
 from sybil import Document, Example
 from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser, SkipParser
 
-from hessian_callback import Density, FrobeniusNorm, OutlierRatio, Subspace, Trace
+from hessian_callback import Density, FrobeniusNorm, OutlierRatio, Subspace, Trace, __version__
+from hessian_callback import measure as measure_problem
 from hessian_callback.cli.main import main
+from tests.helpers.logged_keys import PAGE, with_tables
+from tests.helpers.problems import batches, cross_entropy, network
 from tests.helpers.toy_runs import Net, loader, measure, seeded, trainer
 
 ROOT = Path(__file__).parents[1]
@@ -27,7 +30,7 @@ def examples(page: Path) -> list[Example]:
 
 
 def pages(pattern: str) -> list[Any]:
-    found = sorted((ROOT / "docs").glob("*.md"))
+    found = [ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
     return [pytest.param(page, id=page.name) for page in found if re.search(pattern, page.read_text("utf-8"), re.M)]
 
 
@@ -49,9 +52,22 @@ def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.Monke
     assert ran
 
 
+def test_the_extra_of_the_contributors_guide_measures() -> None:
+    (example,) = examples(ROOT / "CONTRIBUTING.md")
+    example.evaluate()
+    extra = example.namespace["SpectralGap"]()
+    measurement = measure_problem(network(), cross_entropy, batches(), num_eigenvalues=3, extras=[extra])
+    first, second = measurement.spectrum.eigenvalues[:2].tolist()
+    assert measurement.comparisons["spectral_gap"] == pytest.approx(first - second, rel=1e-12)
+
+
+def test_the_citation_has_the_version() -> None:
+    assert f"\nversion: {__version__}\n" in (ROOT / "CITATION.cff").read_text("utf-8")
+
+
 def commands() -> list[Any]:
     found = {}
-    for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+    for page in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]:
         for block in Document.parse(str(page), CodeBlockParser("bash", lambda example: None)).examples():
             for line in str(block.parsed).replace("\\\n", " ").splitlines():
                 # A chain that builds an environment is .ci/run's to run; my_package is the reader's.
@@ -75,8 +91,13 @@ def documented_keys(text: str) -> set[str]:
     return set(re.findall(r"^\| `hessian/(\w+)` \|", text, re.M))
 
 
+def test_the_tables_of_keys_are_those_of_the_code() -> None:
+    text = PAGE.read_text("utf-8")
+    assert with_tables(text) == text, "run python -m tests.helpers.logged_keys"
+
+
 def test_keys_of_a_plain_run_are_those_of_the_table(tmp_path: Path) -> None:
-    text = (ROOT / "docs" / "logged.md").read_text("utf-8")
+    text = PAGE.read_text("utf-8")
     always = documented_keys(text.split("## On request")[0])
     spectra = measure()
     run = trainer(tmp_path, spectra, max_epochs=1)
@@ -86,7 +107,7 @@ def test_keys_of_a_plain_run_are_those_of_the_table(tmp_path: Path) -> None:
 
 
 def test_keys_of_a_full_run_are_in_the_table(tmp_path: Path) -> None:
-    documented = documented_keys((ROOT / "docs" / "logged.md").read_text("utf-8"))
+    documented = documented_keys(PAGE.read_text("utf-8"))
     spectra = measure(
         extras=[
             *(Trace(num_hvps=4), FrobeniusNorm(num_hvps=4), Density(num_hvps=8), Subspace(dimension=1)),

@@ -13,11 +13,28 @@ from hessian_callback.algorithms.spectrum import Spectrum
 from hessian_callback.measurement.stored_state import checked_fields, shortened
 from hessian_callback.power_law.fit import PowerLawFit, fit_power_law
 
-__all__ = ["Measurement", "Mode", "When"]
+__all__ = ["LOGGED_KEYS", "Measurement", "Mode", "When"]
 
 # States keep the names of their first version, so that old checkpoints and history files stay readable.
 _STATE_NAMES = {"num_matvecs": "num_hvps"}
 _STATE_STOP_REASONS = {"max_matvecs": "max_hvps"}
+
+#: The keys that every measurement logs, without the prefix, and their values. Those of extras are in their classes.
+LOGGED_KEYS = {
+    "slope": "ŝ, the maximum-likelihood slope of λₖ ∝ k⁻ˢ over the K largest eigenvalues",
+    "slope_stderr": "ŝ/√K, its standard error if the eigenvalues were independent",
+    "slope_low": "lower end of the slope's 95 % interval under the same assumption",
+    "slope_high": "upper end of this interval",
+    "fit_error": "Kolmogorov–Smirnov distance between the eigenvalues and the fitted law",
+    "critical_distance": "fit error above which a power law is rejected at 5 %, with a fitted exponent; 1.36/√K under "
+    "``PublishedProtocol``",
+    "critical_distance_paper": "1.36/√K, the paper's critical value; not under ``PublishedProtocol``",
+    "density_exponent": "β̂ = 1 + 1/ŝ, the exponent of the eigenvalues' density",
+    "lambda_max": "the largest eigenvalue",
+    "num_fitted": "K, the number of eigenvalues fitted",
+    "num_hvps": "Hessian-vector products that the spectrum took",
+    "seconds": "seconds that training stood still for the measurement",
+}
 
 When = Literal["fit_start", "epoch", "step", "fit_end", "validate"]
 Mode = Literal["strict", "paper"]

@@ -123,17 +123,6 @@ def test_tensorboard_has_a_picture_of_every_spectrum(digits: Run) -> None:
     assert {(p.width, p.height) for p in pictures} == {(512, 384)}
 
 
-def test_readme_lists_what_is_logged(digits: Run) -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    rows = [line.split("|")[1] for line in text.splitlines() if line.startswith("| `")]
-    listed = {name for row in rows for name in re.findall(r"`(hessian/\w+)`", row)}
-    tags = digits.board().Tags()
-    logged = {tag for tag in tags["scalars"] + tags["images"] if tag.startswith("hessian/")}
-    # What is predicted has a page of its own.
-    predicted = re.compile(r"hessian/((next_|predicted_)?(loss|gap)|prediction_\w+|rank_correlation|spearman)")
-    assert {tag for tag in listed if not predicted.match(tag)} == {tag for tag in logged if not predicted.match(tag)}
-
-
 def test_output_says_where_the_curves_are(digits: Run) -> None:
     assert digits.log_dir == digits.folder / "runs" / "digits_cnn" / "version_0"
     assert re.search(r"tensorboard --logdir runs/digits_cnn$", digits.output, re.M)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -142,7 +142,7 @@ class Broken(Extra):
     """Fails on rank 1 alone, or on a single process."""
 
     name = "broken"
-    keys = ("broken",)
+    keys: ClassVar = {"broken": "a value"}
 
     def compute(self, examination: Examination) -> Finding:
         ranks = examination.problem.ranks

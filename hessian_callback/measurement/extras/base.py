@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
 
@@ -91,14 +91,14 @@ class Extra(ABC):
 
     Attributes:
         name: the name in ``extras=[...]``.
-        keys: every key that `compute` can return, without the prefix.
+        keys: every key that `compute` can return, without the prefix, and a description of its value.
         needs_eigenvectors: whether the solver has to form eigenvectors, K vectors of length P.
         needs_bounds: whether eigenvalues must be known by index, each with an error bound.
         needs_operator: whether `compute` multiplies with the Hessian. If not, it runs after the graphs are released.
     """
 
     name: ClassVar[str]
-    keys: ClassVar[tuple[str, ...]]
+    keys: ClassVar[Mapping[str, str]]
     needs_eigenvectors: ClassVar[bool] = False
     needs_bounds: ClassVar[bool] = False
     needs_operator: ClassVar[bool] = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -30,7 +31,10 @@ class Density(Extra):
     """
 
     name: ClassVar[str] = "density"
-    keys: ClassVar[tuple[str, ...]] = ("negative_mass", "negative_mass_stderr")
+    keys: ClassVar[Mapping[str, str]] = {
+        "negative_mass": "negative part of the sum of absolute eigenvalues",
+        "negative_mass_stderr": "its standard error",
+    }
 
     num_hvps: int = 160
 

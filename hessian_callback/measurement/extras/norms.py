@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -21,7 +22,10 @@ class Norms(Extra):
     """
 
     name: ClassVar[str] = "norms"
-    keys: ClassVar[tuple[str, ...]] = ("parameter_norm", "gradient_norm")
+    keys: ClassVar[Mapping[str, str]] = {
+        "parameter_norm": "Euclidean norm of the parameters",
+        "gradient_norm": "Euclidean norm of the gradient of the held-out loss",
+    }
 
     def compute(self, examination: Examination) -> Finding:
         """Compute both norms."""

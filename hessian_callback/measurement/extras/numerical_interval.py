@@ -2,6 +2,7 @@ r"""The slopes that the eigenvalues' error bounds allow, as an extra."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -20,7 +21,10 @@ class NumericalInterval(Extra):
     """
 
     name: ClassVar[str] = "numerical_interval"
-    keys: ClassVar[tuple[str, ...]] = ("slope_numerical_low", "slope_numerical_high")
+    keys: ClassVar[Mapping[str, str]] = {
+        "slope_numerical_low": "smallest slope that the eigenvalues' error bounds allow",
+        "slope_numerical_high": "largest slope that they allow",
+    }
     needs_bounds: ClassVar[bool] = True
 
     def compute(self, examination: Examination) -> Finding | None:

@@ -2,6 +2,7 @@ r"""The ratio of the largest eigenvalue to the first one behind the outliers, as
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -26,7 +27,9 @@ class OutlierRatio(Extra):
     """
 
     name: ClassVar[str] = "outlier_ratio"
-    keys: ClassVar[tuple[str, ...]] = ("outlier_ratio",)
+    keys: ClassVar[Mapping[str, str]] = {
+        "outlier_ratio": "largest eigenvalue over the one behind the ``num_classes`` largest",
+    }
 
     num_classes: int
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -20,7 +21,11 @@ class SplitHalf(Extra):
     """
 
     name: ClassVar[str] = "split_half"
-    keys: ClassVar[tuple[str, ...]] = ("slope_half_1", "slope_half_2", "slope_sampling_stderr")
+    keys: ClassVar[Mapping[str, str]] = {
+        "slope_half_1": "slope on one random half of the samples",
+        "slope_half_2": "slope on the other half",
+        "slope_sampling_stderr": "half of their absolute difference, the standard error of the slope",
+    }
     needs_operator: ClassVar[bool] = False
 
     def expected_hvps(self, hvps_per_spectrum: int) -> int:

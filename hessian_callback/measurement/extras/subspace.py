@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -49,12 +50,12 @@ class Subspace(Extra):
     """
 
     name: ClassVar[str] = "subspace"
-    keys: ClassVar[tuple[str, ...]] = (
-        "subspace_angle",
-        "subspace_overlap",
-        "subspace_change",
-        "subspace_sine_bound",
-    )
+    keys: ClassVar[Mapping[str, str]] = {
+        "subspace_angle": "largest angle between the top eigenspaces of two successive measurements, in radians",
+        "subspace_overlap": "mean squared cosine of these angles; 1 for equal spaces",
+        "subspace_change": "norm of the difference that the new Hessian makes on the old eigenvectors",
+        "subspace_sine_bound": "Davis-Kahan bound on the sine of the angle, if the gap is positive",
+    }
     needs_eigenvectors: ClassVar[bool] = True
     needs_bounds: ClassVar[bool] = True
 

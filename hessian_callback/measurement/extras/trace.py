@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -64,7 +64,10 @@ class Trace(_Moment):
     """
 
     name: ClassVar[str] = "trace"
-    keys: ClassVar[tuple[str, ...]] = ("trace", "trace_stderr")
+    keys: ClassVar[Mapping[str, str]] = {
+        "trace": "sum of all eigenvalues, estimated",
+        "trace_stderr": "its standard error",
+    }
 
     def compute(self, examination: Examination) -> Finding:
         """Compute the trace."""
@@ -86,7 +89,10 @@ class FrobeniusNorm(_Moment):
     """
 
     name: ClassVar[str] = "frobenius"
-    keys: ClassVar[tuple[str, ...]] = ("frobenius_norm", "frobenius_norm_stderr")
+    keys: ClassVar[Mapping[str, str]] = {
+        "frobenius_norm": "root of the sum of squares of all eigenvalues, estimated",
+        "frobenius_norm_stderr": "its standard error",
+    }
 
     def compute(self, examination: Examination) -> Finding:
         """Compute the Frobenius norm."""
