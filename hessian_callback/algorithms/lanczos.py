@@ -588,11 +588,13 @@ class _Solver:
     def _measure_run(self, projection: Projection) -> None:
         """Compare the run with products of higher precision, if the operator has any."""
         decomposition, operator = self._decomposition, self._operator
-        precise = getattr(operator, "precise_products", None)
-        directions = None if precise is None else self._random_combinations(projection)
-        errors = None if directions is None else decomposition.defects(directions[:, :_FIRST_DIRECTIONS], precise)
-        if directions is None or errors is None:
-            self._rounding_basis = "assumed" if operator.dtype != torch.float64 else "a-priori"
+        precise: Callable[[Tensor], Tensor | None] | None = getattr(operator, "precise_products", None)
+        self._rounding_basis = "assumed" if operator.dtype != torch.float64 else "a-priori"
+        if precise is None:
+            return
+        directions = self._random_combinations(projection)
+        errors = decomposition.defects(directions[:, :_FIRST_DIRECTIONS], precise)
+        if errors is None:
             return
         decomposition.product_error = self._error_of_run(errors, projection)
         ritz = projection.ritz_values
