@@ -600,11 +600,14 @@ class _Solver:
         ritz = projection.ritz_values
         tolerance = self._rtol * abs(float(ritz[min(self._needed(ritz), len(ritz)) - 1]))
         excess = 2 * decomposition.product_error > max(decomposition.a_priori, _NEGLIGIBLE_ERROR * tolerance)
-        if len(errors) < directions.shape[1] and self._agreed(float(excess)):
-            more = decomposition.defects(directions[:, _FIRST_DIRECTIONS:], precise)
-            if more is not None:
+        if self._agreed(float(excess)):
+            # In pairs, for the memory of their products.
+            for start in range(_FIRST_DIRECTIONS, directions.shape[1], _FIRST_DIRECTIONS):
+                more = decomposition.defects(directions[:, start : start + _FIRST_DIRECTIONS], precise)
+                if more is None:  # The memory that is free has changed.
+                    break
                 errors = np.append(errors, more)
-                decomposition.product_error = self._error_of_run(errors, projection)
+            decomposition.product_error = self._error_of_run(errors, projection)
         self._rounding_basis, self._measured_size = "measured", decomposition.size
         self._num_precise += len(errors)
 
@@ -618,7 +621,7 @@ class _Solver:
         count = min(self._k, projection.size)
         if len(errors) == count:
             return self._agreed(float(np.linalg.norm(errors)))
-        factor = 4 if len(errors) <= _FIRST_DIRECTIONS else 1
+        factor = 1 if len(errors) == _MOST_DIRECTIONS else 4
         return self._agreed(float(factor * np.sqrt(count) * np.max(errors)))
 
     def _random_combinations(self, projection: Projection) -> _Array:
