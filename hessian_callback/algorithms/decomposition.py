@@ -454,14 +454,16 @@ class Decomposition:
         return max(inside, float(typical * np.sqrt(self.operator.partition.size)))
 
     @property
-    def rounding(self) -> float:
-        """Additive error of every Ritz value and bound, from inexact products and arithmetic.
+    def a_priori(self) -> float:
+        """Error of a product and of the recurrence that is assumed before anything is measured."""
+        return float((self.operator.relative_error + 24 * self.eps) * self.norm)
 
-        The first two terms are a-priori and relative to ``norm``. The others were measured during this run.
-        """
-        a_priori = (self.operator.relative_error + 24 * self.eps) * self.norm
-        measured = 2 * self.product_error + self.asymmetry + 2 * self.orthogonality * self.norm
-        return max(a_priori + measured + float(np.sqrt(self._neglected)), 8 * float(np.sqrt(self._underflow)))
+    @property
+    def rounding(self) -> float:
+        """Additive error of every Ritz value and bound, from inexact products and arithmetic."""
+        error = max(self.a_priori, 2 * self.product_error)
+        total = error + self.asymmetry + 2 * self.orthogonality * self.norm + float(np.sqrt(self._neglected))
+        return max(total, 8 * float(np.sqrt(self._underflow)))
 
     @property
     def smallest_link(self) -> float:

@@ -49,6 +49,11 @@ _MARGIN = 0.02
 _REPEATED = 2
 # Probability of overlooking an eigenvalue at which a probe ends that is sent to find one.
 _EXPLORING_LEVEL = 0.05
+# Directions in the span of the leading Ritz vectors along which the run is compared with products of higher precision:
+# first, and if the errors are large.
+_FIRST_DIRECTIONS, _MOST_DIRECTIONS = 2, 8
+# Errors below this part of the smallest tolerance are not worth further directions.
+_NEGLIGIBLE_ERROR = 0.125
 
 
 @dataclass(frozen=True)
@@ -96,9 +101,9 @@ def top_eigenvalues(
     :math:`|\theta_i| \le b_i \le 4 \rho \le \text{rtol}\,\|A\|`.
 
     If the operator has a method ``precise_products`` (see `SymmetricOperator`), the run is compared with products of
-    higher precision: along two random combinations of the leading Ritz vectors before the first probe is sent, and
-    again at the end if the basis has grown. A multiple of the differences is added to the rounding level (see the
-    page "Error bounds"). ``num_matvecs`` and ``max_matvecs`` don't include these products, and
+    higher precision: along two to eight random combinations of the leading Ritz vectors before the first probe is
+    sent, and again at the end if the basis has grown. The rounding level is at least a multiple of the differences
+    (see the page "Error bounds"). ``num_matvecs`` and ``max_matvecs`` don't include these products, and
     ``num_precise_products`` is their number.
 
     Args:
@@ -583,39 +588,54 @@ class _Solver:
     def _measure_run(self, projection: Projection) -> None:
         """Compare the run with products of higher precision, if the operator has any."""
         decomposition, operator = self._decomposition, self._operator
-        precise = getattr(operator, "precise_products", None)
-        count = min(self._k, projection.size)
-        errors = None
-        if precise is not None:
-            errors = decomposition.defects(self._random_combinations(projection, count), precise)
-        if errors is None:
-            self._rounding_basis = "assumed" if operator.dtype != torch.float64 else "a-priori"
+        precise: Callable[[Tensor], Tensor | None] | None = getattr(operator, "precise_products", None)
+        self._rounding_basis = "assumed" if operator.dtype != torch.float64 else "a-priori"
+        if precise is None:
             return
+        directions = self._random_combinations(projection)
+        errors = decomposition.defects(directions[:, :_FIRST_DIRECTIONS], precise)
+        if errors is None:
+            return
+        decomposition.product_error = self._error_of_run(errors, projection)
+        ritz = projection.ritz_values
+        tolerance = self._rtol * abs(float(ritz[min(self._needed(ritz), len(ritz)) - 1]))
+        excess = 2 * decomposition.product_error > max(decomposition.a_priori, _NEGLIGIBLE_ERROR * tolerance)
+        if self._agreed(float(excess)):
+            # In pairs, for the memory of their products.
+            for start in range(_FIRST_DIRECTIONS, directions.shape[1], _FIRST_DIRECTIONS):
+                more = decomposition.defects(directions[:, start : start + _FIRST_DIRECTIONS], precise)
+                if more is None:  # The memory that is free has changed.
+                    break
+                errors = np.append(errors, more)
+            decomposition.product_error = self._error_of_run(errors, projection)
+        self._rounding_basis, self._measured_size = "measured", decomposition.size
+        self._num_precise += len(errors)
+
+    def _error_of_run(self, errors: _Array, projection: Projection) -> float:
+        """Estimate the norm of the errors along the leading Ritz vectors from those in a few directions."""
         if not np.isfinite(errors).all():
             raise ArithmeticError(
                 "a product along a combination of the Ritz vectors, made to measure errors, holds NaN or "
                 "infinity; check the loss for overflow or a division by zero on these batches, or use float64"
             )
-        self._rounding_basis, self._measured_size = "measured", decomposition.size
-        self._num_precise += len(errors)
-        # All directions were measured, or random ones. An error along one of n Ritz vectors shows in a combination of
-        # them with 1 / sqrt(n) of its size.
-        complete = len(errors) == count
-        error = np.linalg.norm(errors) if complete else np.max(errors) * max(1.0, 0.625 * np.sqrt(count))
-        decomposition.product_error = max(decomposition.product_error, self._agreed(float(error)))
+        count = min(self._k, projection.size)
+        if len(errors) == count:
+            return self._agreed(float(np.linalg.norm(errors)))
+        factor = 1 if len(errors) == _MOST_DIRECTIONS else 4
+        return self._agreed(float(factor * np.sqrt(count) * np.max(errors)))
 
-    def _random_combinations(self, projection: Projection, count: int) -> _Array:
-        """Return the weights of sums of the leading Ritz vectors with random signs, ``(N, m)``.
+    def _random_combinations(self, projection: Projection) -> _Array:
+        """Return the weights of random orthonormal vectors in the span of the leading Ritz vectors, ``(N, m)``.
 
-        Up to two Ritz vectors are covered by as many orthogonal sums. The signs of two sums agree on half of the Ritz
-        vectors.
+        The weight of a Ritz vector in the first two is never small, so an error along a single one shows. It is drawn
+        from a continuous distribution, so equal errors along several Ritz vectors don't cancel.
         """
+        count = min(self._k, projection.size)
         rng = np.random.default_rng(self._seed)
-        signs = rng.choice([-1.0, 1.0], (count, 1))
-        if count > 1:
-            changes = rng.permutation(np.resize([-1.0, 1.0], count))
-            signs = np.append(signs, signs * changes[:, None], axis=1)
-        weights = projection.eigenvectors(count) @ signs
+        vectors = rng.standard_normal((count, min(count, _MOST_DIRECTIONS)))
+        first = (count, min(count, _FIRST_DIRECTIONS))
+        vectors[:, :_FIRST_DIRECTIONS] = rng.choice([-1.0, 1.0], first) * rng.uniform(0.2, 1.8, first)
+        weights = projection.eigenvectors(count) @ np.linalg.qr(vectors)[0]
         ranks = self._operator.ranks
         agreed: _Array = ranks.broadcast(torch.from_numpy(weights).to(ranks.control_device)).cpu().numpy()
         return agreed
