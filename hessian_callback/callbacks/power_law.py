@@ -6,14 +6,12 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
-from urllib.parse import quote
 
 import torch
-from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_info
 
 from hessian_callback._options import check_bool, check_callable, check_str, optional
 from hessian_callback.callbacks import compatibility
-from hessian_callback.callbacks.batch_structures import BatchStructures
 from hessian_callback.callbacks.callback_options import checked_groups, checked_parameters, checked_prefix
 from hessian_callback.callbacks.hyperparameters import announce_columns
 from hessian_callback.callbacks.lightning_packages import (
@@ -34,27 +32,21 @@ from hessian_callback.callbacks.reporters.history_file import HistoryFileReporte
 from hessian_callback.callbacks.reporters.listeners import ListenerReporter
 from hessian_callback.callbacks.reporters.metrics import MetricReporter, restore_monitored
 from hessian_callback.callbacks.reporters.pictures import LayoutReporter, PictureReporter
+from hessian_callback.callbacks.run_measurer import RunMeasurer
 from hessian_callback.callbacks.run_prediction import RunPrediction
 from hessian_callback.callbacks.sample_source import SampleSource
 from hessian_callback.callbacks.schedule import MeasurementSchedule
-from hessian_callback.callbacks.trainer_observer import Announcements, TrainerObserver
 from hessian_callback.callbacks.trainer_state import EpochClock, Hook, Run, callbacks_of, is_last, logged_step
-from hessian_callback.callbacks.training_problem import ranks_of, run_guarded, training_problem
-from hessian_callback.callbacks.training_weights import TrainingWeights, averaging_callbacks
+from hessian_callback.callbacks.training_problem import ranks_of
 from hessian_callback.linalg.distributed import PeerError, Ranks
-from hessian_callback.measurement.comparability import incomparable
 from hessian_callback.measurement.errors import NotReadyError, UserCodeError
 from hessian_callback.measurement.extras.base import Extra
-from hessian_callback.measurement.failure_policy import FailurePolicy, Outcome, SigtermReceived
+from hessian_callback.measurement.failure_policy import FailurePolicy, SigtermReceived
 from hessian_callback.measurement.history import STATE_VERSION, history_from_state
 from hessian_callback.measurement.measurement import Measurement
-from hessian_callback.measurement.measurer import Measured, Measurer, seconds_since
-from hessian_callback.measurement.observer import Observer
+from hessian_callback.measurement.measurer import Measurer, seconds_since
 from hessian_callback.measurement.place import Place
-from hessian_callback.measurement.sample_size import warn_of_few_samples
-from hessian_callback.measurement.samples import SampleSet
 from hessian_callback.measurement.solvers import Solver
-from hessian_callback.measurement.state_guard import Snapshot
 from hessian_callback.operators.derivatives import DoubleBackwardError
 from hessian_callback.operators.parameters import ParameterFilter
 
@@ -187,7 +179,6 @@ class PowerLawHessianCallback(CallbackBase):
     ) -> None:
         super().__init__()
         self.prefix = checked_prefix(prefix)
-        self.parameters = checked_parameters(parameters)
         self.measurer = Measurer(
             num_eigenvalues, solver=solver, extras=extras, groups=checked_groups(groups), seed=seed
         )
@@ -205,10 +196,19 @@ class PowerLawHessianCallback(CallbackBase):
             at_end=at_end,
             max_overhead=max_overhead,
         )
-        self.loss_fn = optional(check_callable, "loss_fn", loss_fn)
         self.figures = check_bool("figures", figures)
         self.verbose = check_bool("verbose", verbose)
         self.failures = FailurePolicy(on_error, permanent=_PERMANENT_ERRORS, plain=_PLAIN_ERRORS)
+        self.run_measurer = RunMeasurer(
+            self.measurer,
+            self.source,
+            prefix=self.prefix,
+            loss_fn=optional(check_callable, "loss_fn", loss_fn),
+            parameters=checked_parameters(parameters),
+            failures=self.failures,
+            figures=self.figures,
+            verbose=self.verbose,
+        )
         self.reporters = self._make_reporters()
 
         self.history = []
@@ -217,21 +217,26 @@ class PowerLawHessianCallback(CallbackBase):
             optional(check_str, "train_loss", train_loss),
             on_training_data=self.source.on_training_data,
         )
-        self._announcements = Announcements(self.prefix, self.verbose)
-        self._states: Mapping[str, Any] = {}
         self._active = True
         self._restored = False
         self._validated_at: int | None = None
         self._epoch = EpochClock()
-        self._weights = TrainingWeights()
-        self._structures = BatchStructures()
-        self._parameter_names: Sequence[str] = ()
         self._run, self._module = Run(), Run()
 
     @property
     def prediction(self) -> LivePrediction | None:
         """The prediction of the run's loss; ``None`` if nothing is predicted."""
         return self._prediction.live
+
+    @property
+    def loss_fn(self) -> Callable[..., Any] | None:
+        """The function that replaces the module's own loss."""
+        return self.run_measurer.loss_fn
+
+    @property
+    def parameters(self) -> ParameterFilter | None:
+        """Which parameters were chosen."""
+        return self.run_measurer.parameters
 
     def _make_reporters(self) -> list[Reporter]:
         reporters: list[Reporter] = [MetricReporter(), HistoryFileReporter(self.prefix)]
@@ -293,7 +298,7 @@ class PowerLawHessianCallback(CallbackBase):
             self._begin_run(trainer, pl_module)
             self._check_parameters(pl_module)
         elif self.schedule.at_validation_end(**self._here(trainer)) is not None:
-            self._weights.keep(pl_module)
+            self.run_measurer.weights.keep(pl_module)
 
     def _begin_run(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forget another run, or module, that this object was used with; a resumed run has restored its history."""
@@ -304,14 +309,11 @@ class PowerLawHessianCallback(CallbackBase):
                 self.history = []
                 self.schedule.reset()
         if another:
-            self.measurer.forget()
-            self.failures = self.failures.copy()
-            self._announcements = Announcements(self.prefix, self.verbose)
-            self._parameter_names = ()
+            self.run_measurer.forget()
             self._validated_at = None
             if self.prediction is not None:
                 self.prediction.follow(self.history)
-        self._structures.forget()
+        self.run_measurer.begin()
 
     def _check_parameters(self, pl_module: LightningModule) -> None:
         num_eigenvalues = self.measurer.num_eigenvalues
@@ -341,7 +343,9 @@ class PowerLawHessianCallback(CallbackBase):
         if place is not None:
             self._measure(trainer, pl_module, place, "on_train_start")
         elif trainer.global_step == 0 and not self._restored:
-            self._collect_ahead(trainer, pl_module)
+            began = time.monotonic()
+            self.run_measurer.collect_ahead(trainer, pl_module)
+            self.schedule.add_overhead(time.monotonic() - began)
         self._restore_monitored(trainer, pl_module)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -349,13 +353,9 @@ class PowerLawHessianCallback(CallbackBase):
         self._epoch.start(self.schedule.time.spent)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Compare the structure of the first batch with that of the samples, if the training step gets both."""
-        if self._active and self._evaluates_training_step(pl_module):
-            self._structures.follow_training(batch)
-
-    def _evaluates_training_step(self, pl_module: LightningModule) -> bool:
-        own = self.loss_fn is not None or callable(getattr(pl_module, "hessian_loss", None))
-        return not own and not self.source.on_training_data
+        """Compare the structure of the first batch with that of the samples."""
+        if self._active:
+            self.run_measurer.follow_training(pl_module, batch)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -376,7 +376,7 @@ class PowerLawHessianCallback(CallbackBase):
         else:
             due = self.schedule.at_validation_end(**self._here(trainer))
             self._measure_if_affordable(trainer, pl_module, due, "on_validation_epoch_end")
-            self._weights.discard()
+            self.run_measurer.weights.discard()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure if monitoring callbacks look after the training epoch, or the epoch had no validation."""
@@ -404,9 +404,7 @@ class PowerLawHessianCallback(CallbackBase):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Release the samples and the state of the extras."""
-        self.source.clear()
-        self._weights.discard()
-        self._states = {}
+        self.run_measurer.release()
         for reporter in self.reporters:
             reporter.forget()
         self._restored = False
@@ -444,142 +442,27 @@ class PowerLawHessianCallback(CallbackBase):
         began = time.monotonic()
         ranks = ranks_of(trainer)
         self.schedule.begin(place)
-        of_training = place.when not in ("fit_start", "validate")
         val_loss, train_loss = None, None
-        if of_training:
+        if place.when not in ("fit_start", "validate"):
             validated = self._validated_at == place.step
             val_loss, train_loss = self._prediction.losses(trainer, ranks, self.failures, validated=validated)
         try:
-            with self._weights.put_back(trainer) as exchanged:
-                self._say_which_weights(trainer, exchanged=exchanged)
-                outcome = run_guarded(
-                    trainer,
-                    pl_module,
-                    lambda snapshot, arrived: self._examine(trainer, pl_module, snapshot, ranks, place, arrived),
-                    ranks,
-                    self.failures,
-                    stage="measuring the Hessian",
-                    consequence="the Hessian could not be measured, and training goes on without its slope",
-                    # Nothing is lost if no training is under way.
-                    raise_permanent=not of_training,
-                )
+            measurement = self.run_measurer.measure(trainer, pl_module, place, self.history, ranks)
         except SigtermReceived:
             self.schedule.add_overhead(time.monotonic() - began)
             announce(
                 trainer, f"{self.prefix}: gave up the measurement because of SIGTERM; a resumed run makes it first"
             )
             return
-        measurement = self._measurement_of(outcome, place, ranks)
         measurement = replace(
             measurement, seconds=seconds_since(began, ranks), val_loss=val_loss, train_loss=train_loss
         )
-        names = () if outcome.value is None else outcome.value.parameter_names
-        reason = incomparable(self.history, measurement, names=names, names_before=self._parameter_names)
-        if reason is not None:
-            rank_zero_warn(reason)
-        self._parameter_names = names or self._parameter_names
         self.history.append(measurement)
         self._prediction.follow(self.history, ranks, self.failures)
         self.schedule.finish(measurement.seconds)
         self._report(trainer, pl_module, measurement, ranks, hook)
         # Logging and drawing take the callback's time as well.
         self.schedule.add_overhead(time.monotonic() - began - measurement.seconds)
-
-    def _examine(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        snapshot: Snapshot,
-        ranks: Ranks,
-        place: Place,
-        arrived: Sequence[int],
-    ) -> Measured:
-        """Go from the run's state to a measurement, inside the guard."""
-        problem = training_problem(
-            trainer,
-            pl_module,
-            snapshot,
-            self._collect(trainer, snapshot, ranks),
-            self.source,
-            loss_fn=self.loss_fn,
-            parameters=self.parameters,
-            ranks=ranks,
-        )
-        if self._evaluates_training_step(pl_module):
-            self._structures.follow_samples(problem.batches)
-        folder = self.measurer.solver.checkpoint_folder
-        return self.measurer.measure(
-            problem,
-            place,
-            states=self._states,
-            observer=self._observer(trainer, ranks, arrived),
-            failures=self.failures,
-            checkpoint=None if folder is None else folder / f"{quote(self.prefix, safe=' ')}-step={place.step}",
-            draws_figures=self.figures and bool(trainer.loggers),
-        )
-
-    def _say_which_weights(self, trainer: Trainer, *, exchanged: bool) -> None:
-        names = ", ".join(averaging_callbacks(callbacks_of(trainer)))
-        if self.verbose and (names or exchanged) and self._announcements.is_new("weights"):
-            self._announcements.say(
-                trainer,
-                f"the weights that the optimizer trains are measured, and not those that "
-                f"{names or 'another callback'} has for validation; trainer.validate() measures the weights that the "
-                "module then has",
-            )
-
-    def _observer(self, trainer: Trainer, ranks: Ranks, arrived: Sequence[int]) -> Observer:
-        return TrainerObserver(trainer, ranks, self._announcements, self.measurer.solver.hvp, arrived)
-
-    def _measurement_of(self, outcome: Outcome[Measured], place: Place, ranks: Ranks) -> Measurement:
-        """Return the measurement of an outcome, and keep the extras' states for the next one."""
-        if outcome.value is not None:
-            # Kept only now: the guard restores everything that the module refers to, which may be its callbacks.
-            self._states = outcome.value.states
-            measurement = outcome.value.measurement
-            return measurement if outcome.reason is None else replace(measurement, reason=outcome.reason)
-        return Measurement(
-            epoch=place.epoch,
-            step=place.step,
-            when=place.when,
-            spectrum=None,
-            fit=None,
-            reason=outcome.reason,
-            seconds=0.0,
-            world_size=ranks.world_size,
-            mode=self.measurer.solver.mode,
-        )
-
-    def _collect(self, trainer: Trainer, snapshot: Snapshot, ranks: Ranks) -> SampleSet:
-        """Collect the samples, and judge their number at the first time."""
-        samples = self.source.collect(trainer, snapshot, ranks)
-        # If warnings are errors, they must not be those of one rank alone.
-        with ranks.propagate_errors("judging the samples"):
-            if ranks.rank == 0 and self._announcements.is_new("number of samples", str(samples.num_samples)):
-                if samples.num_samples < self.source.num_samples:
-                    rank_zero_info(
-                        f"num_samples={self.source.num_samples}, but there are only {samples.num_samples} samples; "
-                        "all are used"
-                    )
-                warn_of_few_samples(samples.num_samples, self.measurer.num_eigenvalues)
-        return samples
-
-    def _collect_ahead(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find before training an error that the first measurement, hours later, could only warn of."""
-        began = time.monotonic()
-        ranks = ranks_of(trainer)
-        run_guarded(
-            trainer,
-            pl_module,
-            lambda snapshot, _: self._collect(trainer, snapshot, ranks),
-            ranks,
-            # Its warnings are forgotten: the same error is worth another one when it costs the slope.
-            self.failures.copy(),
-            stage="collecting the samples",
-            consequence="the samples could not be collected before training; the measurement tries again",
-            raise_permanent=True,
-        )
-        self.schedule.add_overhead(time.monotonic() - began)
 
     def _report(
         self, trainer: Trainer, pl_module: LightningModule, measurement: Measurement, ranks: Ranks, hook: Hook
@@ -601,7 +484,7 @@ class PowerLawHessianCallback(CallbackBase):
             step=logged_step(trainer, measurement, hook),
             can_log=hook != "on_train_start",
             prediction=self.prediction,
-            states=self._states,
+            states=self.run_measurer.states,
             ranks=ranks,
             failures=self.failures,
         )

@@ -35,6 +35,10 @@ class Announcements:
         self.verbose = verbose
         self._said: dict[str, str] = {}
 
+    def forget(self) -> None:
+        """Forget what was announced."""
+        self._said.clear()
+
     def is_new(self, topic: str, version: str = "") -> bool:
         """Return whether a topic was not announced in this version before; it counts as announced from now on."""
         if self._said.get(topic) == version:

@@ -63,6 +63,10 @@ class FailurePolicy:
         """Return the same policy without the memory of its warnings."""
         return FailurePolicy(self.on_error, permanent=self._permanent, plain=self._plain)
 
+    def forget(self) -> None:
+        """Forget the warnings, so that each is given again."""
+        self._warned.clear()
+
     def run(
         self,
         task: Callable[[], T],

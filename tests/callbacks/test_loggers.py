@@ -72,13 +72,13 @@ def test_pictures_have_the_steps_of_their_scalars(tmp_path: Path) -> None:
     # Of a single eigenspace there is nothing to compare.
     assert shown == {"hessian/spectrum": steps, "hessian/density": steps, "hessian/subspace_overlaps": steps[1:]}
     # After the run nothing of it is held.
-    assert not callback._states
+    assert not callback.run_measurer.states
 
 
 def test_stored_eigenspaces_have_the_logged_overlap(tmp_path: Path) -> None:
     class Watcher(Callback):
         def on_hessian_measured(self, run: Any, module: Any, callback: Any) -> None:
-            kept.append(callback._states["subspace"].spaces.overlaps)
+            kept.append(callback.run_measurer.states["subspace"].spaces.overlaps)
 
     kept: list[Any] = []
     callback = measure(figures=True, extras=[Subspace(dimension=2)], max_hvps=200)
@@ -93,7 +93,11 @@ def test_stored_eigenspaces_have_the_logged_overlap(tmp_path: Path) -> None:
 def test_no_eigenspace_is_stored_without_a_picture(options: dict[str, Any], tmp_path: Path) -> None:
     class Watcher(Callback):
         def on_hessian_measured(self, run: Any, module: Any, callback: Any) -> None:
-            kept.append(len(callback._states["subspace"].spaces) if "subspace" in callback._states else 0)
+            kept.append(
+                len(callback.run_measurer.states["subspace"].spaces)
+                if "subspace" in callback.run_measurer.states
+                else 0
+            )
 
     kept: list[int] = []
     chosen = {"figures": True, "extras": [Subspace(dimension=2)], "max_hvps": 200, **options}

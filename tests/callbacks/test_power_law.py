@@ -580,7 +580,7 @@ def test_a_run_after_one_that_ended_with_an_error_starts_afresh(tmp_path: Any) -
     with pytest.raises(OSError, match="the disk is gone"):
         trainer(tmp_path, callback).fit(seeded(), loader(), loader(seed=1))
     assert callback.source._samples is None
-    callback.loss_fn = None
+    callback.run_measurer.loss_fn = None
     trainer(tmp_path, callback, max_epochs=1).fit(seeded(), loader(), loader(seed=2))
     fresh = measure()
     trainer(tmp_path, fresh, max_epochs=1).fit(seeded(), loader(), loader(seed=2))

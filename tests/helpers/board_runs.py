@@ -32,7 +32,7 @@ class Watcher(Callback):
         self.overlaps: list[Any] = []
 
     def on_hessian_measured(self, run: Any, module: Any, callback: Any) -> None:
-        self.overlaps.append(callback._states["subspace"].spaces.overlaps.tolist())
+        self.overlaps.append(callback.run_measurer.states["subspace"].spaces.overlaps.tolist())
 
 
 def main() -> None:
