@@ -16,13 +16,11 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import EarlyStopping
-from lightning.pytorch.loggers import CSVLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from hessian_callback.cli import main as cli
 from hessian_callback.demos import DigitsCNN, DigitsData
+from tests.helpers.lightning import CSVLogger, EarlyStopping, Trainer
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "example_configs"
