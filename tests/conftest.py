@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from xdist.scheduler import LoadScopeScheduling
 
+from tests.helpers import lightning  # noqa: F401  # Before all modules of the package.
 from tests.helpers.browser import browser, tensorboard
 
 __all__ = ["browser", "pytest_xdist_auto_num_workers", "pytest_xdist_make_scheduler", "tensorboard"]

@@ -21,7 +21,6 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader, TensorDataset
@@ -35,6 +34,7 @@ from hessian_callback.linalg.random_vectors import gaussian_slice, rademacher_sl
 from hessian_callback.linalg.tall_matrices import inner_products, orthonormal_columns
 from hessian_callback.operators.memory import free_memory
 from tests.helpers.cases import CASES, Case, classify, dense_hessian, rotated
+from tests.helpers.lightning import EarlyStopping, ModelCheckpoint
 from tests.helpers.model_zoo import KINDS, Trained
 from tests.helpers.observed import same
 from tests.helpers.toy_runs import loader as plain_loader

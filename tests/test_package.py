@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import hessian_callback
+from tests.helpers.lightning import PACKAGE
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -35,7 +36,7 @@ def test_import_brings_nothing_heavy(tmp_path: Path) -> None:
     code = """
 import sys
 import hessian_callback
-heavy = {"matplotlib", "tensorboard", "sklearn", "jsonargparse", "rich", "lightning"}
+heavy = {"matplotlib", "tensorboard", "sklearn", "jsonargparse", "rich", "lightning", "pytorch_lightning"}
 print(sorted(heavy & {name.split(".")[0] for name in sys.modules}))
 """
     done = python(code, tmp_path)
@@ -44,13 +45,13 @@ print(sorted(heavy & {name.split(".")[0] for name in sys.modules}))
 
 def test_callback_brings_no_optional_dependency(tmp_path: Path) -> None:
     """Lightning itself imports some of them where they are installed; the callback must not add any."""
-    code = """
+    code = f"""
 import sys
-import lightning.pytorch
+import {PACKAGE}
 before = set(sys.modules)
 from hessian_callback import *
-added = {name.split(".")[0] for name in set(sys.modules) - before}
-print(sorted({"matplotlib", "sklearn", "jsonargparse"} & added))
+added = {{name.split(".")[0] for name in set(sys.modules) - before}}
+print(sorted({{"matplotlib", "sklearn", "jsonargparse"}} & added))
 """
     done = python(code, tmp_path)
     assert done.stdout == "[]\n", done.stderr

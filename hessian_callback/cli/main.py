@@ -8,33 +8,48 @@ import shutil
 import sys
 import traceback
 from collections.abc import Sequence
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import EarlyStopping
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import TensorBoardLogger
 
 from hessian_callback._version import __version__
+from hessian_callback.callbacks.lightning_packages import CONFIGURATION_ERRORS, PACKAGES, Trainer, is_a, package_of
 from hessian_callback.callbacks.moved_options import MOVED_OPTIONS
 from hessian_callback.callbacks.power_law import PowerLawHessianCallback
+from hessian_callback.callbacks.trainer_state import callbacks_of
 from hessian_callback.cli.spectrum import check_output, measure_module, write_spectrum
 from hessian_callback.measurement.errors import UserCodeError
 from hessian_callback.measurement.measurement import Measurement
 
+if TYPE_CHECKING:
+    from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+else:
+    # Mixed with the classes of one package by `_of_package`.
+    LightningArgumentParser = LightningCLI = object
+
 __all__ = ["HessianCLI", "main", "print_report", "stop_messages", "table_row"]
 
 _MOST_CHARACTERS = 600
-# The module of Lightning that loads checkpoints.
-_CHECKPOINTS = "lightning.pytorch.trainer.connectors.checkpoint_connector"
+# The modules of Lightning that load checkpoints.
+_CHECKPOINTS = tuple(f"{package}.trainer.connectors.checkpoint_connector" for package in PACKAGES)
+_CALLBACKS = tuple(f"{package}.callbacks." for package in PACKAGES)
 # Packages whose own checks refuse options and files.
-_CHECKING = ("hessian_callback.", "lightning.", "torch.optim.", "torch.utils.data.")
+_CHECKING = (
+    *("hessian_callback.", "lightning.", "pytorch_lightning.", "lightning_fabric."),
+    *("torch.optim.", "torch.utils.data."),
+)
 # Types of errors by which a class refuses its options.
-_REFUSALS = (ValueError, TypeError, RuntimeError, OSError, ImportError, MisconfigurationException)
+_REFUSALS: tuple[type[Exception], ...] = (
+    ValueError,
+    TypeError,
+    RuntimeError,
+    OSError,
+    ImportError,
+    *CONFIGURATION_ERRORS,
+)
 
 _DESCRIPTION = """\
 Measure the power-law slope of a network's Hessian spectrum while it trains.
@@ -83,17 +98,23 @@ tested models and precisions: docs/compatibility.md
 
 
 class HessianCLI(LightningCLI):
-    """A LightningCLI for any model and data module, reporting the measurements of its callbacks."""
+    """A LightningCLI for any model and data module, reporting the measurements of its callbacks.
 
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
+    `main` derives it from the LightningCLI of the package that the model belongs to.
+    """
+
+    # Lightning calls its static method of this name on the instance.
+    @classmethod
+    def subcommands(cls) -> dict[str, set[str]]:
         """Return the trainer's methods that measure; ``test`` and ``predict`` do not."""
-        return {name: skip for name, skip in LightningCLI.subcommands().items() if name in ("fit", "validate")}
+        return {name: skip for name, skip in super().subcommands().items() if name in ("fit", "validate")}
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """Make a parser whose errors name a remedy."""
         kwargs.setdefault("dump_header", [f"hessian-callback {__version__}"])
-        parser = _HelpfulParser(**kwargs)
+        parser: LightningArgumentParser = _of_package(_HelpfulParser, "LightningArgumentParser", package_of(self))(
+            **kwargs
+        )
         parser.add_argument("-c", "--config", action="config", help="Path to a configuration file in yaml format.")
         return parser
 
@@ -169,7 +190,7 @@ class SpectrumCLI(HessianCLI):
 
     def run(self) -> None:
         """Measure once for each configured callback, print and write the result."""
-        callbacks = [one for one in self.trainer.callbacks if isinstance(one, PowerLawHessianCallback)]  # type: ignore[attr-defined]
+        callbacks = [one for one in callbacks_of(self.trainer) if isinstance(one, PowerLawHessianCallback)]
         output = self._get(self.config, "output")
         if output is not None and len(callbacks) > 1:
             self.parser.error(
@@ -210,7 +231,50 @@ class _HelpfulParser(LightningArgumentParser):
         """Exit with the message and a remedy, without the list of all options."""
         if not getattr(self, "exit_on_error", True):
             super().error(message, ex)
-        _exit(message)
+        raise _ParserError(message)
+
+
+class _ParserError(SystemExit):
+    """An error of the parser; LightningCLI expects a SystemExit."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(2)
+        self.message = message
+
+
+def _of_package(kind: type, base: str, package: str) -> Any:
+    """Derive a class of this module from a class of a package's command line."""
+    return type(kind.__name__, (kind, getattr(import_module(f"{package}.cli"), base)), {"__doc__": kind.__doc__})
+
+
+def _refusal(refusals: dict[str, str]) -> tuple[str, str | None]:
+    """Return the message for arguments that no package accepts, and its remedy if they mix classes of two packages.
+
+    Example:
+        >>> _refusal({"one": "no subclass. Given value: a.Net", "two": "no subclass. Given value: b.Data"})[0]
+        'a Trainer accepts classes of one package, but a.Net is not one of one and b.Data is not one of two'
+    """
+    message, *_ = refusals.values()
+    names = [_refused_class(refusal) for refusal in refusals.values()]
+    if None in names or len(set(names)) == 1:
+        # The same class is refused by all packages, so they are not the reason.
+        return message, None
+    refused = " and ".join(f"{name} is not one of {package}" for package, name in zip(refusals, names, strict=True))
+    return (
+        f"a Trainer accepts classes of one package, but {refused}",
+        "Take the model, the data module and the callbacks from one package, lightning or pytorch_lightning.",
+    )
+
+
+def _refused_class(message: str) -> str | None:
+    """Return the class that a message of the parser is about.
+
+    Example:
+        >>> _refused_class("Given value: Namespace(class_path='a.Net', init_args=Namespace())")
+        'a.Net'
+    """
+    found = re.search(r"Given value: (?:.*?class_path\W+)?([\w.]+)", message, re.S)
+    return None if found is None else found[1]
 
 
 def _exit(message: str, *, remedy: str | None = None) -> NoReturn:
@@ -237,18 +301,18 @@ def _user_error(error: Exception) -> str | None:
         return None  # A fault of the user's own code.
     if any(
         name == "_parse_ckpt_path"  # LightningCLI looks for hyperparameters in the checkpoint.
-        or (module == _CHECKPOINTS and name.lstrip("_").startswith(("resume", "restore")))
+        or (module in _CHECKPOINTS and name.lstrip("_").startswith(("resume", "restore")))
         for module, name in frames
     ):
         return f"the checkpoint of --ckpt_path can't be loaded ({type(error).__name__}: {text})"
     if isinstance(error, _REFUSALS) and any(name == "instantiate_classes" for _, name in frames):
         return text
     innermost = frames[-1][0] if frames else ""
-    if isinstance(error, (ValueError, OSError, ImportError, MisconfigurationException)):
+    if isinstance(error, (ValueError, OSError, ImportError, CONFIGURATION_ERRORS)):
         raised_by_check = innermost.startswith(_CHECKING)
     else:
-        raised_by_check = type(error) is RuntimeError and innermost.startswith("lightning.pytorch.callbacks.")
-    return text if raised_by_check or isinstance(error, MisconfigurationException) else None
+        raised_by_check = type(error) is RuntimeError and innermost.startswith(_CALLBACKS)
+    return text if raised_by_check or isinstance(error, CONFIGURATION_ERRORS) else None
 
 
 def _remedy(message: str) -> str:
@@ -267,6 +331,8 @@ def _remedy(message: str) -> str:
         return f"Paths count from the current folder, {Path.cwd()}; the examples lie in example_configs/ of a clone."
     if "arguments are required" in message and ".model" in message:
         return "Name a model with --model package.MyModel, or a file of settings with --config FILE.yaml."
+    if "subclass of Lightning" in message:
+        return "A model is a LightningModule and data are a LightningDataModule, of lightning or of pytorch_lightning."
     if "No module named" in message or "has no attribute" in message:
         return (
             "A class is named with its module, as in package.module.MyClass. Installed packages and the current folder "
@@ -318,20 +384,44 @@ def main(args: Sequence[str] | None = None) -> None:
         },
     }
     try:
-        if given[:1] == ["spectrum"]:
-            SpectrumCLI(run=False, save_config_callback=None, args=given[1:], **options).run()
-            return
-        HessianCLI(
-            # A run's folder is new for each run, unless a logger has a fixed version.
-            save_config_kwargs={"overwrite": True},
-            args=None if args is None else list(args),
-            **options,
-        )
+        refusals = _run(args, given, options)
     except Exception as error:
         sentence = _user_error(error)
         if sentence is None or "JSONARGPARSE_DEBUG" in os.environ:
             raise
         _exit(sentence, remedy="With JSONARGPARSE_DEBUG=true in the environment the traceback is shown.")
+    if refusals:
+        message, remedy = _refusal(refusals)
+        _exit(message, remedy=remedy)
+
+
+def _run(args: Sequence[str] | None, given: Sequence[str], options: dict[str, Any]) -> dict[str, str]:
+    """Run a command with the package whose classes the arguments name.
+
+    Returns:
+        Why the arguments were refused, by package; empty if the command was run.
+    """
+    refusals: dict[str, str] = {}
+    for package in PACKAGES:
+        try:
+            if given[:1] == ["spectrum"]:
+                cli = _of_package(SpectrumCLI, "LightningCLI", package)
+                cli(run=False, save_config_callback=None, args=given[1:], **options).run()
+            else:
+                _of_package(HessianCLI, "LightningCLI", package)(
+                    # A run's folder is new for each run, unless a logger has a fixed version.
+                    save_config_kwargs={"overwrite": True},
+                    args=None if args is None else list(args),
+                    **options,
+                )
+        except _ParserError as error:  # noqa: PERF203
+            refusals[package] = error.message
+            # No other refusal is due to the package.
+            if "subclass" not in error.message:
+                return {package: error.message}
+        else:
+            return {}
+    return refusals
 
 
 # -- the report ------------------------------------------------------------------------------------
@@ -341,7 +431,7 @@ def print_report(trainer: Trainer) -> None:
     """Print the measurements of a trainer's callbacks, why it stopped early, and the paths of its curves."""
     if not trainer.is_global_zero:
         return
-    measuring = [c for c in trainer.callbacks if isinstance(c, PowerLawHessianCallback)]  # type: ignore[attr-defined]
+    measuring = [one for one in callbacks_of(trainer) if isinstance(one, PowerLawHessianCallback)]
     for callback in measuring:
         _print_history(callback)
     if not measuring:
@@ -351,8 +441,9 @@ def print_report(trainer: Trainer) -> None:
         )
     for message in stop_messages(trainer):
         print(f"\n{message}")
-    for logger in trainer.loggers:
-        if isinstance(logger, TensorBoardLogger):
+    loggers: list[Any] = trainer.loggers
+    for logger in loggers:
+        if is_a(logger, "TensorBoardLogger"):
             print(f"\nTensorBoard files: {_shown(logger.log_dir)}")
             print(f"Look at them with: {_tensorboard()} --logdir {_shown(logger.root_dir)}")
 
@@ -425,8 +516,8 @@ def stop_messages(trainer: Trainer) -> list[str]:
     if not trainer.should_stop:
         return []
     messages = []
-    for stopper in trainer.early_stopping_callbacks:
-        assert isinstance(stopper, EarlyStopping)
+    stoppers: list[Any] = trainer.early_stopping_callbacks
+    for stopper in stoppers:
         # Lightning before 2.6 stores no reason, and the epoch of a stopper that did not stop is 0.
         stopped = getattr(stopper, "stopping_reason_message", "unknown") is not None
         if not stopped or stopper.stopped_epoch != trainer.current_epoch - 1:

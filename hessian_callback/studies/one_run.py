@@ -61,8 +61,9 @@ def _with_solver_checkpoint(options: Mapping[str, Any], folder: Path) -> dict[st
 def complete_config(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """Add the settings with which a run writes into its folder, and resumes there after it was killed."""
     trainer = dict(config.get("trainer") or {})
+    # Names without a module are those of the package that the model belongs to.
     keeping = {
-        "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
+        "class_path": "ModelCheckpoint",
         "init_args": {
             "dirpath": str(folder / CHECKPOINT.parent),
             "filename": CHECKPOINT.stem,
@@ -70,7 +71,7 @@ def complete_config(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         },
     }
     logger = {
-        "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
+        "class_path": "TensorBoardLogger",
         "init_args": {"save_dir": str(folder), "name": "", "version": ""},
     }
     measuring = []
@@ -164,10 +165,10 @@ def main(folder: Path, wanted: Path) -> int:
 
 def _circumstances(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The device and the versions of a run."""
-    import lightning
     import torch
 
     from hessian_callback._version import __version__
+    from hessian_callback.callbacks.lightning_packages import PACKAGES
 
     accelerator = (settings.get("trainer") or {}).get("accelerator", "auto")
     on_gpu = accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
@@ -177,7 +178,7 @@ def _circumstances(settings: Mapping[str, Any]) -> dict[str, Any]:
             "hessian-callback": __version__,
             "python": platform.python_version(),
             "torch": torch.__version__,
-            "lightning": lightning.__version__,
+            **{name.partition(".")[0]: sys.modules[name].__version__ for name in PACKAGES},
         },
     }
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from hessian_callback import (
@@ -26,6 +25,7 @@ from hessian_callback.algorithms.pooled_ritz import pooled_ritz_values
 from hessian_callback.algorithms.trace import trace
 from hessian_callback.callbacks.power_law import PowerLawHessianCallback
 from hessian_callback.measurement.measurement import Measurement
+from tests.helpers.lightning import MisconfigurationException
 from tests.helpers.toy_runs import NUM_EIGENVALUES, Net, loader, measure, seeded, trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:a measurement of the Hessian took", "ignore:.*samples are few")

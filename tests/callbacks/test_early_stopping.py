@@ -10,8 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
 from hessian_callback import (
     Density,
@@ -27,6 +25,7 @@ from hessian_callback.callbacks.early_stopping import _ALWAYS
 from hessian_callback.measurement.extras.registry import EXTRAS
 from hessian_callback.power_law.fit import critical_distance
 from tests.helpers.calls import count_calls
+from tests.helpers.lightning import EarlyStopping, MisconfigurationException, ModelCheckpoint
 from tests.helpers.toy_runs import NUM_EIGENVALUES, loader, measure, seeded, trainer
 
 pytestmark = [

@@ -20,8 +20,6 @@ import pytest
 import torch
 from hypothesis import HealthCheck, assume, event, given, settings
 from hypothesis import strategies as st
-from lightning.pytorch.callbacks import OnExceptionCheckpoint
-from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -29,6 +27,7 @@ from hessian_callback import Lanczos, PowerLawHessianCallback
 from hessian_callback.callbacks.module_loss import resolve_loss
 from hessian_callback.measurement.errors import LossError, SampleError
 from tests.helpers.killed_run import fit
+from tests.helpers.lightning import CSVLogger, OnExceptionCheckpoint
 from tests.helpers.model_zoo import KINDS
 from tests.helpers.observed import observable, same
 from tests.helpers.toy_runs import NUM_EIGENVALUES, Net, data, loader, measure, seeded, trainer

@@ -8,13 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule
-from lightning.pytorch.callbacks import EarlyStopping
 from torch import nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
 from hessian_callback.measurement.errors import LossError, UserCodeError
+from tests.helpers.lightning import EarlyStopping, LightningModule
 from tests.helpers.toy_runs import data, loader, measure, seeded, trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import LightningModule
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from hessian_callback.measurement.errors import SampleError
 from hessian_callback.operators.product_check import WrongProductError
+from tests.helpers.lightning import LightningModule
 from tests.helpers.toy_runs import Net, data, loader, measure, seeded, trainer
 
 pytestmark = [

@@ -7,11 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningModule
-from lightning.pytorch.callbacks import BackboneFinetuning, BaseFinetuning
 from torch import nn
 
+from tests.helpers.lightning import BackboneFinetuning, BaseFinetuning, LightningModule, MisconfigurationException
 from tests.helpers.toy_runs import loader, measure, seeded, trainer
 
 

@@ -10,14 +10,18 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, LightningDataModule, LightningModule
-from lightning.pytorch.callbacks import EarlyStopping
 from torch import nn
 
 import hessian_callback.measurement.solvers
 from hessian_callback.algorithms.spectrum import Spectrum
 from hessian_callback.callbacks import full_precision
+from tests.helpers.lightning import (
+    Callback,
+    EarlyStopping,
+    LightningDataModule,
+    LightningModule,
+    MisconfigurationException,
+)
 from tests.helpers.toy_runs import Net, loader, measure, seeded, trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:a measurement of the Hessian took")

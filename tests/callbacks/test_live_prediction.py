@@ -9,10 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import TensorBoardLogger
 from scipy.stats import kendalltau, spearmanr
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -21,6 +17,7 @@ from hessian_callback.callbacks.live_prediction import LivePrediction
 from hessian_callback.linalg.distributed import PeerError
 from hessian_callback.measurement.measurement import Measurement
 from tests.helpers.calls import count_calls
+from tests.helpers.lightning import Callback, MisconfigurationException, ModelCheckpoint, TensorBoardLogger
 from tests.helpers.losses_on_rank import losses_on_rank
 from tests.helpers.ranks import run_ranks
 from tests.helpers.toy_runs import loader, measure, seeded, trainer

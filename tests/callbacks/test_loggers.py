@@ -9,9 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import Callback
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from lightning.pytorch.loggers.logger import DummyLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 
@@ -26,6 +23,7 @@ from hessian_callback.callbacks.loggers import (
     shows_pictures,
 )
 from tests.helpers.launched import finish, launch
+from tests.helpers.lightning import Callback, CSVLogger, DummyLogger, TensorBoardLogger
 from tests.helpers.toy_runs import loader, measure, seeded, trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:a measurement of the Hessian took", "ignore:.*samples are few")
@@ -201,7 +199,7 @@ def test_a_logger_with_every_attribute_shows_no_pictures() -> None:
 
 def test_weights_and_biases_keeps_pictures_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("wandb")
-    from lightning.pytorch.loggers import WandbLogger
+    from tests.helpers.lightning import WandbLogger
 
     monkeypatch.setenv("WANDB_SILENT", "true")
     logger = WandbLogger(save_dir=tmp_path, offline=True)
@@ -216,7 +214,7 @@ def test_mlflow_keeps_pictures_in_a_folder(tmp_path: Path, monkeypatch: pytest.M
     pytest.importorskip("mlflow")
     # Its skinny edition has no other store that needs no server.
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
-    from lightning.pytorch.loggers import MLFlowLogger
+    from tests.helpers.lightning import MLFlowLogger
 
     logger = MLFlowLogger(tracking_uri=f"file:{tmp_path}/runs", artifact_location=str(tmp_path / "kept"))
     show_picture(logger, "hessian/spectrum", PICTURE, 3)

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
 
 from hessian_callback import HessianOperator
 from hessian_callback.callbacks.module_loss import resolve_loss
 from hessian_callback.operators.derivatives import DoubleBackwardError
+from tests.helpers.lightning import ModelCheckpoint
 from tests.helpers.model_zoo import (
     KINDS,
     WEIGHED,

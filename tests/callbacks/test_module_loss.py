@@ -6,11 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningModule
 
 from hessian_callback.callbacks.module_loss import resolve_loss
 from hessian_callback.measurement.errors import LossError
+from tests.helpers.lightning import LightningModule, MisconfigurationException
 
 
 class Plain(LightningModule):

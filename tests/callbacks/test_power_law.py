@@ -12,9 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -24,6 +21,7 @@ from hessian_callback.callbacks.moved_options import MOVED_OPTIONS
 from hessian_callback.callbacks.power_law import PowerLawHessianCallback
 from hessian_callback.measurement.errors import SampleError
 from hessian_callback.measurement.measurement import Measurement
+from tests.helpers.lightning import Callback, EarlyStopping, MisconfigurationException, ModelCheckpoint
 from tests.helpers.toy_runs import NUM_EIGENVALUES, data, loader, measure, seeded, trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:a measurement of the Hessian took")
@@ -276,9 +274,8 @@ def test_layers_without_double_backward_are_refused() -> None:
 
 
 def test_unsupported_strategies_are_refused_with_the_reason() -> None:
-    from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
-
     from hessian_callback.callbacks.compatibility import check_strategy
+    from tests.helpers.lightning import DDPStrategy, FSDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 
     check_strategy(SingleDeviceStrategy("cpu"))
     check_strategy(DDPStrategy())

@@ -7,10 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, LightningModule
-from lightning.pytorch.trainer.states import RunningStage
-from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler, WeightedRandomSampler
 
 from hessian_callback.callbacks.sample_source import SampleSource
@@ -20,6 +16,7 @@ from hessian_callback.measurement.errors import SampleError, UserCodeError
 from hessian_callback.measurement.samples import SampleSet
 from hessian_callback.operators.batches import tensors
 from tests.helpers.installed import installed
+from tests.helpers.lightning import Callback, CombinedLoader, LightningModule, MisconfigurationException, RunningStage
 from tests.helpers.toy_runs import trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore")

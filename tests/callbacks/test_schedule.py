@@ -13,13 +13,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import ModelCheckpoint
 
 from hessian_callback.callbacks.schedule import Cadence, MeasurementSchedule, TimeShare
 from hessian_callback.measurement.measurement import Measurement
 from hessian_callback.measurement.place import Place
 from tests.helpers.calls import count_calls
+from tests.helpers.lightning import Callback, ModelCheckpoint
 from tests.helpers.toy_runs import loader, seeded, trainer
 
 

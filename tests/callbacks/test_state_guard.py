@@ -18,8 +18,6 @@ import torch
 import torchmetrics
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lightning.fabric.plugins.environments import SLURMEnvironment
-from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from torch import nn
 
 from hessian_callback.callbacks.state_guard import (
@@ -29,6 +27,7 @@ from hessian_callback.callbacks.state_guard import (
 )
 from hessian_callback.measurement import state_guard
 from hessian_callback.measurement.state_records import UnrestorableStateError
+from tests.helpers.lightning import PACKAGE, Callback, LightningDataModule, LightningModule, SLURMEnvironment
 from tests.helpers.toy_runs import Net, loader, measure, seeded, trainer
 
 
@@ -427,7 +426,7 @@ def test_modules_of_both_packages_do_not_log(package: str, tmp_path: Any) -> Non
 def test_slurm_requeues_with_the_weights_of_training(hvp: str, tmp_path: Any, monkeypatch: Any) -> None:
     """Lightning's handler of SLURM's signal saves wherever it interrupts, also between two perturbed gradients."""
     monkeypatch.setenv("SLURM_JOB_ID", "1")
-    monkeypatch.setattr("lightning.pytorch.trainer.connectors.signal_connector.call", lambda command: 0)
+    monkeypatch.setattr(f"{PACKAGE}.trainer.connectors.signal_connector.call", lambda command: 0)
     calls = iter(range(10**6))
     weights: dict[str, torch.Tensor] = {}
 

@@ -12,13 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from lightning.pytorch.tuner import Tuner
 from torch import nn
 
 from hessian_callback.measurement.errors import LossError
+from tests.helpers.lightning import Callback, CSVLogger, EarlyStopping, ModelCheckpoint, TensorBoardLogger, Tuner
 from tests.helpers.observed import observable, same
 from tests.helpers.toy_runs import NUM_EIGENVALUES, Net, loader, measure, seeded, trainer
 
@@ -218,7 +215,7 @@ def test_fast_dev_run_measures_and_says_so_nowhere(tmp_path: Any) -> None:
 
 
 def test_barebones_is_left_alone(tmp_path: Any) -> None:
-    from lightning.pytorch import Trainer
+    from tests.helpers.lightning import Trainer
 
     callback = measure()
     Trainer(barebones=True, max_epochs=1, callbacks=[callback], accelerator="cpu", default_root_dir=tmp_path).fit(
@@ -447,7 +444,7 @@ def test_tensorboard_holds_every_epoch_and_a_picture(tmp_path: Any) -> None:
 
 @pytest.mark.parametrize("bar", ["tqdm", "rich", None])
 def test_progress_beside_the_trainers_bar(bar: str | None, tmp_path: Any, capsys: Any) -> None:
-    from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
+    from tests.helpers.lightning import RichProgressBar, TQDMProgressBar
 
     bars = {"tqdm": [TQDMProgressBar()], "rich": [RichProgressBar()], None: []}[bar]
     callback = measure(verbose=True)

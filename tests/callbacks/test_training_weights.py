@@ -8,12 +8,17 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Callback, LightningModule
-from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging, WeightAveraging
 from torch import nn
 from torch.optim.swa_utils import get_ema_avg_fn
 
 from hessian_callback.callbacks.training_weights import TrainingWeights
+from tests.helpers.lightning import (
+    Callback,
+    EMAWeightAveraging,
+    LightningModule,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
 from tests.helpers.toy_runs import loader, measure, seeded, trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -16,13 +16,11 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import EarlyStopping
-from lightning.pytorch.loggers import CSVLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from hessian_callback.cli import main as cli
 from hessian_callback.demos import DigitsCNN, DigitsData
+from tests.helpers.lightning import CSVLogger, EarlyStopping, Trainer
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "example_configs"
@@ -391,6 +389,101 @@ def test_the_traceback_can_be_asked_for(monkeypatch: pytest.MonkeyPatch, tmp_pat
     monkeypatch.setenv("JSONARGPARSE_DEBUG", "true")
     with pytest.raises(ValueError, match="num_eigenvalues"):
         cli.main([*CNN, f"{CALLBACK}.num_eigenvalues", "1"])
+
+
+# -- both packages ---------------------------------------------------------------------------------
+
+# A model, data and a callback of one package, which a test writes into a file of their own.
+THEIRS = """
+import torch
+import {package} as pl
+from torch.utils.data import DataLoader, TensorDataset
+
+class Net(pl.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.net = torch.nn.Linear(5, 3)
+
+    def step(self, batch, batch_idx):
+        return torch.nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+    training_step = validation_step = step
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+class Data(pl.LightningDataModule):
+    def train_dataloader(self):
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(32, 5, generator=generator)
+        return DataLoader(TensorDataset(x, x.argmax(1) % 3), batch_size=8)
+
+    val_dataloader = train_dataloader
+
+class Stop(pl.callbacks.EarlyStopping):
+    pass
+
+class Plain(torch.nn.Module):
+    pass
+"""
+
+
+@pytest.fixture(scope="module", params=["lightning.pytorch", "pytorch_lightning"])
+def theirs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The name of a module with classes of one package."""
+    pytest.importorskip(request.param)
+    folder, name = tmp_path_factory.mktemp("theirs"), f"theirs_{request.param.partition('.')[0]}"
+    (folder / f"{name}.py").write_text(THEIRS.format(package=request.param))
+    sys.path.append(str(folder))
+    yield name
+    sys.path.remove(str(folder))
+
+
+@pytest.mark.parametrize("command", ["fit", "validate", "spectrum"])
+def test_commands_take_models_of_each_package(
+    command: str, theirs: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    options = ["--trainer.accelerator", "cpu", "--trainer.max_epochs", "1"]
+    if command == "spectrum":
+        options += ["--num_eigenvalues", "4"]
+    else:
+        options += ["--trainer.callbacks+=hessian_callback.PowerLawHessianCallback", f"{CALLBACK}.num_eigenvalues", "4"]
+        # By its name alone it is that of the model's package.
+        options += ["--trainer.callbacks+=ModelCheckpoint", "--trainer.logger=CSVLogger", "--trainer.logger.save_dir=."]
+    cli.main([command, "--model", f"{theirs}.Net", "--data", f"{theirs}.Data", *options])
+    assert re.search(
+        r"^ *(epoch 0|validation) +\d+ +[\d.]+ +[\d.]+ ± [\d.]+ +[\d.]+ +4 ", capsys.readouterr().out, re.M
+    )
+
+
+@pytest.mark.parametrize("mixed", [["--data", "OURS"], ["--trainer.callbacks+=STOP"]])
+def test_classes_of_two_packages_are_refused_with_the_reason(
+    mixed: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    names = []
+    for package in ("lightning.pytorch", "pytorch_lightning"):
+        pytest.importorskip(package)
+        names.append(f"mixed_{package.partition('.')[0]}")
+        (tmp_path / f"{names[-1]}.py").write_text(THEIRS.format(package=package))
+    one, two = names
+    given = [part.replace("OURS", f"{two}.Data").replace("STOP", f"{two}.Stop") for part in mixed]
+    sys.path.append(str(tmp_path))
+    try:
+        sentence = refused(["fit", "--model", f"{one}.Net", "--data", f"{one}.Data", *given], capsys)
+    finally:
+        sys.path.remove(str(tmp_path))
+    assert "a Trainer accepts classes of one package" in sentence
+    assert f"{two}." in sentence
+    assert f"{one}." in sentence
+
+
+def test_a_class_of_no_package_is_not_blamed_on_the_packages(
+    theirs: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    sentence = refused(["fit", "--model", f"{theirs}.Plain", "--data", f"{theirs}.Data"], capsys)
+    assert "of one package" not in sentence
+    assert "Plain" in sentence
 
 
 def test_run_without_the_callback_says_how_to_add_it(capsys: pytest.CaptureFixture[str]) -> None:

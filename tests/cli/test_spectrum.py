@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningDataModule, Trainer
 
 from hessian_callback.cli import main as cli
 from hessian_callback.cli.spectrum import measure_module, write_spectrum
+from tests.helpers.lightning import LightningDataModule, MisconfigurationException, Trainer
 from tests.helpers.toy_runs import Net, loader, measure, seeded, trainer
 
 

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, TensorDataset
@@ -18,6 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from hessian_callback import Lanczos, PowerLawHessianCallback
 from hessian_callback.cli.main import main
 from hessian_callback.demos import CharacterGPT
+from tests.helpers.lightning import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:a measurement of the Hessian took", "ignore:The number of training batches"
@@ -273,7 +273,7 @@ class Told(Callback):
 @pytest.fixture
 def configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     monkeypatch.setattr(sys, "argv", ["hessian-callback"])
-    logger = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": str(tmp_path)}}
+    logger = {"class_path": "CSVLogger", "init_args": {"save_dir": str(tmp_path)}}
     return {
         "model": {"class_path": "hessian_callback.demos.CharacterGPT", "init_args": dict(SMALL)},
         "data": {"class_path": f"{__name__}.Text"},

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch import Trainer, seed_everything
 
 from hessian_callback.demos import DigitsCNN, DigitsData
+from tests.helpers.lightning import Trainer, seed_everything
 
 
 def labels_of(data: DigitsData, part: str) -> torch.Tensor:

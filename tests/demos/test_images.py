@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 import torch
 from jsonargparse import ArgumentParser
-from lightning.pytorch import seed_everything
 from sklearn.datasets import load_digits
 from torch import Tensor
 
@@ -31,6 +30,7 @@ from hessian_callback.demos.image_files import (
 )
 from hessian_callback.demos.images import LabelledImages, _balanced_subset
 from hessian_callback.measurement.samples import collect
+from tests.helpers.lightning import seed_everything
 from tests.helpers.toy_runs import measure, trainer
 
 RANDOM = np.random.default_rng(0)

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
@@ -19,6 +18,7 @@ import hessian_callback
 from hessian_callback import PowerLawHessianCallback, demos
 from hessian_callback.cli.main import main
 from hessian_callback.demos import FullyConnected, ImageClassifier, LeNet, ResNet18
+from tests.helpers.lightning import PACKAGE, Callback, LightningDataModule, LightningModule, Trainer, seed_everything
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:a measurement of the Hessian took", "ignore:The number of training batches"
@@ -250,7 +250,7 @@ def configuration(folder: Path, optimizer: dict[str, Any] | None = None) -> Path
             "max_epochs": 1,
             "accelerator": "cpu",
             "logger": {
-                "class_path": "lightning.pytorch.loggers.CSVLogger",
+                "class_path": "CSVLogger",
                 "init_args": {"save_dir": str(folder), "name": "run"},
             },
             "enable_progress_bar": False,
@@ -294,7 +294,7 @@ def test_the_saved_configuration_of_a_run_repeats_it_and_validates_its_checkpoin
 
 def test_models_do_without_jsonargparse(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in list(sys.modules):
-        if name.startswith(("hessian_callback.demos", "lightning.pytorch.cli")):
+        if name.startswith(("hessian_callback.demos", f"{PACKAGE}.cli")):
             monkeypatch.delitem(sys.modules, name)
     monkeypatch.setattr(hessian_callback, "demos", demos)  # Which importing sets anew.
     monkeypatch.setitem(sys.modules, "jsonargparse", None)

@@ -15,12 +15,12 @@ from typing import Any
 import pytest
 import torch
 from jsonargparse import ArgumentParser
-from lightning.pytorch import LightningModule, seed_everything
 from torch import Tensor, nn
 
 from hessian_callback.demos import TextData
 from hessian_callback.demos.texts import TextWindows, read_text
 from hessian_callback.measurement.samples import collect
+from tests.helpers.lightning import LightningModule, seed_everything
 from tests.helpers.toy_runs import measure, trainer
 
 # Every character once: a window's place can be read off any of its characters.

@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback
-from lightning.pytorch.loggers import TensorBoardLogger
 
 from hessian_callback import Density, Subspace
 from hessian_callback.algorithms.subspace_history import SubspaceHistory
 from hessian_callback.callbacks.reporters.pictures import LayoutReporter
 from hessian_callback.linalg.distributed import Ranks
 from hessian_callback.measurement.extras import subspace
+from tests.helpers.lightning import Callback, TensorBoardLogger
 from tests.helpers.toy_runs import loader, measure, seeded, trainer
 
 

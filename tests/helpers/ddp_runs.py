@@ -17,14 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
-from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from hessian_callback import Density, FrobeniusNorm, PublishedProtocol, Subspace, Trace
+from tests.helpers.lightning import Callback, EarlyStopping, ModelCheckpoint, ModelParallelStrategy
 from tests.helpers.toy_runs import Net, data, loader, measure, seeded, trainer
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
+from tests.helpers.lightning import ModelCheckpoint
 from tests.helpers.toy_runs import loader, measure, seeded, trainer
 
 

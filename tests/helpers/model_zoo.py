@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 import torchmetrics
-from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
+from tests.helpers.lightning import LightningModule
 from tests.helpers.toy_runs import Net, loader
 
 VOCABULARY = 13

@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 import torchmetrics
-from lightning.pytorch import LightningModule, Trainer, seed_everything
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from hessian_callback.callbacks.power_law import PowerLawHessianCallback
 from hessian_callback.measurement.solvers import Lanczos
+from tests.helpers.lightning import LightningModule, Trainer, seed_everything
 
 NUM_EIGENVALUES = 4
 

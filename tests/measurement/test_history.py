@@ -11,14 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from hessian_callback.algorithms.density import SpectralDensity
 from hessian_callback.algorithms.spectrum import Spectrum
 from hessian_callback.measurement.history import FILE_NAME, HistoryError, HistoryWriter, read_histories
 from hessian_callback.measurement.measurement import Measurement
 from hessian_callback.power_law.fit import fit_power_law
+from tests.helpers.lightning import CSVLogger, ModelCheckpoint, TensorBoardLogger
 from tests.helpers.toy_runs import loader, measure, seeded, trainer
 
 

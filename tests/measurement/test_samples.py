@@ -17,8 +17,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
-from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -39,6 +37,7 @@ from hessian_callback.measurement.loaders import combination_of
 from hessian_callback.measurement.samples import assign_to_ranks, collect
 from hessian_callback.measurement.state_guard import preserve_random_state
 from tests.helpers.installed import installed
+from tests.helpers.lightning import CombinedLoader, DistributedSamplerWrapper
 
 NUMBERS = torch.arange(20.0).reshape(20, 1)
 

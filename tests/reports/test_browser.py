@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lightning.pytorch.loggers import TensorBoardLogger
 
 from tests.helpers.browser import TensorBoard, elements, wait_for
+from tests.helpers.lightning import TensorBoardLogger
 from tests.helpers.toy_runs import loader, measure, seeded, trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:a measurement of the Hessian took", "ignore:.*samples are few")

@@ -14,8 +14,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from hessian_callback.measurement.history import FILE_NAME, HistoryError, HistoryWriter, read_histories
@@ -24,6 +22,7 @@ from hessian_callback.reports.report import ReportFiles, main, write_report
 from hessian_callback.reports.run_files import find_runs
 from hessian_callback.reports.run_tables import correlations, tabulate
 from tests.helpers.browser import browser, console_errors  # noqa: F401
+from tests.helpers.lightning import CSVLogger, ModelCheckpoint, TensorBoardLogger
 from tests.helpers.toy_runs import loader, measure, seeded, trainer
 
 _REFERENCE = re.compile(

@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 
 from hessian_callback.algorithms.spectrum import Spectrum
@@ -33,6 +32,7 @@ from hessian_callback.studies.results import (
     rows_of,
     setting_table,
 )
+from tests.helpers.lightning import CSVLogger
 
 K = 50
 #: Fits of K values to these hold by both critical values, by the paper's alone, and by neither.
