@@ -99,7 +99,8 @@ class StabilityLimits:
         negative: whether the optimizer maximizes the loss, so that :math:`H` enters with the negative sign.
         lr: the learning rate of the first group that moves a chosen parameter.
         threshold: the largest stable eigenvalue of :math:`P^{-1/2} H P^{-1/2}` for that group, such as ``38 / lr``.
-        uniform: the common value of ``scale`` if all coordinates have the same and nothing is shifted, else ``None``.
+        uniform: the common values of ``scale`` squared and of ``shift`` if all coordinates have the same, so that A has
+            the eigenvectors of :math:`H`, else ``None``.
     """
 
     scale: Tensor
@@ -107,7 +108,7 @@ class StabilityLimits:
     negative: bool
     lr: float
     threshold: float
-    uniform: float | None
+    uniform: tuple[float, float] | None
 
 
 def check_optimizer(optimizer: Optimizer, preconditioner: PreconditionerFunction | None = None) -> None:
@@ -228,14 +229,14 @@ def stability_limits(
     if first is None:
         return None
     scale, shift = torch.cat(scales), torch.cat(shifts)
-    same = bool((scale == scale[0]).all()) and not bool(shift.any())
+    same = bool((scale == scale[0]).all()) and bool((shift == shift[0]).all())
     return StabilityLimits(
         scale=scale,
         shift=shift,
         negative=bool(optimizer.param_groups[0].get("maximize", False)),
         lr=first[0],
         threshold=first[1],
-        uniform=float(scale[0]) if same else None,
+        uniform=(float(scale[0]) ** 2, float(shift[0])) if same else None,
     )
 
 
@@ -249,7 +250,7 @@ def _diagonals(name: str, parameter: nn.Parameter, update: Update | None) -> tup
     diagonal = torch.as_tensor(_whole(update.preconditioner), dtype=dtype, device=parameter.device).detach()
     if parameter.is_complex() and diagonal.ndim and diagonal.shape == parameter.shape:
         diagonal = diagonal.unsqueeze(-1)
-    if diagonal.ndim and tuple(diagonal.shape) not in (shape, (*parameter.shape, 1)):
+    if diagonal.ndim and tuple(diagonal.shape) not in (shape, (*shape[:-1], 1) if parameter.is_complex() else shape):
         raise ValueError(
             f"the preconditioner of {name} has shape {tuple(diagonal.shape)}, and the parameter has "
             f"{tuple(parameter.shape)}; return a number or a tensor of the parameter's shape"
