@@ -87,16 +87,16 @@ def text(seed: int) -> Task:
     data.setup("fit")
     parts = list(data.train_dataloader())
     inputs, targets = (torch.cat(list(part)) for part in zip(*parts, strict=True))
-    model = CharacterGPT(vocab_size=128, context_length=24, num_layers=2, num_heads=2, width=32)
+    model = CharacterGPT(vocab_size=128, context_length=24, num_layers=2, num_heads=2, width=24)
     return Task(model, cross_entropy, inputs, targets, (inputs[:16], targets[:16]))
 
 
 class Monitor:
     """Measures the ratio between two steps, with plain parts and no Trainer."""
 
-    def __init__(self, task: Task, optimizer: torch.optim.Optimizer) -> None:
+    def __init__(self, task: Task, optimizer: torch.optim.Optimizer, *, sharpness: bool = False) -> None:
         self.task, self.optimizer = task, optimizer
-        self.measurer, self.state = EdgeMeasurer(), EdgeState()
+        self.measurer, self.state = EdgeMeasurer(sharpness=sharpness), EdgeState()
 
     def measure(self, step: int) -> EdgeMeasurement | None:
         """``None`` before the first step of an adaptive optimizer, and if the loss is not finite."""
@@ -167,11 +167,11 @@ def equilibrium() -> None:
         else:
             # The paper's epsilon. The second moment's factor is the usual one.
             optimizer = torch.optim.Adam(parameters, lr=lr, betas=(momentum, 0.999), eps=1e-7)
-        monitor = Monitor(task, optimizer)
-        num_steps = 4000 if optimizer_name == "SGD" else 3000
+        monitor = Monitor(task, optimizer, sharpness=True)
+        num_steps = 4000 if optimizer_name == "SGD" else 2400
         rows = []
         for step in range(num_steps + 1):
-            if step % 100 == 0:
+            if step % 200 == 0:
                 found = monitor.measure(step)
                 if found is not None:
                     named = {"optimizer": optimizer_name, "lr": lr, "momentum": momentum, "step": step}
@@ -189,7 +189,7 @@ def numbers(found: EdgeMeasurement) -> dict[str, Any]:
 # -- warnings ----------------------------------------------------------------------------------------------
 
 #: Steps of a run, between two measurements, and before a rate jumps.
-STEPS, EVERY, JUMP_AT = 240, 10, 120
+STEPS, EVERY, JUMP_AT = 160, 10, 80
 
 
 def warning_runs() -> Iterator[tuple[str, str, float, float, int]]:
@@ -291,9 +291,9 @@ def noise_run(optimizer_name: str, size: int | None, seed: int) -> dict[str, Any
     generator = torch.Generator().manual_seed(seed)
     ratios = []
     monitor = Monitor(task, optimizer)
-    for step in range(1, 1501):
+    for step in range(1, 801):
         train_step(task, optimizer, task.batch(size, generator))
-        if step > 1000 and step % 50 == 0:
+        if step > 500 and step % 50 == 0:
             found = monitor.measure(step)
             if found is not None and found.ratio is not None:
                 ratios.append(found.ratio)

@@ -7,14 +7,19 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch.optim import Optimizer
 
 from hessian_callback._options import check_bool, check_callable, check_int, optional
 from hessian_callback.callbacks import compatibility
 from hessian_callback.callbacks.callback_options import checked_parameters, checked_prefix
+from hessian_callback.callbacks.lightning_packages import (
+    CONFIGURATION_ERRORS,
+    CallbackBase,
+    LightningModule,
+    MisconfigurationException,
+    Trainer,
+)
 from hessian_callback.callbacks.module_loss import resolve_loss
 from hessian_callback.callbacks.reporters.base import Report, Reporter
 from hessian_callback.callbacks.reporters.metrics import MetricReporter, restore_monitored
@@ -39,7 +44,7 @@ __all__ = ["EdgeOfStabilityMonitor"]
 _MEASUREMENTS_PER_PICTURE = 20
 
 
-class EdgeOfStabilityMonitor(Callback):
+class EdgeOfStabilityMonitor(CallbackBase):
     r"""Measure how far a run's learning rate is from instability.
 
     On a quadratic loss with Hessian :math:`H`, gradient descent at rate :math:`\eta` with momentum :math:`\beta`
@@ -82,6 +87,7 @@ class EdgeOfStabilityMonitor(Callback):
         batch_weight: see `PowerLawHessianCallback`.
         rtol: relative tolerance of the bounds.
         max_hvps: largest number of products for each of the two eigenvalues.
+        sharpness: whether to compute ``sharpness`` if it takes an eigenvalue of its own: not for SGD with equal groups.
         on_error: ``"warn"``: a measurement that fails is noted in ``history`` and training goes on; ``"raise"``.
         seed: chooses the samples and starts the eigenvalue solver.
         figures: give a picture to the loggers that show pictures, at the end and after every 20 measurements.
@@ -120,6 +126,7 @@ class EdgeOfStabilityMonitor(Callback):
         batch_weight: Callable[..., Any] | None = None,
         rtol: float = 0.05,
         max_hvps: int = 200,
+        sharpness: bool = True,
         on_error: str = "warn",
         seed: int = 0,
         figures: bool = True,
@@ -131,7 +138,7 @@ class EdgeOfStabilityMonitor(Callback):
         self.loss_fn = optional(check_callable, "loss_fn", loss_fn)
         self.optimizer = optional(check_int, "optimizer", optimizer, at_least=0)
         self.preconditioner = optional(check_callable, "preconditioner", preconditioner)
-        self.measurer = EdgeMeasurer(rtol=rtol, max_hvps=max_hvps, seed=seed)
+        self.measurer = EdgeMeasurer(rtol=rtol, max_hvps=max_hvps, sharpness=sharpness, seed=seed)
         self.source = SampleSource(
             dataloader, num_samples=num_samples, batch_size=batch_size, batch_weight=batch_weight, seed=seed
         )
@@ -141,8 +148,8 @@ class EdgeOfStabilityMonitor(Callback):
         )
         self.failures = FailurePolicy(
             on_error,
-            permanent=(MisconfigurationException, ValueError, TypeError),
-            plain=(MisconfigurationException, NotReadyError, PeerError, UserCodeError),
+            permanent=(*CONFIGURATION_ERRORS, ValueError, TypeError),
+            plain=(*CONFIGURATION_ERRORS, NotReadyError, PeerError, UserCodeError),
         )
         self.verbose = check_bool("verbose", verbose)
         self.reporters: list[Reporter] = [MetricReporter(), *([LayoutReporter()] if figures else [])]
@@ -156,7 +163,6 @@ class EdgeOfStabilityMonitor(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check that trainer, module and options go together."""
-        compatibility.check_trainer(trainer)
         self.source.clear()
         self._active = stage == "fit" and not trainer.barebones
         if trainer.barebones:

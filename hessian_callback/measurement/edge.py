@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hessian_callback._options import MAX_SEED, check_int, check_number
+from hessian_callback._options import MAX_SEED, check_bool, check_int, check_number
 from hessian_callback.algorithms.lanczos import LanczosProgress, top_eigenvalues
 from hessian_callback.algorithms.spectrum import Spectrum
 from hessian_callback.linalg.linear_operator import SymmetricOperator
@@ -156,15 +156,17 @@ class EdgeMeasurer:
     Args:
         rtol: relative tolerance of the eigenvalues' proven bounds.
         max_hvps: largest number of products for each of the two matrices.
+        sharpness: compute the largest eigenvalue of the Hessian as well if the first one does not give it.
         seed: seed of start and probe vectors.
 
     Raises:
         ValueError: if an option is out of range.
     """
 
-    def __init__(self, *, rtol: float = 0.05, max_hvps: int = 200, seed: int = 0) -> None:
+    def __init__(self, *, rtol: float = 0.05, max_hvps: int = 200, sharpness: bool = True, seed: int = 0) -> None:
         self.rtol = check_number("rtol", rtol, above=0, below=1)
         self.max_hvps = check_int("max_hvps", max_hvps, at_least=2)
+        self.sharpness = check_bool("sharpness", sharpness)
         self.seed = check_int("seed", seed, at_least=0, at_most=MAX_SEED)
         self._statistics = TracingStatistics()
         self._checked = False
@@ -209,17 +211,18 @@ class EdgeMeasurer:
             solve = _Solves(self, state or EdgeState(), progress)
             scale, shift = limits.scale, limits.shift if bool(limits.shift.any()) else None
             scaled = solve.largest("scaled", hessian, scale, shift, negative=limits.negative)
-            if limits.uniform is None or limits.negative:
-                plain, (factor, added) = solve.largest("plain", hessian, torch.ones_like(scale), None), (1.0, 0.0)
-            else:
-                plain, (factor, added) = scaled, limits.uniform
-        ratio, sharpness = float(scaled.eigenvalues[0]), (float(plain.eigenvalues[0]) - added) / factor
+            plain, (factor, added) = scaled, limits.uniform or (1.0, 0.0)
+            known = limits.uniform is not None and not limits.negative
+            if not known and self.sharpness:
+                plain, known = solve.largest("plain", hessian, torch.ones_like(scale), None), True
+                factor, added = 1.0, 0.0
+        ratio = float(scaled.eigenvalues[0])
         measured = replace(
             here,
             ratio=ratio,
             ratio_error=float(scaled.error_bounds[0]),
-            sharpness=sharpness,
-            sharpness_error=float(plain.error_bounds[0]) / factor,
+            sharpness=(float(plain.eigenvalues[0]) - added) / factor if known else None,
+            sharpness_error=float(plain.error_bounds[0]) / factor if known else None,
             preconditioned_sharpness=ratio * limits.threshold if math.isfinite(limits.threshold) else None,
             max_lr=limits.lr / ratio if ratio > 0 else None,
             loss=loss,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -19,12 +19,12 @@ class PreconditionedOperator:
     :math:`H`, which the ranks share, and no further collective.
 
     Args:
-        operator: the operator of :math:`H`. A `HessianOperator` also measures the error of its products.
+        operator: the operator of :math:`H`. A `HessianOperator` also has products in float64.
         scale: the diagonal of :math:`S`, ``(P,)``, the same on all ranks.
         shift: the diagonal of :math:`D`, ``(P,)``; ``None`` for zero.
         negative: whether :math:`H` enters with the negative sign.
         relative_error: the error of a product relative to the largest eigenvalue, if it is known from another
-            measurement. ``None``: the operator's own value, and `product_error` measures it.
+            measurement. ``None``: the operator's own value, and `precise_products` measures it.
 
     Attributes:
         ranks: the processes that share the matrix.
@@ -74,22 +74,31 @@ class PreconditionedOperator:
 
     def matvec_slice(self, vector: Tensor) -> Tensor:
         """Multiply: this rank's slice of ``v`` to its slice of ``A v``; a collective."""
-        product = self._scale * self._operator.matvec_slice(self._scale * vector)
-        if self._negative:
-            product = -product
-        return product if self._shift is None else product + self._shift * vector
+        return self._around(self._operator.matvec_slice, vector, self._scale, self._shift)
 
-    def product_error(self, vectors: Tensor) -> float | None:
-        """Measure the error of products along unit vectors, see `HessianOperator.product_error`.
+    def precise_products(self, vectors: Tensor) -> Tensor | None:
+        """Multiply in float64, see `HessianOperator.precise_products`.
 
         Args:
             vectors: this rank's slices, ``(slice_length, m)``.
 
         Returns:
-            The largest error, the same on all ranks; ``None`` if it is known already or cannot be measured.
+            This rank's slices of the products; ``None`` on all ranks if float64 is not available, or the error of
+            products is known already.
         """
-        measure = getattr(self._operator, "product_error", None)
-        if measure is None or self._known_error is not None:
+        precise = getattr(self._operator, "precise_products", None)
+        if precise is None or self._known_error is not None:
             return None
-        error: float | None = measure(self._scale[:, None] * vectors, weights=self._scale)
-        return error
+        # The scale is that of this precision: it belongs to the matrix.
+        scale = self._scale.double()[:, None]
+        shift = None if self._shift is None else self._shift.double()[:, None]
+        return self._around(precise, vectors, scale, shift)
+
+    def _around(self, multiply: Any, vector: Tensor, scale: Tensor, shift: Tensor | None) -> Any:
+        product = multiply(scale * vector)
+        if product is None:
+            return None
+        product = scale * product
+        if self._negative:
+            product = -product
+        return product if shift is None else product + shift * vector

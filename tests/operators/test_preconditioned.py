@@ -61,31 +61,33 @@ def test_ranks_share_the_products() -> None:
     assert [outcome.value for outcome in run_ranks(on_two_ranks, 2)] == [pytest.approx(alone, rel=1e-9)] * 2
 
 
-def test_the_error_of_products_is_measured_in_the_scaled_norm() -> None:
-    """In float32, against the same product of float64 matrices."""
+def test_precise_products_are_those_of_the_float64_matrix() -> None:
     torch.manual_seed(0)
     model = nn.Linear(6, 1, bias=False)
     inputs = torch.randn(50, 6)
     operator = HessianOperator(model, lambda m, x: m(x).square().mean(), [inputs])
     scale = 10 ** torch.linspace(-3, 3, 6, dtype=torch.float64)
-    ours = PreconditionedOperator(operator, scale)
-    exact = 2 / 50 * inputs.double().T @ inputs.double()
-    vector = nn.functional.normalize(torch.ones(6), dim=0)
-    rounded = scale.float()
-    expected = rounded.double() * (operator.matvec(rounded * vector).double() - exact @ (rounded * vector).double())
-    assert ours.product_error(vector[:, None]) == pytest.approx(float(expected.norm()), rel=1e-6)
+    shift = torch.linspace(0, 1, 6, dtype=torch.float64)
+    ours = PreconditionedOperator(operator, scale, shift, negative=True)
+    rounded = scale.float().double()
+    exact = -rounded[:, None] * (2 / 50 * inputs.double().T @ inputs.double()) * rounded
+    exact += torch.diag(shift.float().double())
+    vectors = torch.randn(6, 2)
+    found = ours.precise_products(vectors)
+    assert found is not None
+    torch.testing.assert_close(found, exact @ vectors.double(), rtol=1e-10, atol=1e-10)
 
 
 def test_a_known_error_is_not_measured_again() -> None:
     operator = PreconditionedOperator(hessian(), torch.ones(hessian().num_parameters), relative_error=1e-3)
     assert operator.relative_error == 1e-3
-    assert operator.product_error(torch.ones(operator.partition.slice_length, 1)) is None
+    assert operator.precise_products(torch.ones(operator.partition.slice_length, 1)) is None
 
 
-def test_an_operator_that_measures_no_errors_can_be_scaled() -> None:
+def test_an_operator_without_precise_products_can_be_scaled() -> None:
     matrix = MatvecOperator(torch.eye(3, dtype=torch.float64).mv, 3)
     operator = PreconditionedOperator(matrix, torch.ones(3))
-    assert operator.product_error(torch.ones(3, 1)) is None
+    assert operator.precise_products(torch.ones(3, 1)) is None
     assert operator.relative_error == matrix.relative_error
 
 
