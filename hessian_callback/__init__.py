@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from hessian_callback.algorithms.lanczos import top_eigenvalues
     from hessian_callback.algorithms.spectrum import Spectrum
     from hessian_callback.callbacks.early_stopping import PowerLawEarlyStopping
+    from hessian_callback.callbacks.edge import EdgeOfStabilityMonitor
     from hessian_callback.callbacks.power_law import PowerLawHessianCallback
     from hessian_callback.measurement.extras.density import Density
     from hessian_callback.measurement.extras.norms import Norms
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Density",
+    "EdgeOfStabilityMonitor",
     "FrobeniusNorm",
     "HessianOperator",
     "Lanczos",
@@ -57,6 +59,7 @@ __all__ = [
 
 _MODULES = {
     "Density": "measurement.extras.density",
+    "EdgeOfStabilityMonitor": "callbacks.edge",
     "FrobeniusNorm": "measurement.extras.trace",
     "HessianOperator": "operators.hessian",
     "Lanczos": "measurement.solvers",

@@ -18,8 +18,8 @@ from hessian_callback._options import (
     check_number,
     optional,
 )
-from hessian_callback.measurement.measurement import Measurement, When
-from hessian_callback.measurement.place import Place
+from hessian_callback.measurement.measurement import When
+from hessian_callback.measurement.place import Place, Placed
 
 __all__ = ["Cadence", "MeasurementSchedule", "TimeShare"]
 
@@ -257,7 +257,7 @@ class MeasurementSchedule:
     # -- places ----------------------------------------------------------------------------------
 
     def at_train_start(
-        self, *, epoch: int, step: int, history: Sequence[Measurement], after_validation: bool = False
+        self, *, epoch: int, step: int, history: Sequence[Placed], after_validation: bool = False
     ) -> Place | None:
         """Start the clock, and return the place to measure before the next step.
 
@@ -280,19 +280,17 @@ class MeasurementSchedule:
         start = Place(epoch, step, "fit_start")
         return start if step == 0 and self.cadence.at_start and not _is_measured(start, history) else None
 
-    def at_batch_end(self, *, epoch: int, step: int, history: Sequence[Measurement]) -> Place | None:
+    def at_batch_end(self, *, epoch: int, step: int, history: Sequence[Placed]) -> Place | None:
         """Return the place after a training batch if one of its optimizer steps is due."""
         before, self._steps_seen = self._steps_seen, step
         return _unmeasured(Place(epoch, step, "step"), history) if self.cadence.at_step(before, step) else None
 
-    def at_validation_end(self, *, epoch: int, step: int, history: Sequence[Measurement]) -> Place | None:
+    def at_validation_end(self, *, epoch: int, step: int, history: Sequence[Placed]) -> Place | None:
         """Return the place after a validation if the epoch is due and monitoring callbacks look then."""
         due = self._after_validation and self.cadence.at_epoch(epoch, _last_epoch(history))
         return _unmeasured(Place(epoch, step, "epoch"), history) if due else None
 
-    def at_epoch_end(
-        self, *, epoch: int, step: int, history: Sequence[Measurement], is_last: bool = False
-    ) -> Place | None:
+    def at_epoch_end(self, *, epoch: int, step: int, history: Sequence[Placed], is_last: bool = False) -> Place | None:
         """Return the place after a training epoch if it is due and was not measured after a validation.
 
         Args:
@@ -307,13 +305,13 @@ class MeasurementSchedule:
         ends = self.at_end and is_last and not _is_measured_at(step, history)
         return _unmeasured(Place(epoch, step, "epoch"), history) if due or ends else None
 
-    def at_train_end(self, *, epoch: int, step: int, history: Sequence[Measurement]) -> Place | None:
+    def at_train_end(self, *, epoch: int, step: int, history: Sequence[Placed]) -> Place | None:
         """Return the end of training, if it is wanted or measurements were left out, and it was not measured."""
         left_out = self.time.limit is not None and bool(history)
         due = (self.at_end or left_out) and not _is_measured_at(step, history)
         return Place(epoch, step, "fit_end") if due else None
 
-    def is_affordable(self, history: Sequence[Measurement], *, is_last: bool = False) -> bool:
+    def is_affordable(self, history: Sequence[Placed], *, is_last: bool = False) -> bool:
         """Return whether ``max_overhead`` allows to measure a place of `at_batch_end` or at the end of an epoch.
 
         The first measurement after the start of a run and its last one are always allowed. The places of
@@ -386,7 +384,7 @@ def _place_from(saved: Any) -> Place | None:
 # measurements at the same step, whatever the length of the history.
 
 
-def _is_measured(place: Place, history: Sequence[Measurement]) -> bool:
+def _is_measured(place: Place, history: Sequence[Placed]) -> bool:
     for entry in reversed(history):
         if (entry.when, entry.epoch, entry.step) == (place.when, place.epoch, place.step):
             return True
@@ -395,14 +393,14 @@ def _is_measured(place: Place, history: Sequence[Measurement]) -> bool:
     return False
 
 
-def _unmeasured(place: Place, history: Sequence[Measurement]) -> Place | None:
+def _unmeasured(place: Place, history: Sequence[Placed]) -> Place | None:
     """Return the place; ``None`` if it was measured, because a resumed run passes the place of its checkpoint again."""
     return None if _is_measured(place, history) else place
 
 
-def _is_measured_at(step: int, history: Sequence[Measurement]) -> bool:
+def _is_measured_at(step: int, history: Sequence[Placed]) -> bool:
     return bool(history) and history[-1].step == step
 
 
-def _last_epoch(history: Sequence[Measurement]) -> int | None:
+def _last_epoch(history: Sequence[Placed]) -> int | None:
     return next((entry.epoch for entry in reversed(history) if entry.when == "epoch"), None)

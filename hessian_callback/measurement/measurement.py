@@ -114,6 +114,11 @@ class Measurement:
         }[self.when]
 
     @property
+    def has_result(self) -> bool:
+        """Whether there is something to draw."""
+        return self.spectrum is not None
+
+    @property
     def logged(self) -> bool:
         """Whether this measurement's slope went to the logger."""
         return self.reason is None

@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from hessian_callback.reports.edge import EdgeRun
 from hessian_callback.reports.run_tables import RunTable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["cost", "losses_against", "overlay", "spectra", "timeline"]
+__all__ = ["cost", "losses_against", "overlay", "spectra", "stability", "timeline"]
 
 # Placeholders, each replaced by a property of the style sheet. The series are Okabe and Ito's palette.
 _COLOURS = {
@@ -202,6 +203,31 @@ def cost(table: RunTable) -> str | None:
             axes.grid(visible=False, axis="x")
             axes.xaxis.get_major_locator().set_params(integer=True)
         return draw("Hessian-vector products and seconds of each measurement")
+
+
+def stability(run: EdgeRun) -> str | None:
+    """Draw ratio, learning rate and loss of a monitored run over the optimizer steps, and a line at the ratio of 1."""
+    kept = [ratio for ratio in run.ratios if math.isfinite(ratio.value)]
+    if not kept:
+        return None
+    with _figure(7.2, 5.6) as (figure, draw):
+        top, middle, bottom = figure.subplots(3, 1, sharex=True, height_ratios=(2, 1, 1))
+        steps, ratios = np.array([r.step for r in kept]), np.array([r.value for r in kept])
+        errors = np.array([run.errors.get(r.step, 0.0) for r in kept])
+        top.plot(steps, ratios, color=_NAMED["blue"], marker="o" if len(kept) <= _MOST_POINTS else None)
+        top.fill_between(steps, ratios - errors, ratios + errors, color=_NAMED["blue"], alpha=0.25, linewidth=0)
+        top.axhline(1.0, color=_NAMED["vermillion"], linewidth=1.4, linestyle=(0, (5, 2)))
+        if ratios.min() > 0 and ratios.max() > 20 * ratios.min():
+            _logarithmic(top, "y")
+        top.set_ylabel("ratio")
+        for axes, values, name, colour in ((middle, run.lrs, "lr", "purple"), (bottom, run.losses, "loss", "green")):
+            points = [(step, value) for step, value in values.items() if math.isfinite(value)]
+            if points:
+                axes.plot(*zip(*points, strict=True), color=_NAMED[colour])
+            axes.set_ylabel(name)
+        bottom.set_xlabel("optimizer steps")
+        figure.align_ylabels()
+        return draw("Ratio to the edge of stability, learning rate and loss over the optimizer steps")
 
 
 def overlay(tables: Sequence[RunTable], quantity: str) -> str | None:

@@ -13,7 +13,8 @@ from typing import Any
 from hessian_callback._version import __version__
 from hessian_callback.measurement.atomic_files import write_atomically
 from hessian_callback.measurement.history import HistoryError
-from hessian_callback.reports.run_files import find_runs
+from hessian_callback.reports.edge import EdgeRun, find_edge_runs
+from hessian_callback.reports.run_files import Run, find_runs
 from hessian_callback.reports.run_tables import Correlation, RunTable, across_runs, correlations, csv_text, tabulate
 
 __all__ = ["ReportFiles", "main", "write_report"]
@@ -34,7 +35,7 @@ class ReportFiles:
         html: the report.
         csv: all measurements, one a row.
         num_runs: runs in it.
-        num_measurements: measurements in it.
+        num_measurements: measurements of the power law in it.
         left_out: why runs that were found are not in it.
     """
 
@@ -79,21 +80,36 @@ def write_report(
             )
     given = list(map(Path, folders))
     left_out: list[str] = []
-    runs = find_runs(given, on_unreadable=lambda error: left_out.append(str(error)))
+    runs, edges = _find(given, left_out)
     tables = [tabulate(run, val_loss=val_loss, train_loss=train_loss) for run in runs]
     if output is None:
-        single = len({run.folder for run in runs}) == 1
-        output = (runs[0].folder if single else given[0] if len(given) == 1 else Path()) / "hessian_report.html"
+        places = {run.folder for run in runs} or {run.folder for run in edges}
+        output = (places.pop() if len(places) == 1 else given[0] if len(given) == 1 else Path()) / "hessian_report.html"
     html = Path(output)
     if html.suffix.lower() not in (".html", ".htm"):
         raise HistoryError(f"the output {html} must end in .html; the CSV gets the same name with .csv")
     csv = html.with_suffix(".csv")
     write_atomically(csv, csv_text(tables))
-    write_atomically(html, _render(tables, csv.name, left_out))
-    return ReportFiles(html, csv, len(runs), sum(len(run.history) for run in runs), left_out)
+    write_atomically(html, _render(tables, csv.name, left_out, edges))
+    num_runs = len(runs) or len({run.folder for run in edges})
+    return ReportFiles(html, csv, num_runs, sum(len(run.history) for run in runs), left_out)
 
 
-def _render(tables: Sequence[RunTable], csv_name: str, left_out: Sequence[str]) -> str:
+def _find(folders: Sequence[Path], left_out: list[str]) -> tuple[list[Run], list[EdgeRun]]:
+    """Find the runs with measurements of the power law, and those in which the edge of stability was monitored."""
+    try:
+        runs = find_runs(folders, on_unreadable=lambda error: left_out.append(str(error)))
+        return runs, find_edge_runs(folders, runs)
+    except HistoryError:
+        edges = find_edge_runs(folders)
+        others = [folder for folder in folders if not any(run.folder.is_relative_to(folder) for run in edges)]
+        if not edges:
+            raise
+    runs = find_runs(others, on_unreadable=lambda error: left_out.append(str(error))) if others else []
+    return runs, edges
+
+
+def _render(tables: Sequence[RunTable], csv_name: str, left_out: Sequence[str], edges: Sequence[EdgeRun] = ()) -> str:
     from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
 
@@ -111,6 +127,8 @@ def _render(tables: Sequence[RunTable], csv_name: str, left_out: Sequence[str]) 
         csv_name=csv_name,
         rows=[_row(table) for table in tables],
         several=len(tables) > 1,
+        edges=[_as_markup(_edge_section(run), figure) for run in edges[:_MOST_SECTIONS]],
+        num_edges_left_out=max(0, len(edges) - _MOST_SECTIONS),
         groups=[_as_markup(group, figure) for group in _groups(tables)] if len(tables) > 1 else [],
         left_out=_limited([f"left out: {reason}" for reason in left_out]),
         warnings=_not_compared(tables),
@@ -179,6 +197,21 @@ def _section(table: RunTable) -> dict[str, Any]:
             "scatter": figures.losses_against(table),
             "cost": figures.cost(table),
         },
+    }
+
+
+def _edge_section(run: EdgeRun) -> dict[str, Any]:
+    """Everything about a run in which the edge of stability was monitored."""
+    from hessian_callback.reports import figures
+
+    last = run.ratios[-1]
+    return {
+        "run": run,
+        "last": last,
+        "error": run.errors.get(last.step),
+        "max_lr": run.max_lrs.get(last.step),
+        "highest": max(run.ratios, key=lambda ratio: ratio.value),
+        "figures": {"stability": figures.stability(run)},
     }
 
 

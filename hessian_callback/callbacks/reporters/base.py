@@ -11,7 +11,6 @@ from hessian_callback.callbacks.lightning_packages import CallbackBase, Lightnin
 from hessian_callback.callbacks.live_prediction import LivePrediction
 from hessian_callback.linalg.distributed import Ranks
 from hessian_callback.measurement.failure_policy import FailurePolicy
-from hessian_callback.measurement.measurement import Measurement
 
 __all__ = ["Report", "Reporter"]
 
@@ -25,7 +24,7 @@ class Report:
         pl_module: its module.
         callback: the callback that measured.
         prefix: its prefix.
-        history: its measurements, the new one last.
+        history: its measurements, the new one last: each a `Measurement`, or an `EdgeMeasurement`.
         values: the numbers to log, by name without the prefix.
         step: the step under which loggers show the values.
         can_log: whether the hook is one in which ``self.log`` stands for this measurement.
@@ -39,7 +38,7 @@ class Report:
     pl_module: LightningModule
     callback: CallbackBase
     prefix: str
-    history: Sequence[Measurement]
+    history: Sequence[Any]
     values: Mapping[str, float]
     step: int
     can_log: bool
@@ -49,7 +48,7 @@ class Report:
     failures: FailurePolicy
 
     @property
-    def measurement(self) -> Measurement:
+    def measurement(self) -> Any:
         """The new measurement."""
         return self.history[-1]
 

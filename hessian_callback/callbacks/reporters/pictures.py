@@ -3,40 +3,65 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
 
 from hessian_callback.callbacks.loggers import show_layout, show_picture, shows_pictures
 from hessian_callback.callbacks.reporters.base import Report, Reporter
 from hessian_callback.measurement.extras.subspace import Subspace, SubspaceState
 from hessian_callback.measurement.state_guard import preserve_random_state
 
-__all__ = ["LayoutReporter", "PictureReporter"]
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["LayoutReporter", "PictureReporter", "edge_pictures", "spectrum_pictures"]
+
+
+def spectrum_pictures(report: Report) -> Mapping[str, Figure]:
+    """Draw the spectrum, and the density and the eigenspaces' overlaps if extras computed them."""
+    from hessian_callback.plots.figures import pictures
+
+    state: SubspaceState | None = report.states.get(Subspace.name)
+    return pictures(report.history, None if state is None else state.spaces)
+
+
+def edge_pictures(report: Report) -> Mapping[str, Figure]:
+    """Draw how far the run is from instability."""
+    from hessian_callback.plots.edge import edge_figure
+
+    return {"stability": edge_figure(report.history)}
 
 
 class PictureReporter(Reporter):
-    """Draws the spectrum, and the density and the eigenspaces' overlaps if extras computed them, with matplotlib."""
+    """Draws pictures of measurements that have a result, with matplotlib.
+
+    Args:
+        draw: returns figures by the name under which they are logged.
+    """
+
+    def __init__(self, draw: Callable[[Report], Mapping[str, Figure]] = spectrum_pictures) -> None:
+        self._draw = draw
 
     def report(self, report: Report) -> None:
         """Draw the pictures and pass them to the loggers."""
         trainer = report.trainer
-        if not (report.measurement.spectrum and trainer.loggers and importlib.util.find_spec("matplotlib")):
+        if not (report.measurement.has_result and trainer.loggers and importlib.util.find_spec("matplotlib")):
             return
         loggers = [logger for logger in trainer.loggers if shows_pictures(logger)] if trainer.is_global_zero else []
 
         def draw() -> None:
             if not loggers:
                 return
-            from hessian_callback.plots.figures import figure_image, pictures
+            from hessian_callback.plots.figures import figure_image
 
-            state: SubspaceState | None = report.states.get(Subspace.name)
-            spaces = None if state is None else state.spaces
             with preserve_random_state():
-                images = {name: figure_image(figure) for name, figure in pictures(report.history, spaces).items()}
+                images = {name: figure_image(figure) for name, figure in self._draw(report).items()}
             for logger in loggers:
                 for name, image in images.items():
                     show_picture(logger, f"{report.prefix}/{name}", image, report.step)
 
         report.failures.run(
-            draw, report.ranks, stage="drawing the spectrum", consequence="a logger lacks this measurement's pictures"
+            draw, report.ranks, stage="drawing the pictures", consequence="a logger lacks this measurement's pictures"
         )
 
 
