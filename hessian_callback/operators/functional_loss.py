@@ -16,6 +16,7 @@ from hessian_callback.operators.batches import map_tensors
 from hessian_callback.operators.derivatives import check_twice_differentiable, differentiate, graph_nodes
 from hessian_callback.operators.loss import BatchLoss, LossModule
 from hessian_callback.operators.parameters import constant_padding
+from hessian_callback.operators.substitution import substituted
 
 __all__ = ["FunctionalLoss"]
 
@@ -57,7 +58,7 @@ class FunctionalLoss:
 
     def __init__(self, loss: BatchLoss, *, float64: bool = True) -> None:
         self.loss = loss
-        self._module = _Calling(loss)
+        self._module = LossModule(loss)
         self._float64 = float64
         names = {id(parameter): name for name, parameter in self._module.named_parameters()}
         self._chosen = [names[id(parameter)] for parameter in loss.parameters]
@@ -128,7 +129,7 @@ class FunctionalLoss:
 
     def _value(self, batch: Any, own: Any) -> Tensor:
         with self.loss.fixed(batch), self._precision():
-            loss = self._module.loss_of(own)
+            loss: Tensor = self._module(own)
         if self._float64:
             _check_precision(loss)
         return loss
@@ -155,25 +156,12 @@ class FunctionalLoss:
         }
         own = map_tensors(batch, lambda tensor: self._converted(tensor).clone())
         # The padding rows of the module's own parameters, which are not displaced.
-        with self.loss.differentiable(), constant_padding(self.loss.model):
-            result: _Result = torch.func.functional_call(self._module, values, (lambda: compute(leaves, own),))
-        return result
+        with self.loss.differentiable(), constant_padding(self.loss.model), substituted(self._module, values):
+            return compute(leaves, own)
 
     def _converted(self, tensor: Tensor) -> Tensor:
         tensor = tensor.detach()
         return tensor.to(_WIDE.get(tensor.dtype, tensor.dtype)) if self._float64 else tensor
-
-
-class _Calling(LossModule):
-    """Calls a function in ``forward``, so that ``functional_call`` replaces parameters while it runs."""
-
-    def loss_of(self, batch: Any) -> Tensor:
-        """Evaluate the loss."""
-        return super().forward(batch)
-
-    def forward(self, function: Callable[[], Any]) -> Any:
-        """Call the function."""
-        return function()
 
 
 class _InFloat64(TorchFunctionMode):

@@ -272,7 +272,7 @@ class BatchLoss:
 
 
 class LossModule(nn.Module):
-    """The loss as a module, so that ``functional_call`` can replace parameters anywhere inside the model."""
+    """The loss as a module, so that parameters anywhere inside the model have names in it."""
 
     def __init__(self, loss: BatchLoss) -> None:
         super().__init__()

@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from hessian_callback.operators.batches import tensors
+from hessian_callback.operators.substitution import substituted
 
 __all__ = ["TracedProduct", "signature"]
 
@@ -77,7 +78,8 @@ class TracedProduct:
             whole = tree_unflatten(filled, structure)
 
             def loss(parameters: tuple[Tensor, ...]) -> Tensor:
-                result = torch.func.functional_call(value, dict(zip(chosen, parameters, strict=True)), (whole,))
+                with substituted(value, dict(zip(chosen, parameters, strict=True))):
+                    result = value(whole)
                 assert isinstance(result, Tensor)
                 return result
 
