@@ -74,7 +74,8 @@ class PreconditionedOperator:
 
     def matvec_slice(self, vector: Tensor) -> Tensor:
         """Multiply: this rank's slice of ``v`` to its slice of ``A v``; a collective."""
-        return self._around(self._operator.matvec_slice, vector, self._scale, self._shift)
+        product: Tensor = self._around(self._operator.matvec_slice, vector, self._scale, self._shift)
+        return product
 
     def precise_products(self, vectors: Tensor) -> Tensor | None:
         """Multiply in float64, see `HessianOperator.precise_products`.
@@ -92,7 +93,8 @@ class PreconditionedOperator:
         # The scale is that of this precision: it belongs to the matrix.
         scale = self._scale.double()[:, None]
         shift = None if self._shift is None else self._shift.double()[:, None]
-        return self._around(precise, vectors, scale, shift)
+        products: Tensor | None = self._around(precise, vectors, scale, shift)
+        return products
 
     def _around(self, multiply: Any, vector: Tensor, scale: Tensor, shift: Tensor | None) -> Any:
         product = multiply(scale * vector)
