@@ -30,15 +30,20 @@ ALLOWED: dict[str, set[str]] = {
 }
 WITH_LIGHTNING = {"callbacks", "studies", "demos", "cli"}
 LIGHTNING = {"lightning", "pytorch_lightning", "lightning_fabric", "lightning_utilities"}
+# Either of these may be missing, so one module imports them for all others.
+PACKAGES = LIGHTNING - {"lightning_utilities"}
 
 
 def modules() -> list[Path]:
     return sorted(path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE or path.stem == "metrics")
 
 
-def imported(path: Path) -> Iterator[str]:
-    """All names of modules that a file imports, at its top or in a function."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+def imported(path: Path, *, for_types: bool = True) -> Iterator[str]:
+    """All names of modules that a file imports, at its top or in a function, or for type checkers only."""
+    nodes = [ast.parse(path.read_text(encoding="utf-8"))]
+    for node in nodes:
+        if for_types or not (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"):
+            nodes.extend(ast.iter_child_nodes(node))
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -60,6 +65,12 @@ def test_a_module_imports_only_what_its_subpackage_may(path: Path) -> None:
             assert rest, f"{path} imports hessian_callback itself"
             assert rest[0] in allowed, f"{own} must not import {name}"
         assert root not in LIGHTNING or own in WITH_LIGHTNING, f"{own} must not import {name}"
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_one_module_imports_the_packages_of_lightning(path: Path) -> None:
+    names = {name for name in imported(path, for_types=False) if name.partition(".")[0] in PACKAGES}
+    assert not names or path.name == "lightning_packages.py"
 
 
 def test_every_subpackage_has_a_rule_and_a_page() -> None:
