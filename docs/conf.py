@@ -107,6 +107,12 @@ def _resolve_short_name(app: Sphinx, env: BuildEnvironment, node: pending_xref, 
     return python.resolve_xref(env, node["refdoc"], app.builder, "obj", found[0], node, text)
 
 
+def _is_foreign(app: Sphinx, what: str, name: str, thing: Any, skip: bool, options: Any) -> bool | None:
+    """Leave out classes that a module imports from another package and exports."""
+    foreign = what == "module" and isinstance(thing, type) and not thing.__module__.startswith("hessian_callback")
+    return True if foreign else None
+
+
 def _reference_pages(app: Sphinx) -> list[Path]:
     return list((app.srcdir / "reference").glob("*.rst"))
 
@@ -118,4 +124,5 @@ def setup(app: Sphinx) -> dict[str, Any]:
     # These pages depend on the modules that exist, so a cached reading is never valid.
     app.connect("env-get-outdated", lambda *_: [f"reference/{page.stem}" for page in _reference_pages(app)])
     app.connect("missing-reference", _resolve_short_name)
+    app.connect("autodoc-skip-member", _is_foreign)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
