@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import subprocess
 import time
 import traceback
 from collections import Counter
@@ -42,6 +43,8 @@ Array = NDArray[np.float64]
 Generator = np.random.Generator
 KINDS = ("violated", "false converged", "raised", "crash")
 DTYPES = {"float64": torch.float64, "float32": torch.float32}
+# Lines between which the table is put in the file of --output.
+BEGIN, END = "<!-- attack -->", "<!-- end -->"
 # Cases between two lines of the record.
 CHUNK = 50
 
@@ -377,6 +380,8 @@ def planned(family: str, dtypes: int, matrices: int, operators: int) -> int:
 def attack(options: argparse.Namespace) -> None:
     """Run the cases that the record lacks."""
     done = counts(options.record, options.seed)
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent, check=False).stdout
     for family in options.families:
         for dtype in options.dtypes:
             wanted = planned(family, len(options.dtypes), options.matrices, options.operators)
@@ -391,6 +396,7 @@ def attack(options: argparse.Namespace) -> None:
                         found[kind] += 1
                         print(f"{kind}: {family}, {dtype}, seed {options.seed}, case {number}: {details}", flush=True)
                 line = {"family": family, "dtype": dtype, "seed": options.seed, **found}
+                line["commit"] = commit.strip() or "unknown"
                 line["seconds"] = round(time.perf_counter() - began, 1)
                 with options.record.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(line) + "\n")
@@ -399,13 +405,15 @@ def attack(options: argparse.Namespace) -> None:
 def counts(record: Path, seed: int) -> dict[tuple[str, str], Counter[str]]:
     """Return the counts of a record, by family and dtype."""
     total = {(family, dtype): Counter[str]() for family in [*MATRICES, *NETWORKS] for dtype in DTYPES}
-    if record.exists():
-        for line in map(json.loads, record.read_text(encoding="utf-8").splitlines()):
-            if line["seed"] == seed:
-                total[line["family"], line["dtype"]].update(
-                    {name: line.get(name, 0) for name in ("cases", *KINDS, "seconds")}
-                )
+    for line in lines_of(record, seed):
+        total[line["family"], line["dtype"]].update({name: line.get(name, 0) for name in ("cases", *KINDS, "seconds")})
     return total
+
+
+def lines_of(record: Path, seed: int) -> list[dict[str, Any]]:
+    """Return the lines of a record that belong to a seed."""
+    text = record.read_text(encoding="utf-8") if record.exists() else ""
+    return [line for line in map(json.loads, text.splitlines()) if line["seed"] == seed]
 
 
 def report(record: Path, seed: int) -> str:
@@ -420,6 +428,20 @@ def report(record: Path, seed: int) -> str:
     return table(["family", "dtype", "cases", *KINDS], rows)
 
 
+def summary(options: argparse.Namespace) -> str:
+    """Return the seed, the version and the progress of an attack, and its table."""
+    found = counts(options.record, options.seed)
+    done = sum(total["cases"] for total in found.values())
+    wanted = sum(
+        planned(family, len(options.dtypes), options.matrices, options.operators)
+        for family in options.families
+        for _ in options.dtypes
+    )
+    commits = sorted({line["commit"] for line in lines_of(options.record, options.seed)})
+    head = f"Seed {options.seed}, commit {' and '.join(commits)}: {done:,} of {wanted:,} cases."
+    return f"{head}\n\n{report(options.record, options.seed)}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--matrices", type=int, default=20_000, help="matrices in all families and dtypes together")
@@ -429,7 +451,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, help="seed of all cases; default: a fresh one, or that of the record")
     parser.add_argument("--record", type=Path, default=Path("attack.jsonl"), help="counts of finished cases")
     parser.add_argument("--report-only", action="store_true", help="make the table of the record")
-    parser.add_argument("--output", type=Path, help="write the table there")
+    parser.add_argument("--output", type=Path, help="put the table there, between its two marks")
     options = parser.parse_args()
     if options.seed is None:
         lines = options.record.read_text(encoding="utf-8").splitlines() if options.record.exists() else []
@@ -437,10 +459,13 @@ def main() -> None:
     torch.set_num_threads(1)
     if not options.report_only:
         attack(options)
-    text = f"Seed {options.seed}.\n\n{report(options.record, options.seed)}\n"
+    text = summary(options)
     print(text)
     if options.output is not None:
-        options.output.write_text(text, encoding="utf-8")
+        before = options.output.read_text(encoding="utf-8") if options.output.exists() else f"{BEGIN}\n{END}\n"
+        head, _, rest = before.partition(BEGIN)
+        tail = rest.partition(END)[2]
+        options.output.write_text(f"{head}{BEGIN}\n\n{text}\n\n{END}{tail}", encoding="utf-8")
 
 
 if __name__ == "__main__":
