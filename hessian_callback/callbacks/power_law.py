@@ -284,14 +284,8 @@ class PowerLawHessianCallback(CallbackBase):
             every_epoch = cadence.by_epochs and cadence.every_n_epochs == 1 and self.schedule.time.limit is None
             compatibility.warn_of_strict_monitors(trainer, self.prefix, every_epoch=every_epoch)
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check the parameters, which exist for certain only now."""
-        if self._active:
-            self._begin_run(trainer, pl_module)
-            self._check_parameters(pl_module)
-
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check the parameters for ``trainer.validate()``, which has no start of fit; keep the weights of training."""
+        """Check the parameters for ``trainer.validate()``; keep the weights of training."""
         if not self._active or trainer.sanity_checking:
             return
         if trainer.state.fn == TrainerFn.VALIDATING:
@@ -324,9 +318,12 @@ class PowerLawHessianCallback(CallbackBase):
     # -- places ----------------------------------------------------------------------------------
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure before the first step, or collect the samples for later; continue a resumed run."""
+        """Check the parameters; measure before the first step, or collect the samples; continue a resumed run."""
         if not self._active:
             return
+        self._begin_run(trainer, pl_module)
+        # Other callbacks may add parameters before.
+        self._check_parameters(pl_module)
         compatibility.warn_of_strict_schedulers(trainer, self.prefix)
         if trainer.global_step == 0 and not self._restored:
             # A run from the start: nothing of an earlier one of this trainer may be left.

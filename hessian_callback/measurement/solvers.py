@@ -33,6 +33,9 @@ _SMALLEST_DEFAULT_MAX_HVPS = 300
 # Basis vectors beyond K that a Lanczos run needs for useful bounds.
 _SPARE_VECTORS = 12
 
+# If the asymmetry of products makes up more than this share of the rounding level, it is the cause.
+_DOMINANT_SHARE = 0.25
+
 _ENGINES = ("auto", "double_backward", "linearize", "finite_difference")
 
 _Progress = Callable[[LanczosProgress], None]
@@ -279,6 +282,13 @@ class Lanczos(Solver):
                     "choose fewer parameters, a smaller num_eigenvalues, a larger rtol, or more ranks"
                 )
             return f"positive and converged: max_hvps={limit} products were spent; allow more, or a larger rtol"
+        if spectrum.symmetry_defect > _DOMINANT_SHARE * spectrum.rounding:
+            return (
+                f"positive and converged: products u.Hv and v.Hu differ by {spectrum.symmetry_defect:.2g}, so no other "
+                f"is known to lie above {spectrum.rounding:.2g}. Differences of gradients do so at kinks (ReLU, "
+                "max-pooling); use hvp='double_backward', or smooth activations. Exact products do so if an operation "
+                "of the loss has a wrong second derivative"
+            )
         return (
             f"positive and converged: no other is known to lie above the rounding level of {spectrum.rounding:.2g}; "
             "choose a smaller num_eigenvalues, or more precise products (precision='64-true', an exact hvp)"

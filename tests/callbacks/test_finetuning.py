@@ -9,7 +9,13 @@ import pytest
 import torch
 from torch import nn
 
-from tests.helpers.lightning import BackboneFinetuning, BaseFinetuning, LightningModule, MisconfigurationException
+from tests.helpers.lightning import (
+    BackboneFinetuning,
+    BaseFinetuning,
+    Callback,
+    LightningModule,
+    MisconfigurationException,
+)
 from tests.helpers.toy_runs import loader, measure, seeded, trainer
 
 
@@ -101,3 +107,20 @@ def test_names_that_do_not_exist_are_refused_at_the_start(tmp_path: Any) -> None
     for choice in ({"parameters": "^spine"}, {"groups": {"spine": "^spine"}}):
         with pytest.raises(MisconfigurationException, match=r"chooses no trainable parameter; there are: head\.weight"):
             fit(tmp_path, measure(num_samples=16, **choice))
+
+
+class Adapted(Callback):
+    """Adds parameters when the fit starts."""
+
+    def on_fit_start(self, run: Any, module: Any) -> None:
+        module.backbone.register_parameter("shift", nn.Parameter(torch.zeros(6)))
+        module.backbone.register_forward_hook(lambda layer, inputs, output: output + layer.shift)
+        run.optimizers[0].add_param_group({"params": [module.backbone.shift]})
+
+
+@pytest.mark.parametrize("added_first", [True, False])
+def test_parameters_that_another_callback_adds_are_measured_in_any_order(added_first: bool, tmp_path: Any) -> None:
+    callback = measure(num_samples=16, parameters="shift")
+    order = [Adapted(), callback] if added_first else [callback, Adapted()]
+    trainer(tmp_path, *order, max_epochs=1).fit(seeded(Tuned), loader(24), loader(16, seed=1))
+    assert [entry.num_parameters for entry in callback.history] == [6, 6]

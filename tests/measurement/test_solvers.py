@@ -107,6 +107,20 @@ def test_a_slope_that_is_not_fixed_yet_is_not_fitted() -> None:
     assert reason is not None
 
 
+@pytest.mark.parametrize(("asymmetry", "dtype"), [(0.1, torch.float64), (0.0, torch.float32)])
+def test_the_reason_tells_asymmetry_from_rounding(asymmetry: float, dtype: torch.dtype) -> None:
+    """With the asymmetric part no eigenvalue below it is known; without it, none below the rounding level."""
+    torch.manual_seed(0)
+    noise = torch.randn(60, 60, dtype=dtype)
+    matrix = torch.diag(torch.arange(1, 61, dtype=dtype) ** -6) + asymmetry * (noise - noise.T) / 60**0.5
+    solver = Lanczos()
+    spectrum = solver.solve(MatvecOperator(lambda v: matrix @ v, 60, dtype=dtype), 20)
+    _, reason = solver.fit(spectrum, 20)
+    words = ("differ by", "hvp='double_backward'") if asymmetry else ("rounding level of", "precision='64-true'")
+    assert all(word in str(reason) for word in words)
+    assert (spectrum.symmetry_defect > 0.25 * spectrum.rounding) == bool(asymmetry)
+
+
 @pytest.mark.parametrize("kind", [Lanczos, PublishedProtocol])
 def test_negative_eigenvalues_are_never_fitted(kind: type[Solver]) -> None:
     operator = operator_of(torch.cat([EIGENVALUES[:4], -EIGENVALUES[:16]]))
