@@ -16,7 +16,7 @@ weights, states of optimizers, random generators, modes, hyperparameters and log
 
 The callback measures {k} eigenvalues on {n} samples, before the first step and at the end of each epoch. "At once"
 means that no other option was needed. Otherwise the table names the option, and the message that asks for it stands
-below the table. Products and seconds are medians over the measurements of a run, on one thread of a busy machine.
+below the table. Products and seconds are medians over the measurements of a run; seconds are those of one processor.
 """
 
 
