@@ -108,7 +108,9 @@ class EndState:
     share: float = 1.0
 
     def record(self, trainer: Any, pl_module: Any) -> None:
-        package = type(trainer).__module__.partition(".")[0]
+        # A library may have a Trainer of its own.
+        packages = [base.__module__.partition(".")[0] for base in type(trainer).__mro__ if base.__name__ == "Trainer"]
+        package = packages[-1]
         self.trainer = f"{package} {version(package.replace('_', '-'))}"
         measuring = [one for one in trainer.callbacks if isinstance(one, PowerLawHessianCallback)]
         self.measuring = measuring[0] if measuring else None
