@@ -38,8 +38,8 @@ def report(trials: Sequence[Trial], *, not_run: Sequence[str]) -> str:
 
 
 def _row(trial: Trial) -> str:
-    last = [[run for run in trial.runs if run.source == source][-1] for source in SOURCES]
-    measured = [run for run in last if run.measured]
+    last = [next((run for run in reversed(trial.runs) if run.source == source), None) for source in SOURCES]
+    measured = [run for run in last if run is not None and run.measured]
     cells = [
         f"{trial.name} {trial.version}",
         trial.trainer,
@@ -48,7 +48,7 @@ def _row(trial: Trial) -> str:
         _same(trial),
         *map(_measured, last),
         f"{measured[0].num_hvps:.0f}" if measured else "",
-        f"{measured[0].seconds:.1f}" if measured else "",
+        f"{measured[0].seconds:.1f}" if measured and measured[0].seconds is not None else "",
     ]
     return "| " + " | ".join(cells) + " |"
 
@@ -60,7 +60,9 @@ def _same(trial: Trial) -> str:
     return f"no: {', '.join(differing[0].differs[:3])}" if differing else "yes"
 
 
-def _measured(run: Run) -> str:
+def _measured(run: Run | None) -> str:
+    if run is None:
+        return "not run"
     if not run.measured:
         return "refused" if run.error else "no"
     return "at once" if run.remedy is None else f"with `{run.remedy}`"
