@@ -16,7 +16,7 @@ weights, states of optimizers, random generators, modes, hyperparameters and log
 
 The callback measures {k} eigenvalues on {n} samples, before the first step and at the end of each epoch. "At once"
 means that no other option was needed. Otherwise the table names the option, and the message that asks for it stands
-below the table. Products and seconds are medians over the measurements of a run, on one thread of a busy machine.
+below the table. Products and seconds are medians over the measurements of a run; seconds are those of one processor.
 """
 
 
@@ -38,8 +38,8 @@ def report(trials: Sequence[Trial], *, not_run: Sequence[str]) -> str:
 
 
 def _row(trial: Trial) -> str:
-    last = [[run for run in trial.runs if run.source == source][-1] for source in SOURCES]
-    measured = [run for run in last if run.measured]
+    last = [next((run for run in reversed(trial.runs) if run.source == source), None) for source in SOURCES]
+    measured = [run for run in last if run is not None and run.measured]
     cells = [
         f"{trial.name} {trial.version}",
         trial.trainer,
@@ -48,7 +48,7 @@ def _row(trial: Trial) -> str:
         _same(trial),
         *map(_measured, last),
         f"{measured[0].num_hvps:.0f}" if measured else "",
-        f"{measured[0].seconds:.1f}" if measured else "",
+        f"{measured[0].seconds:.1f}" if measured and measured[0].seconds is not None else "",
     ]
     return "| " + " | ".join(cells) + " |"
 
@@ -60,7 +60,9 @@ def _same(trial: Trial) -> str:
     return f"no: {', '.join(differing[0].differs[:3])}" if differing else "yes"
 
 
-def _measured(run: Run) -> str:
+def _measured(run: Run | None) -> str:
+    if run is None:
+        return "not run"
     if not run.measured:
         return "refused" if run.error else "no"
     return "at once" if run.remedy is None else f"with `{run.remedy}`"

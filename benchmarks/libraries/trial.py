@@ -38,10 +38,11 @@ class Run:
         slopes: the slope of each measurement.
         reasons: why measurements failed.
         num_hvps: products of a measurement, the median.
-        seconds: seconds of a measurement, the median.
+        seconds: processor time of a measurement, the median. It is its duration times the share of a processor that
+            the process had during the run.
         warned: warnings that the run without the callback does not give.
         error: the error that ended the run.
-        total_seconds: seconds of the whole run.
+        total_seconds: processor time of the whole run.
     """
 
     source: str
@@ -72,7 +73,7 @@ class Trial:
         data: see `Library`.
         trainer: the package of the Trainer that ran, and its version.
         irreproducible: the state that differs between two runs without the callback.
-        plain_seconds: seconds of a run without the callback.
+        plain_seconds: processor time of a run without the callback.
         runs: for each source of samples a run without remedy, and those with remedies until one measured.
     """
 
@@ -95,7 +96,8 @@ class EndState:
         trainer: the package of the Trainer and its version.
         measuring: the callback that measured, which is a copy if the library copies callbacks.
         warned: the run's warnings.
-        seconds: the seconds of the whole run.
+        seconds: the processor time of the whole run.
+        share: the share of a processor that the run had.
     """
 
     values: dict[str, Any] = field(default_factory=dict)
@@ -103,9 +105,12 @@ class EndState:
     measuring: Any = None
     warned: list[str] = field(default_factory=list)
     seconds: float = 0.0
+    share: float = 1.0
 
     def record(self, trainer: Any, pl_module: Any) -> None:
-        package = type(trainer).__module__.partition(".")[0]
+        # A library may have a Trainer of its own.
+        packages = [base.__module__.partition(".")[0] for base in type(trainer).__mro__ if base.__name__ == "Trainer"]
+        package = packages[-1]
         self.trainer = f"{package} {version(package.replace('_', '-'))}"
         measuring = [one for one in trainer.callbacks if isinstance(one, PowerLawHessianCallback)]
         self.measuring = measuring[0] if measuring else None
@@ -155,13 +160,15 @@ def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
 
 
 def _train(case: Library, end: EndState, *callbacks: Any) -> None:
-    began = time.perf_counter()
+    # There is one thread, so the processor time is what the run would take on an idle machine.
+    began, began_on_clock = time.process_time(), time.perf_counter()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
             case.train([*callbacks, _recorder(end)])
         finally:
-            end.seconds = time.perf_counter() - began
+            end.seconds = time.process_time() - began
+            end.share = end.seconds / (time.perf_counter() - began_on_clock)
             end.warned = list(dict.fromkeys(str(one.message) for one in caught))
 
 
@@ -181,7 +188,7 @@ def _with_callback(case: Library, plain: EndState, source: str, remedy: str | No
     run.reasons = list(dict.fromkeys(one.reason for one in history if one.reason))
     spent = [one.num_hvps for one in history if one.spectrum is not None]
     run.num_hvps = statistics.median(spent) if spent else None
-    run.seconds = statistics.median(one.seconds for one in history) if history else None
+    run.seconds = statistics.median(one.seconds for one in history) * end.share if history else None
     return run
 
 

@@ -125,7 +125,8 @@ class SampleSource:
             with ranks.propagate_errors("finding the loader of the samples"):
                 combination = run_loaders(trainer, self.dataloader)
                 for part in stateful_parts(combination):
-                    snapshot.remember(part, copy_tensors=False, restore=iterates_in_its_own_way(part))
+                    own_way = iterates_in_its_own_way(part)
+                    snapshot.remember(part, copy_tensors=False, restore=own_way, restore_libraries=True)
                 shared = _is_read_by_the_run(trainer, self.dataloader, combination)
             self._samples = collect(
                 combination,

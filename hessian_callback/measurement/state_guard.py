@@ -93,6 +93,8 @@ _COPIED_BYTES = 64 * 2**20
 _COPIED_BYTES_TOTAL = 512 * 2**20
 # The state of an optimizer is as large as the model, or twice that: only its small tensors are copied.
 _COPIED_BYTES_OF_OPTIMIZERS = 64 * 2**10
+# A counter or a running mean is smaller than this, and worth a copy anywhere.
+_COPIED_BYTES_ALWAYS = 64 * 2**10
 # The tensors of a data set are its samples, and rarely change.
 _COPIED_BYTES_OF_DATA = 2**20
 # More tensors than this are not copied one by one: each copy takes microseconds.
@@ -376,18 +378,27 @@ class Snapshot:
             self.close()
 
     def remember(
-        self, value: Any, *, copy_tensors: bool = True, restore: bool = False, name: str | None = None
+        self,
+        value: Any,
+        *,
+        copy_tensors: bool = True,
+        restore: bool = False,
+        restore_libraries: bool = False,
+        name: str | None = None,
     ) -> None:
         """Remember an object and all objects that it refers to.
 
         Args:
             value: the object: a module, data set, loader, optimizer, or any other.
-            copy_tensors: whether tensors and arrays are copied, up to 64 MiB each and 512 MiB together. Those that
-                are not copied are compared by their version, and cannot be restored.
+            copy_tensors: whether tensors and arrays above 64 KiB are copied, up to 64 MiB each and 512 MiB together.
+                Tensors that are not copied are compared by their version, and cannot be restored.
             restore: whether the object itself is restored even if its class is of a library.
+            restore_libraries: whether libraries' objects that it refers to are restored as well, and not compared
+                only. For objects that no other thread uses, such as a data set and its transforms.
             name: its name in messages; default: the name of its class.
         """
-        _Walk(self, _COPIED_BYTES if copy_tensors else 0).run(value, name or type(value).__name__, force=restore)
+        limit = _COPIED_BYTES if copy_tensors else _COPIED_BYTES_ALWAYS
+        _Walk(self, limit, restore_libraries=restore_libraries).run(value, name or type(value).__name__, force=restore)
 
     def restore(self) -> None:
         """Restore everything. May be called several times.
@@ -475,8 +486,9 @@ class Snapshot:
 class _Walk:
     """One traversal of references, breadth first: near objects are reached before the limit."""
 
-    def __init__(self, snapshot: Snapshot, copied_bytes: int) -> None:
+    def __init__(self, snapshot: Snapshot, copied_bytes: int, *, restore_libraries: bool = False) -> None:
         self._snapshot = snapshot
+        self._restore_libraries = restore_libraries
         self._copied_bytes = copied_bytes
         self._queue: deque[tuple[Any, Path, int, int]] = deque()
         self._left = _VISITED
@@ -747,6 +759,9 @@ class _Walk:
         if attributes is None or self._left_of_libraries <= 0 or is_of_standard_library(type(value)):
             return
         self._left_of_libraries -= 1
+        if self._restore_libraries and mode == _RESTORED:
+            self._attributes(value, path, limit)
+            return
         mode = min(mode, _COMPARED)
         self._snapshot._add(LateGenerators(attributes))
         if mode == _COMPARED:

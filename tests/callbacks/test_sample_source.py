@@ -7,7 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler, WeightedRandomSampler
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    SequentialSampler,
+    WeightedRandomSampler,
+)
 
 from hessian_callback.callbacks.sample_source import SampleSource
 from hessian_callback.callbacks.state_guard import preserve_training_state
@@ -51,6 +58,7 @@ class Collects(Callback):
         self.at_start = at_start
         self.samples: SampleSet | None = None
         self.batches: list[Any] = []
+        self.changes: list[str] = []
 
     def on_train_start(self, run: Any, module: Any) -> None:
         if self.at_start:
@@ -64,6 +72,7 @@ class Collects(Callback):
         with preserve_training_state(run, module) as snapshot:
             self.samples = self.source.collect(run, snapshot, Ranks())
             self.batches = self.source.batches_on_device(run, module, self.samples.counted)
+            self.changes = snapshot.changes()
 
 
 def fitted(tmp_path: Any, source: SampleSource, train: Any, val: Any, *, at_start: bool = True, **options: Any) -> Any:
@@ -232,6 +241,15 @@ def test_a_position_in_an_attribute_is_restored(tmp_path: Any) -> None:
 
 
 LIBRARY = """
+import numpy as np
+class RunningMean:
+    def __init__(self):
+        self.count, self.total, self.seen = 0, np.zeros(1), []
+    def __call__(self, row):
+        self.count += 1
+        self.total += float(row)
+        self.seen.append(self.count)
+        return row - self.total.item() / self.count + len(self.seen)
 class Shuffling:
     def __init__(self, rows, batch_size):
         self.rows, self.batch_size, self.epoch, self.order = rows, batch_size, 0, list(range(len(rows)))
@@ -260,6 +278,34 @@ def test_a_loader_of_a_library_that_counts_its_epochs_is_restored(tmp_path: Any)
                 assert len(collects.batches) == 1
             orders.append([float(value) for batch in [*module.trained, *module.validated] for value in batch])
     assert orders[0] == orders[1] == orders[2]
+
+
+class Transformed(Dataset):
+    def __init__(self, transform: Any) -> None:
+        self.transforms = {"both": [transform]}
+
+    def __len__(self) -> int:
+        return 16
+
+    def __getitem__(self, index: int) -> Any:
+        return self.transforms["both"][0](NUMBERS[index])
+
+
+def test_a_transform_of_a_library_with_a_state_of_its_own_is_restored(tmp_path: Any) -> None:
+    with installed(tmp_path, "transform_of_a_test", LIBRARY) as library:
+        seen = []
+        for source in (None, SampleSource("train", num_samples=8), SampleSource("val", num_samples=8)):
+            data = Transformed(library.RunningMean())
+            train, val = DataLoader(data, batch_size=4), DataLoader(data, batch_size=8, collate_fn=torch.stack)
+            module = Sees()
+            if source is None:
+                trainer(tmp_path, max_epochs=2).fit(module, train, val)
+            else:
+                module, collects = fitted(tmp_path, source, train, val, max_epochs=2)
+                assert collects.batches
+                assert collects.changes == []
+            seen.append([float(value) for batch in [*module.trained, *module.validated] for value in batch])
+    assert seen[0] == seen[1] == seen[2]
 
 
 def test_generators_of_the_loader_are_restored(tmp_path: Any) -> None:

@@ -763,6 +763,21 @@ def test_a_simulator_of_a_library_is_detected_and_named(library: Any) -> None:
         }
 
 
+def test_objects_of_libraries_are_restored_on_request(library: Any) -> None:
+    simulator = library.Simulator()
+    with Snapshot() as snapshot:
+        snapshot.remember(library.Holder([simulator]), copy_tensors=False, restore_libraries=True)
+        simulator.step()
+        simulator.read()
+        assert snapshot.changes() == []
+    fresh = library.Simulator()
+    assert (simulator.steps, simulator.track, simulator.memory) == (0, [0], {"last": 0})
+    assert np.array_equal(simulator.position, fresh.position)
+    assert torch.equal(simulator.table, fresh.table)
+    assert simulator.rng.random() == fresh.rng.random()
+    assert (simulator._cache, simulator.lazy, hasattr(simulator, "found")) == ({}, None, False)
+
+
 def test_random_generators_in_objects_of_libraries_are_restored(library: Any) -> None:
     simulator, collator = library.Simulator(), library.Collator(3)
     loader = torch.utils.data.DataLoader(list(range(4)), batch_size=2, collate_fn=collator)
