@@ -21,6 +21,7 @@ from hessian_callback.measurement.comparability import incomparable
 from hessian_callback.measurement.failure_policy import FailurePolicy, Outcome
 from hessian_callback.measurement.measurement import Measurement
 from hessian_callback.measurement.measurer import Measured, Measurer
+from hessian_callback.measurement.observer import Observer
 from hessian_callback.measurement.place import Place
 from hessian_callback.measurement.sample_size import warn_of_few_samples
 from hessian_callback.measurement.samples import SampleSet
@@ -185,11 +186,21 @@ class RunMeasurer:
             problem,
             place,
             states=self.states,
-            observer=TrainerObserver(trainer, ranks, self._announcements, self.measurer.solver.hvp, arrived),
+            observer=self.observer(trainer, ranks, arrived),
             failures=self._failures,
             checkpoint=None if folder is None else folder / f"{quote(self._prefix, safe=' ')}-step={place.step}",
             draws_figures=self._figures and bool(trainer.loggers),
         )
+
+    def observer(self, trainer: Trainer, ranks: Ranks, arrived: Sequence[int]) -> Observer:
+        """Make the observer of one measurement.
+
+        Args:
+            trainer: the trainer.
+            ranks: its processes.
+            arrived: gets an entry when SIGTERM arrives.
+        """
+        return TrainerObserver(trainer, ranks, self._announcements, self.measurer.solver.hvp, arrived)
 
     def _say_which_weights(self, trainer: Trainer, *, exchanged: bool) -> None:
         names = ", ".join(averaging_callbacks(callbacks_of(trainer)))

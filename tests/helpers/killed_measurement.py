@@ -26,9 +26,11 @@ class Watched(PowerLawHessianCallback):
         self.steps: list[int] = []
         defaults = {"num_samples": 32, "figures": False, "verbose": False}
         super().__init__(num_eigenvalues=NUM_EIGENVALUES, **{**defaults, **options})
+        self._observer = self.run_measurer.observer
+        self.run_measurer.observer = self._watching  # type: ignore[method-assign]
 
-    def _observer(self, run: Any, ranks: Any, arrived: Any) -> Any:
-        observer = super()._observer(run, ranks, arrived)
+    def _watching(self, run: Any, ranks: Any, arrived: Any) -> Any:
+        observer = self._observer(run, ranks, arrived)
         between_parts = observer.between_parts
 
         def watched() -> None:
