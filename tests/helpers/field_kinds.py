@@ -47,9 +47,14 @@ SITUATIONS: list[tuple[str, str, str]] = [
         f"{_CALLBACKS}field_state.py::test_learning_rates_that_a_step_changes_are_restored",
     ),
     (
-        "schedulers, the data module, trainer settings, an optimizer of the module's own, changed by a step",
+        "schedulers, the data module, trainer settings, attributes hung on the trainer, an optimizer of the module's own",
         "restored",
         f"{_CALLBACKS}state_guard.py::test_changes_through_the_trainer_are_restored",
+    ),
+    (
+        "a queue that a step fills",
+        "prevented: it takes items of other threads alone",
+        f"{_MEASUREMENT}state_guard.py::test_a_queue_takes_items_of_other_threads_alone",
     ),
     (
         "an optimizer with a large state, stepped by a loss",
@@ -176,6 +181,21 @@ SITUATIONS: list[tuple[str, str, str]] = [
         "`parameters=` or `groups=` that name frozen parameters",
         "measured as soon as they are trained, and said",
         f"{_CALLBACKS}finetuning.py::test_frozen_parameters_are_measured_as_soon_as_they_are_trained",
+    ),
+    (
+        "parameters that another callback adds, in any order of callbacks",
+        "measured",
+        f"{_CALLBACKS}finetuning.py::test_parameters_that_another_callback_adds_are_measured_in_any_order",
+    ),
+    (
+        "a momentum encoder that is not frozen, updated by the loss",
+        "refused: freeze it, or `loss_fn`",
+        f"{_MEASUREMENT}problem_checks.py::test_a_loss_that_trains_parameters_itself_names_them",
+    ),
+    (
+        "products that are asymmetric, such as differences at kinks",
+        "detected: the reason names asymmetry, not rounding",
+        f"{_MEASUREMENT}solvers.py::test_the_reason_tells_asymmetry_from_rounding",
     ),
     (
         "`reduction='sum'`, class weights, a loss that compares samples",
