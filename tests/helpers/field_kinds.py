@@ -47,7 +47,7 @@ SITUATIONS: list[tuple[str, str, str]] = [
         f"{_CALLBACKS}field_state.py::test_learning_rates_that_a_step_changes_are_restored",
     ),
     (
-        "schedulers, the data module, trainer settings, attributes hung on the trainer, an optimizer of the module's own",
+        "schedulers, data module, trainer, attributes hung on it, an optimizer of the module's own",
         "restored",
         f"{_CALLBACKS}state_guard.py::test_changes_through_the_trainer_are_restored",
     ),
