@@ -8,16 +8,19 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningModule
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from hessian_callback import EdgeOfStabilityMonitor
 from hessian_callback.measurement.preconditioners import UnsupportedOptimizerError
+from tests.helpers.lightning import (
+    CSVLogger,
+    LightningModule,
+    MisconfigurationException,
+    ModelCheckpoint,
+    TensorBoardLogger,
+)
 from tests.helpers.toy_runs import Net, loader, measure, seeded, trainer
 
 KEYS = {
