@@ -90,20 +90,17 @@ def points(rows: Iterable[Row]) -> list[Point]:
     found = []
     for key, run in grouped(rows, "task", "optimizer", "lr", "jump", "seed").items():
         rise = rise_of(run)
-        norms: list[float] = []
+        earlier: dict[str, list[float]] = {"ratio": [], "gradient_norm": []}
         for row in run:
             step = int(row["step"])
             if step >= rise:
                 break
-            norm = float(row["gradient_norm"])
-            typical = statistics.median(norms) if norms else math.nan
-            norms += [norm] if math.isfinite(norm) else []
-            signals = {
-                "ratio": float(row["ratio"]),
-                "gradient norm": norm,
-                "gradient norm over its median so far": norm / typical,
-                "z-score of the loss": float(row["zscore"]),
-            }
+            signals = {"ratio": float(row["ratio"]), "z-score of the loss": float(row["zscore"])}
+            for column, name in (("ratio", "ratio"), ("gradient_norm", "gradient norm")):
+                now, before = float(row[column]), earlier[column]
+                signals[name] = now
+                signals[f"{name} over its median so far"] = now / statistics.median(before) if before else math.nan
+                before += [now] if math.isfinite(now) else []
             found.append(Point(key, step, rise - step, signals))
     return found
 
