@@ -140,8 +140,6 @@ def warning() -> str:
         "all runs": lambda point: True,
         "constant rate": lambda point: float(point.run[3]) == 1,
         "rate that jumps": lambda point: float(point.run[3]) > 1,
-        "SGD": lambda point: point.run[1] == "SGD",
-        "AdamW": lambda point: point.run[1] == "AdamW",
     }
     negative = [point for point in every if point.left > HORIZON]
     rate = share(negative, "ratio", 1.0)
