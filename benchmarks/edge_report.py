@@ -137,21 +137,23 @@ def warning() -> str:
     if not every:
         return "not run"
     parts: dict[str, Callable[[Point], bool]] = {
-        "all runs": lambda point: True,
-        "constant rate": lambda point: float(point.run[3]) == 1,
-        "rate that jumps": lambda point: float(point.run[3]) > 1,
+        "all": lambda point: True,
+        "digits": lambda point: point.run[0] == "digits",
+        "text": lambda point: point.run[0] == "text",
+        "rates that jump": lambda point: float(point.run[3]) > 1,
     }
-    negative = [point for point in every if point.left > HORIZON]
-    rate = share(negative, "ratio", 1.0)
     rows = []
-    for signal in next(iter(every)).signals:
-        for rule, threshold in thresholds(signal, negative, rate):
-            for part, belongs in parts.items():
-                rows.append(summary(signal, rule, threshold, part, [p for p in every if belongs(p)]))
+    for part, belongs in parts.items():
+        chosen = [point for point in every if belongs(point)]
+        negative = [point for point in chosen if point.left > HORIZON]
+        rate = share(negative, "ratio", 1.0)
+        for signal in sorted(chosen[0].signals, reverse=True):
+            for rule, threshold in thresholds(signal, negative, rate):
+                rows.append(summary(signal, rule, threshold, part, chosen))
     return table(
         "runs | signal | alarm at | false alarms on healthy steps | rises warned of | median lead, steps | area under "
         "the curve",
-        sorted(rows, key=lambda row: list(parts).index(str(row[0]))),
+        rows,
     )
 
 
