@@ -90,20 +90,17 @@ def points(rows: Iterable[Row]) -> list[Point]:
     found = []
     for key, run in grouped(rows, "task", "optimizer", "lr", "jump", "seed").items():
         rise = rise_of(run)
-        norms: list[float] = []
+        earlier: dict[str, list[float]] = {"ratio": [], "gradient_norm": []}
         for row in run:
             step = int(row["step"])
             if step >= rise:
                 break
-            norm = float(row["gradient_norm"])
-            typical = statistics.median(norms) if norms else math.nan
-            norms += [norm] if math.isfinite(norm) else []
-            signals = {
-                "ratio": float(row["ratio"]),
-                "gradient norm": norm,
-                "gradient norm over its median so far": norm / typical,
-                "z-score of the loss": float(row["zscore"]),
-            }
+            signals = {"ratio": float(row["ratio"]), "z-score of the loss": float(row["zscore"])}
+            for column, name in (("ratio", "ratio"), ("gradient_norm", "gradient norm")):
+                now, before = float(row[column]), earlier[column]
+                signals[name] = now
+                signals[f"{name} over its median so far"] = now / statistics.median(before) if before else math.nan
+                before += [now] if math.isfinite(now) else []
             found.append(Point(key, step, rise - step, signals))
     return found
 
@@ -140,23 +137,23 @@ def warning() -> str:
     if not every:
         return "not run"
     parts: dict[str, Callable[[Point], bool]] = {
-        "all runs": lambda point: True,
-        "constant rate": lambda point: float(point.run[3]) == 1,
-        "rate that jumps": lambda point: float(point.run[3]) > 1,
-        "SGD": lambda point: point.run[1] == "SGD",
-        "AdamW": lambda point: point.run[1] == "AdamW",
+        "all": lambda point: True,
+        "digits": lambda point: point.run[0] == "digits",
+        "text": lambda point: point.run[0] == "text",
+        "rates that jump": lambda point: float(point.run[3]) > 1,
     }
-    negative = [point for point in every if point.left > HORIZON]
-    rate = share(negative, "ratio", 1.0)
     rows = []
-    for signal in next(iter(every)).signals:
-        for rule, threshold in thresholds(signal, negative, rate):
-            for part, belongs in parts.items():
-                rows.append(summary(signal, rule, threshold, part, [p for p in every if belongs(p)]))
+    for part, belongs in parts.items():
+        chosen = [point for point in every if belongs(point)]
+        negative = [point for point in chosen if point.left > HORIZON]
+        rate = share(negative, "ratio", 1.0)
+        for signal in sorted(chosen[0].signals, reverse=True):
+            for rule, threshold in thresholds(signal, negative, rate):
+                rows.append(summary(signal, rule, threshold, part, chosen))
     return table(
         "runs | signal | alarm at | false alarms on healthy steps | rises warned of | median lead, steps | area under "
         "the curve",
-        sorted(rows, key=lambda row: list(parts).index(str(row[0]))),
+        rows,
     )
 
 

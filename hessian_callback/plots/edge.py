@@ -64,4 +64,4 @@ def edge_figure(history: Sequence[EdgeMeasurement]) -> Figure:
 def _line(axes: Any, steps: Sequence[int], values: Sequence[float | None], colour: str, *, step: bool = False) -> None:
     points = [(at, value) for at, value in zip(steps, values, strict=True) if value is not None]
     if points:
-        axes.plot(*zip(*points, strict=True), color=colour, marker=".", drawstyle="steps-pre" if step else "default")
+        axes.plot(*zip(*points, strict=True), color=colour, marker=".", drawstyle="steps-post" if step else "default")
