@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 from xdist.scheduler import LoadScopeScheduling
 
 from tests.helpers import lightning  # noqa: F401  # Before all modules of the package.
@@ -21,6 +22,12 @@ ROOT = Path(__file__).parents[1]
 
 # Read by torch when it is imported, in this process and in those that tests start, which share the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# .ci/run draws the same cases each time, so that a change never fails for a case that it did not touch. Other runs draw
+# new ones, and a finding becomes a test of its own.
+settings.register_profile("same cases", derandomize=True)
+if os.environ.get("HESSIAN_CALLBACK_CI") == "1":
+    settings.load_profile("same cases")
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
