@@ -39,7 +39,7 @@ def report(trials: Sequence[Trial], *, not_run: Sequence[str]) -> str:
 
 def _row(trial: Trial) -> str:
     last = [next((run for run in reversed(trial.runs) if run.source == source), None) for source in SOURCES]
-    measured = [run for run in last if run is not None and run.measured]
+    measured = [run for run in last if run is not None and run.num_hvps is not None]
     cells = [
         f"{trial.name} {trial.version}",
         trial.trainer,
@@ -63,9 +63,11 @@ def _same(trial: Trial) -> str:
 def _measured(run: Run | None) -> str:
     if run is None:
         return "not run"
-    if not run.measured:
-        return "refused" if run.error else "no"
-    return "at once" if run.remedy is None else f"with `{run.remedy}`"
+    if run.error:
+        return "refused"
+    how = "at once" if run.remedy is None else f"with `{run.remedy}`"
+    good = sum(slope is not None for slope in run.slopes)
+    return how if run.measured else f"{good} of {len(run.slopes)} measurements {how}"
 
 
 def _messages(trial: Trial) -> list[str]:

@@ -124,9 +124,15 @@ class SampleSource:
         if self._samples is None:
             with ranks.propagate_errors("finding the loader of the samples"):
                 combination = run_loaders(trainer, self.dataloader)
+                samplers = [getattr(loader, "sampler", None) for loader in combination.loaders]
                 for part in stateful_parts(combination):
-                    own_way = iterates_in_its_own_way(part)
-                    snapshot.remember(part, copy_tensors=False, restore=own_way, restore_libraries=True)
+                    snapshot.remember(
+                        part,
+                        # The tensors of data sets are samples. Those of samplers are their order.
+                        copy_tensors=any(part is sampler for sampler in samplers),
+                        restore=iterates_in_its_own_way(part),
+                        restore_libraries=True,
+                    )
                 shared = _is_read_by_the_run(trainer, self.dataloader, combination)
             self._samples = collect(
                 combination,

@@ -748,6 +748,8 @@ class _Walk:
             self._snapshot._seen[id(value)] = value, _RESTORED
             if isinstance(value, Dataset):
                 limit = min(limit, _COPIED_BYTES_OF_DATA)
+            elif isinstance(value, Sampler):
+                limit = _COPIED_BYTES  # It may shuffle its indices in place.
             self._attributes(value, path, limit)
             self._class(kind, path)
         else:

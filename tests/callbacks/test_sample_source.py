@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import (
@@ -12,6 +13,7 @@ from torch.utils.data import (
     DataLoader,
     Dataset,
     IterableDataset,
+    Sampler,
     SequentialSampler,
     WeightedRandomSampler,
 )
@@ -306,6 +308,44 @@ def test_a_transform_of_a_library_with_a_state_of_its_own_is_restored(tmp_path: 
                 assert collects.changes == []
             seen.append([float(value) for batch in [*module.trained, *module.validated] for value in batch])
     assert seen[0] == seen[1] == seen[2]
+
+
+class Ordered:
+    """Shuffles its indices in place: an epoch begins where the last one left them."""
+
+    def __init__(self, size: int) -> None:
+        self.order, self.generator = np.arange(size), np.random.default_rng(3)
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __iter__(self) -> Any:
+        self.generator.shuffle(self.order)
+        return iter(self.order.tolist())
+
+
+class OrderedSampler(Ordered, Sampler):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("make", "kind"),
+    [(DataLoader, Ordered), (DataLoader, OrderedSampler), (Doubling, OrderedSampler)],
+    ids=["any object", "sampler", "sampler of a loader with its own iteration"],
+)
+def test_a_sampler_that_shuffles_in_place_is_restored(make: Any, kind: Any, tmp_path: Any) -> None:
+    size = 20_000  # 160 kB of indices
+    data = torch.arange(float(size)).reshape(size, 1)
+    options: dict[str, Any] = {"max_epochs": 2, "limit_train_batches": 2}
+    orders = []
+    for source in (None, SampleSource("train", num_samples=8)):
+        train, module = make(data, batch_size=4, sampler=kind(size)), Sees()
+        if source is None:
+            trainer(tmp_path, **options).fit(module, train, loader())
+        else:
+            module, _ = fitted(tmp_path, source, train, loader(), **options)
+        orders.append([float(value) for batch in module.trained for value in batch])
+    assert orders[0] == orders[1]
 
 
 def test_generators_of_the_loader_are_restored(tmp_path: Any) -> None:
