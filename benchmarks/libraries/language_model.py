@@ -41,7 +41,7 @@ def module_and_data() -> tuple[Wrapped, Any, Any]:
 
 
 LIBRARY = Library(
-    model="BertForMaskedLM, wrapped; DataCollatorForLanguageModeling with a seed; `batch_weight` counts the masked tokens",
+    model="BertForMaskedLM, wrapped; seeded DataCollatorForLanguageModeling; `batch_weight` counts masked tokens",
     data="random words",
     train=lambda callbacks: train_from_scratch(module_and_data, callbacks),
     setting={"batch_weight": lambda batch: float((batch["labels"] != -100).sum())},
