@@ -104,7 +104,8 @@ def top_eigenvalues(
     higher precision: along two to eight random combinations of the leading Ritz vectors before the first probe is
     sent, and again at the end if the basis has grown. The rounding level is at least a multiple of the differences
     (see the page "Error bounds"). ``num_matvecs`` and ``max_matvecs`` don't include these products, and
-    ``num_precise_products`` is their number.
+    ``num_precise_products`` is their number. If higher precision is not available, the operator's own products are
+    repeated instead, which shows the errors that change from vector to vector. They are not included either.
 
     Args:
         operator: the matrix; a `HessianOperator`, or a `MatvecOperator` around any function.
@@ -580,13 +581,13 @@ class _Solver:
         if self._tested_size != decomposition.size:
             decomposition.check_orthogonality()
             self._tested_size = decomposition.size
-        grown = self._rounding_basis == "measured" and self._measured_size != decomposition.size
+        grown = self._measured_size not in (0, decomposition.size)
         if self._rounding_basis is None or (again and grown):
             self._measure_run(projection)
         return decomposition.rounding > before
 
     def _measure_run(self, projection: Projection) -> None:
-        """Compare the run with products of higher precision, if the operator has any."""
+        """Compare the run with products of higher precision if the operator has any, otherwise with repeated ones."""
         decomposition, operator = self._decomposition, self._operator
         precise: Callable[[Tensor], Tensor | None] | None = getattr(operator, "precise_products", None)
         self._rounding_basis = "assumed" if operator.dtype != torch.float64 else "a-priori"
@@ -594,8 +595,11 @@ class _Solver:
             return
         directions = self._random_combinations(projection)
         errors = decomposition.defects(directions[:, :_FIRST_DIRECTIONS], precise)
+        measured = errors is not None
         if errors is None:
-            return
+            precise = self._own_products
+            errors = decomposition.defects(directions[:, :_FIRST_DIRECTIONS], precise)
+            assert errors is not None
         decomposition.product_error = self._error_of_run(errors, projection)
         ritz = projection.ritz_values
         tolerance = self._rtol * abs(float(ritz[min(self._needed(ritz), len(ritz)) - 1]))
@@ -608,8 +612,15 @@ class _Solver:
                     break
                 errors = np.append(errors, more)
             decomposition.product_error = self._error_of_run(errors, projection)
-        self._rounding_basis, self._measured_size = "measured", decomposition.size
+        self._measured_size = decomposition.size
+        if not measured:
+            return
+        self._rounding_basis = "measured"
         self._num_precise += len(errors)
+
+    def _own_products(self, vectors: Tensor) -> Tensor:
+        """Repeat products in the operator's own precision: errors that depend on the vector differ from the run's."""
+        return torch.stack([self._operator.matvec_slice(vector.contiguous()) for vector in vectors.T], dim=1)
 
     def _error_of_run(self, errors: _Array, projection: Projection) -> float:
         """Estimate the norm of the errors along the leading Ritz vectors from those in a few directions."""

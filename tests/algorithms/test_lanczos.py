@@ -345,6 +345,22 @@ def test_errors_that_change_from_product_to_product_are_those_of_the_run(k: int)
     assert unlike > 0
 
 
+@pytest.mark.parametrize("k", [1, 2])
+def test_without_higher_precision_repeated_products_show_the_errors(k: int) -> None:
+    """Cross-entropy at a small loss cancels in float64, too."""
+
+    class Imprecise(NoisyOperator):
+        def precise_products(self, vectors: Tensor) -> None:  # type: ignore[override]
+            return None
+
+    truth = torch.cat([torch.tensor([1.0, 0.5]).double(), 1e-3 * ranks(60) ** -1.0])
+    for seed in range(10):
+        spectrum = top_eigenvalues(Imprecise(torch.diag(truth), 1e-5, seed), k, seed=seed)
+        assert spectrum.rounding_basis == "a-priori"
+        assert spectrum.num_precise_products == 0
+        assert spectrum.rounding > 1e-7  # far above the a-priori level
+
+
 def test_errors_are_measured_again_where_the_basis_has_grown() -> None:
     """The second copy of the eigenvalue joins after the first measurement; the error lies along it."""
     truth = torch.cat([torch.tensor([1.0, 1.0]).double(), 0.1 * ranks(150) ** -1.0])
