@@ -79,7 +79,7 @@ def page(outcomes: dict[str, str]) -> str:
         "# What has been run",
         "",
         f"Written by `python -m tests.helpers.compatibility` from its own run: Python {platform.python_version()}, "
-        f"{versions}, on the CPU; all but the last section, [On a GPU](#on-a-gpu), which is written by hand. Runs of "
+        f"{versions}, on the CPU; all but the last two sections, which are written by hand. Runs of "
         "several processes: [distributed.md](distributed.md).",
     ]
     for heading, promise, tests in SECTIONS:
