@@ -12,16 +12,18 @@ from torch import nn
 from torch.optim.swa_utils import get_ema_avg_fn
 
 from hessian_callback.callbacks.training_weights import TrainingWeights
-from tests.helpers.lightning import (
-    Callback,
-    EMAWeightAveraging,
-    LightningModule,
-    StochasticWeightAveraging,
-    WeightAveraging,
-)
+from tests.helpers import lightning
+from tests.helpers.lightning import Callback, LightningModule, StochasticWeightAveraging
 from tests.helpers.toy_runs import loader, measure, seeded, trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def newer(name: str) -> Any:
+    """Return a callback that early versions of Lightning lack."""
+    if not hasattr(lightning, name):
+        pytest.skip(f"{lightning.PACKAGE} has no {name}")
+    return getattr(lightning, name)
 
 
 class Plain(LightningModule):
@@ -67,8 +69,8 @@ class Exchanges(Callback):
 
 
 AVERAGES: dict[str, Callable[[], Callback]] = {
-    "EMAWeightAveraging": lambda: EMAWeightAveraging(decay=0.5),
-    "WeightAveraging": lambda: WeightAveraging(avg_fn=get_ema_avg_fn(0.9), use_buffers=False),
+    "EMAWeightAveraging": lambda: newer("EMAWeightAveraging")(decay=0.5),
+    "WeightAveraging": lambda: newer("WeightAveraging")(avg_fn=get_ema_avg_fn(0.9), use_buffers=False),
     "epoch hooks, copied": lambda: Exchanges("on_validation_epoch_start", "on_validation_epoch_end", by_storage=False),
     "outer hooks, copied": lambda: Exchanges("on_validation_start", "on_validation_end", by_storage=False),
     "outer hooks, by storage": lambda: Exchanges("on_validation_start", "on_validation_end", by_storage=True),
