@@ -45,8 +45,8 @@ def checked_groups(groups: Mapping[str, str] | None) -> dict[str, str]:
     """
     checked = check_mapping("groups", groups)
     for group, expression in checked.items():
-        if not group or "/" in group:
-            raise ValueError(f"the names in groups must not be empty or contain slashes, got {group!r}")
+        if "/" in check_str("the names in groups", group):
+            raise ValueError(f"the names in groups must not contain slashes, got {group!r}")
         check_log_name("the names in groups", group)
-        compile_pattern(f"groups[{group!r}]", expression)
+        compile_pattern(f"groups[{group!r}]", check_str(f"groups[{group!r}]", expression))
     return checked

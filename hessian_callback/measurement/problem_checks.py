@@ -100,15 +100,19 @@ def explained_change(problem: Problem, error: NotAFunctionError) -> LossError:
 
 
 def _changed_parameters(problem: Problem) -> str:
-    """Evaluate the loss once, and return the names of the trained parameters that it writes to."""
+    """Evaluate the loss once, and return the names of the trained parameters that it writes to; "" if unknown."""
     if is_sharded(problem.model) or not problem.batches:
         return ""
     named = [(name, parameter) for name, parameter in problem.model.named_parameters() if parameter.requires_grad]
     versions = [parameter._version for _, parameter in named]
-    with preserve_random_state(), torch.no_grad():
-        problem.loss_fn(problem.model, problem.batches[0])
-    if problem.restore_state is not None:
-        problem.restore_state()
+    try:
+        with preserve_random_state(), torch.no_grad():
+            problem.loss_fn(problem.model, problem.batches[0])
+    except Exception:  # A whole batch may not fit the memory, of which the Hessian takes parts.
+        return ""
+    finally:
+        if problem.restore_state is not None:
+            problem.restore_state()
     return _listed(
         [name for (name, parameter), before in zip(named, versions, strict=True) if parameter._version != before]
     )

@@ -130,7 +130,7 @@ def test_the_first_subspace_has_nothing_to_be_compared_with(measured: Any) -> No
     assert not any(name.startswith("subspace") for name in first.comparisons)
     assert 0 < last.comparisons["subspace_angle"] <= torch.pi / 2
     assert "subspace" not in first.not_compared
-    assert not measured[0]._states  # let go of with the run
+    assert not measured[0].run_measurer.states  # released with the run
 
 
 def test_costs_are_counted(measured: Any) -> None:
@@ -258,7 +258,9 @@ def test_the_cost_is_said_beforehand(tmp_path: Any, capsys: Any) -> None:
 
 BAD_OPTIONS: dict[str, dict[str, Any]] = {
     r"Subspace\(dimension=50\) must be below": {"extras": [Subspace(dimension=50)]},
-    "must not be empty or contain slashes": {"groups": {"a/b": "net"}},
+    "the names in groups must not contain slashes": {"groups": {"a/b": "net"}},
+    "the names in groups must be ": {"groups": {1: "net"}},
+    r"groups\\[.head.\\] must be ": {"groups": {"head": 1}},
     "groups\\['a'\\].*not a valid regular expression": {"groups": {"a": "net("}},
 }
 
