@@ -260,7 +260,7 @@ BAD_OPTIONS: dict[str, dict[str, Any]] = {
     r"Subspace\(dimension=50\) must be below": {"extras": [Subspace(dimension=50)]},
     "the names in groups must not contain slashes": {"groups": {"a/b": "net"}},
     "the names in groups must be ": {"groups": {1: "net"}},
-    r"groups\\[.head.\\] must be ": {"groups": {"head": 1}},
+    r"groups\[.head.\] must be ": {"groups": {"head": 1}},
     "groups\\['a'\\].*not a valid regular expression": {"groups": {"a": "net("}},
 }
 
