@@ -723,11 +723,7 @@ class _Solver:
     # -- reporting -----------------------------------------------------------------------------
 
     def _agreed(self, value: float) -> float:
-        """Return rank 0's value on all ranks: libraries may round differently on different machines."""
-        ranks = self._operator.ranks
-        if ranks.world_size == 1:
-            return value
-        return float(ranks.broadcast(torch.tensor([value], dtype=torch.float64, device=ranks.control_device)))
+        return self._operator.ranks.agreed(value)
 
     def _report(self, decomposition: Decomposition) -> None:
         if self._progress is not None:

@@ -229,10 +229,7 @@ class SolverCheckpoint:
         if self._failed or size < self._next_look:
             return False
         self._next_look = _next_after(size)
-        due = time.monotonic() - self._saved_at >= self._every
-        if self._ranks.world_size == 1:
-            return due
-        return bool(self._ranks.broadcast(torch.tensor([float(due)], device=self._ranks.control_device)))
+        return bool(self._ranks.agreed(time.monotonic() - self._saved_at >= self._every))
 
     def save(self, basis: KrylovBasis, solver: Mapping[str, Any]) -> None:
         """Save a run, on all ranks together.

@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-import torch
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch.optim import Optimizer
 
@@ -200,12 +199,9 @@ class EdgeOfStabilityMonitor(CallbackBase):
     ) -> None:
         """Measure if this batch took an optimizer step that is due and affordable."""
         place = self.schedule.at_batch_end(**self._here(trainer)) if self._active else None
-        if place is not None:
-            # Clocks differ, so one rank decides for all.
-            ranks = ranks_of(trainer)
-            decision = torch.tensor([float(self.schedule.is_affordable(self.history))], device=ranks.control_device)
-            if bool(ranks.broadcast(decision)):
-                self._measure(trainer, pl_module, place)
+        # Clocks differ, so one rank decides for all.
+        if place is not None and ranks_of(trainer).agreed(self.schedule.is_affordable(self.history)):
+            self._measure(trainer, pl_module, place)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure the end of training, and draw it."""
@@ -279,8 +275,7 @@ class EdgeOfStabilityMonitor(CallbackBase):
             self._announcements.say(trainer, f"above the edge of stability. {measurement.summary()}")
         values = measurement.scalars()
         if self.schedule.time.limit is not None:
-            fraction = torch.tensor([self.schedule.time.fraction], dtype=torch.float64, device=ranks.control_device)
-            values["overhead"] = float(ranks.broadcast(fraction))
+            values["overhead"] = ranks.agreed(self.schedule.time.fraction)
         report = self._report(trainer, pl_module, values, at_start=at_start)
         for reporter in self.reporters:
             reporter.report(report)

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
 from lightning_utilities.core.rank_zero import rank_zero_info
 
 from hessian_callback._options import check_bool, check_callable, check_str, optional
@@ -38,6 +37,7 @@ from hessian_callback.callbacks.sample_source import SampleSource
 from hessian_callback.callbacks.schedule import MeasurementSchedule
 from hessian_callback.callbacks.trainer_state import EpochClock, Hook, Run, callbacks_of, is_last, logged_step
 from hessian_callback.callbacks.training_problem import ranks_of
+from hessian_callback.callbacks.training_weights import may_exchange_weights
 from hessian_callback.linalg.distributed import PeerError, Ranks
 from hessian_callback.measurement.errors import NotReadyError, UserCodeError
 from hessian_callback.measurement.extras.base import Extra
@@ -292,7 +292,9 @@ class PowerLawHessianCallback(CallbackBase):
             self._begin_run(trainer, pl_module)
             self._check_parameters(pl_module)
         elif self.schedule.at_validation_end(**self._here(trainer)) is not None:
-            self.run_measurer.weights.keep(pl_module)
+            others = [other for other in callbacks_of(trainer) if other is not self]
+            if may_exchange_weights([*others, pl_module]):
+                self.run_measurer.weights.keep(pl_module)
 
     def _begin_run(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forget another run, or module, that this object was used with; a resumed run has restored its history."""
@@ -416,14 +418,10 @@ class PowerLawHessianCallback(CallbackBase):
     ) -> None:
         if place is None:
             return
-        if self.schedule.time.limit is not None:
-            affordable = self.schedule.is_affordable(self.history, is_last=is_last(trainer))
-            # Clocks differ, so one rank decides for all.
-            ranks = ranks_of(trainer)
-            decision = torch.tensor([float(affordable)], device=ranks.control_device)
-            if not bool(ranks.broadcast(decision)):
-                return
-        self._measure(trainer, pl_module, place, hook)
+        # Clocks differ, so one rank decides for all.
+        affordable = self.schedule.is_affordable(self.history, is_last=is_last(trainer))
+        if self.schedule.time.limit is None or ranks_of(trainer).agreed(affordable):
+            self._measure(trainer, pl_module, place, hook)
 
     # -- a measurement ---------------------------------------------------------------------------
 
@@ -464,8 +462,7 @@ class PowerLawHessianCallback(CallbackBase):
     def _report(
         self, trainer: Trainer, pl_module: LightningModule, measurement: Measurement, ranks: Ranks, hook: Hook
     ) -> None:
-        fraction = torch.tensor([self.schedule.time.fraction], dtype=torch.float64, device=ranks.control_device)
-        overhead = float(ranks.broadcast(fraction))
+        overhead = ranks.agreed(self.schedule.time.fraction)
         values = measurement.scalars()
         if measurement.when not in ("fit_start", "validate"):
             values |= self._prediction.scalars()

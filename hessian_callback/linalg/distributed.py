@@ -149,6 +149,17 @@ class Ranks:
                 dist.broadcast(tensor, src=self._global_rank(0), group=self.group)
         return tensor
 
+    def agreed(self, value: float) -> float:
+        """Return the first rank's number on all ranks: clocks and libraries differ between machines. A collective.
+
+        Example:
+            >>> Ranks().agreed(0.5)
+            0.5
+        """
+        if self.world_size == 1:
+            return value
+        return float(self.broadcast(torch.tensor([value], dtype=torch.float64, device=self.control_device)))
+
     def all_gather(self, piece: Tensor, partition: Partition) -> Tensor:
         """Join the ranks' slices, ``(slice_length,) -> (P,)``."""
         if self.world_size == 1:

@@ -9,8 +9,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from hessian_callback._options import MAX_SEED, OptionError, check_int, check_mapping
 from hessian_callback.algorithms.density import SpectralDensity
 from hessian_callback.algorithms.solver_checkpoint import CheckpointError, delete_files
@@ -406,5 +404,4 @@ class _Run:
 
 def seconds_since(began: float, ranks: Ranks) -> float:
     """Return the first rank's seconds since a time of `time.monotonic`; clocks of ranks differ. A collective."""
-    seconds = torch.tensor([time.monotonic() - began], dtype=torch.float64, device=ranks.control_device)
-    return float(ranks.broadcast(seconds))
+    return ranks.agreed(time.monotonic() - began)

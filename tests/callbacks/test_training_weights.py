@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import get_ema_avg_fn
 
-from hessian_callback.callbacks.training_weights import TrainingWeights
+from hessian_callback.callbacks.training_weights import TrainingWeights, may_exchange_weights
 from tests.helpers import lightning
 from tests.helpers.lightning import Callback, LightningModule, StochasticWeightAveraging
 from tests.helpers.toy_runs import loader, measure, seeded, trainer
@@ -152,6 +152,31 @@ def test_a_line_says_once_which_weights_are_measured(average: str, words: str, t
     callback = measure(num_samples=16, verbose=True)
     fit(tmp_path, [callback, AVERAGES[average]()], val_check_interval=0.5)
     assert capsys.readouterr().out.count(f"the weights that the optimizer trains are measured, and not {words}") == 1
+
+
+def test_weights_are_copied_only_if_something_may_exchange_them(tmp_path: Any, monkeypatch: Any) -> None:
+    copies: list[Any] = []
+    monkeypatch.setattr(TrainingWeights, "keep", lambda self, module: copies.append(module))
+    fit(tmp_path, [measure(num_samples=16)], val_check_interval=0.5)
+    assert copies == []
+    fit(tmp_path, [measure(num_samples=16), AVERAGES["outer hooks, copied"]()], val_check_interval=0.5)
+    assert copies
+
+
+def test_own_hooks_of_callbacks_and_modules_may_exchange_weights() -> None:
+    class Swaps(Plain):
+        def on_validation_epoch_start(self) -> None:
+            pass
+
+    class Later(Callback):
+        def on_validation_epoch_end(self, run: Any, module: Any) -> None:
+            pass
+
+    assert not may_exchange_weights(
+        [Plain(), Later(), measure(), lightning.ModelCheckpoint(), lightning.EarlyStopping("x")]
+    )
+    assert may_exchange_weights([Swaps()])
+    assert may_exchange_weights([AVERAGES["epoch hooks, copied"]()])
 
 
 def test_validate_measures_the_weights_that_the_module_has(tmp_path: Any) -> None:
