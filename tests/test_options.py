@@ -231,6 +231,12 @@ def test_only_mappings_are_mappings(value: Any) -> None:
         Measurer(groups=value)
 
 
+@pytest.mark.parametrize("value", [1, {"trace": 1}, None], ids=name)
+def test_extras_are_a_list(value: Any) -> None:
+    with pytest.raises(OptionError, match=r"^extras must be a list, got "):
+        Measurer(extras=value)
+
+
 def test_only_solvers_are_solvers() -> None:
     with pytest.raises(OptionError, match=r"^solver must be a Solver, such as Lanczos\(rtol=0.05\), got 1$"):
         Measurer(solver=1)  # type: ignore[arg-type]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from hessian_callback._options import check_each
 from hessian_callback.measurement.extras.base import Extra
 from hessian_callback.measurement.extras.density import Density
 from hessian_callback.measurement.extras.norms import Norms
@@ -42,7 +43,7 @@ def make_extras(chosen: Iterable[str | Extra], num_eigenvalues: int, solver: Sol
     """
     if isinstance(chosen, str):
         raise ValueError(f"extras must be a list of names or objects, such as [{chosen!r}]; got {chosen!r}")
-    extras = tuple(_make(one) for one in chosen)
+    extras = check_each(lambda _, one: _make(one), "extras", chosen)
     names = [extra.name for extra in extras]
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
