@@ -127,6 +127,21 @@ def steep(rng: Generator) -> Array:
     return np.arange(1, int(rng.integers(2000, 20000)) + 1) ** -rng.uniform(1, 3)
 
 
+def restarted(rng: Generator) -> Array:
+    """Return a spectrum of another family with a bulk below or around it, long enough for a limited basis."""
+    family = [power_law, clusters, copies, planted, semicircle, low_rank, tiny_scale, degenerate][rng.integers(8)]
+    leading = family(rng)
+    scale = np.abs(leading).max() * 10.0 ** -rng.uniform(0, 6)
+    number = int(rng.integers(200, 700))
+    bulk = [
+        np.zeros(number),
+        rng.uniform(-1, 1, number),
+        -(np.arange(1, number + 1) ** -1.0),
+        rng.uniform(0, 1, number),
+    ]
+    return np.concatenate([leading, scale * bulk[rng.integers(4)]])
+
+
 MATRICES: dict[str, Callable[[Generator], Array]] = {
     "power law": power_law,
     "clusters": clusters,
@@ -139,9 +154,10 @@ MATRICES: dict[str, Callable[[Generator], Array]] = {
     "start orthogonal": planted,
     "hidden copy": hidden_copy,
     "steep diagonal": steep,
+    "restarted": restarted,
 }
 # Parts of all matrices: long ones take longer.
-SHARES = {"hidden copy": 0.5, "steep diagonal": 0.05}
+SHARES = {"hidden copy": 0.5, "steep diagonal": 0.05, "restarted": 2.0}
 
 
 def matrix_problem(name: str, dtype: torch.dtype, rng: Generator) -> Problem:
@@ -166,6 +182,12 @@ def matrix_problem(name: str, dtype: torch.dtype, rng: Generator) -> Problem:
         operator = MatvecOperator(matrix.mv, n, dtype=dtype)
         truth = np.linalg.eigvalsh(matrix.double().numpy())[::-1].copy()
         eigenvector = torch.from_numpy(basis[:, np.argmax(values)].copy()).to(dtype)
+    if name == "restarted":
+        arguments["k"] = int(rng.choice([arguments["k"], rng.integers(7, 30)]))
+        arguments["max_basis_size"] = arguments["k"] + 12 + int(rng.exponential(8))
+        arguments.pop("max_matvecs", None)
+        if rng.random() < 0.2:
+            arguments["max_matvecs"] = int(rng.integers(arguments["max_basis_size"] + 1, 200))
     if name == "start orthogonal":
         start = torch.from_numpy(rng.standard_normal(n)).to(dtype)
         arguments["start"] = start - eigenvector * (eigenvector @ start)
@@ -313,6 +335,8 @@ def long_embedding(dtype: torch.dtype, rng: Generator, arguments: dict[str, Any]
     frequencies = torch.bincount(tokens, minlength=vocabulary).double().numpy() / len(tokens)
     inner = np.linalg.eigvalsh((weights.double() @ weights.double().T).numpy()) * 2 / width
     truth = np.sort(np.outer(frequencies, inner).ravel())[::-1].copy()
+    if rng.random() < 0.5:
+        arguments["max_basis_size"] = arguments["k"] + 12 + int(rng.exponential(8))
     return Problem(HessianOperator(model, loss, [tokens]), truth, arguments)
 
 

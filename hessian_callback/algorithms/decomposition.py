@@ -3,6 +3,7 @@ r"""Krylov decompositions :math:`A V = V H + R` with an orthonormal basis, of on
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from hessian_callback.algorithms.ritz import Projection
 from hessian_callback.algorithms.stored_fields import check_fields, each, is_count, is_finite, is_level, is_tensor
+from hessian_callback.algorithms.thick_restart import ThickRestart, thick_restart
 from hessian_callback.linalg.krylov_basis import KrylovBasis, row_products
 from hessian_callback.linalg.linear_operator import SymmetricOperator
 from hessian_callback.linalg.random_vectors import gaussian_slice
@@ -28,6 +30,9 @@ _NEGLIGIBLE = 8
 _FIRST_TEST = 32
 # Gaussian vectors to draw before the complement of the basis counts as empty.
 _MOST_DRAWS = 8
+# Error of a change of basis in units of eps ||A||. Rounding changes each vector by at most eps / 2, and enters A V and
+# V H.
+_RESTART = 2
 # Largest root mean square of the entries of the discrepancy D, in units of eps ||A||, that the rounding errors of inner
 # products explain.
 _DISCREPANCY = 4
@@ -61,17 +66,33 @@ class Decomposition:
         product_error: estimate of :math:`\|V D + F\|` from products in higher precision; 0 if there is none.
         orthogonality: the largest :math:`\|(V^T V - I) x\|` seen, for random unit vectors x.
         num_matvecs: products spent.
+        num_restarts: number of times that `restart` was called.
+        num_kept: number of vectors that the last one kept. Later ones are Lanczos vectors of the complement of these.
+        num_shared: of a branch: number of vectors that it shares.
+        window: of a branch: largest number of own vectors that it stores; ``None``: all.
     """
 
-    def __init__(self, operator: SymmetricOperator, seed: int, basis_device: torch.device | str | None = None) -> None:
+    def __init__(
+        self,
+        operator: SymmetricOperator,
+        seed: int,
+        basis_device: torch.device | str | None = None,
+        most_vectors: int | None = None,
+    ) -> None:
         self.operator = operator
-        self.basis = KrylovBasis(operator, basis_device)
+        self.basis = KrylovBasis(operator, basis_device, most_vectors)
         self.chains: list[Chain] = []
         self.norm = 0.0
         self.product_error = 0.0
         self.orthogonality = 0.0
         self.eps = float(torch.finfo(operator.dtype).eps)
         self.num_matvecs = 0
+        self.num_restarts = 0
+        self.num_kept = 0
+        self._removed = 0  # vectors that restarts removed
+        self.window: int | None = None
+        self.num_shared = 0
+        self._forgotten = 0  # of a branch with a window: own vectors that are not stored any more
         self._gram: _Array = np.zeros((0, 0))
         self._diagonal: list[float] = []
         self._couplings: list[tuple[int, int, float]] = []
@@ -84,18 +105,37 @@ class Decomposition:
 
     @property
     def size(self) -> int:
-        """Number of basis vectors."""
-        return self.basis.size
+        """Number of basis vectors, those that a branch has forgotten included."""
+        return self.basis.size + self._forgotten
+
+    @property
+    def num_appended(self) -> int:
+        """Number of vectors that were ever appended to the basis."""
+        return self.size + self._removed
 
     def projection(self) -> Projection:
         """Return the small matrices as they stand."""
         columns = [chain.column for chain in self.chains]
         return Projection(np.array(self._diagonal), list(self._couplings), columns, self._gram)
 
-    def branch(self, first: int) -> Decomposition:
-        """Return a copy of the decomposition as it was with its ``first`` vectors; for a single chain only."""
+    def branch(self, first: int | None = None, window: int | None = None) -> Decomposition:
+        """Return a copy of the decomposition that shares its vectors and grows independently.
+
+        Args:
+            first: number of vectors to share, as the decomposition was with these; for a single chain only. ``None``:
+                all of them.
+            window: largest number of own vectors to store, at least 2. Older ones are forgotten, so later ones are not
+                made orthogonal to them, and the shared chains keep their residuals. ``None``: all.
+        """
         other = copy.copy(self)
-        other.basis = self.basis.branch(first)
+        other.num_shared = self.size if first is None else first
+        other.window = window
+        other.basis = self.basis.branch(other.num_shared, window)
+        if first is None:
+            other._diagonal, other._couplings = list(self._diagonal), list(self._couplings)
+            other.chains = [dataclasses.replace(chain, residual=chain.residual.clone()) for chain in self.chains]
+            other._gram = self._gram.copy()
+            return other
         other._diagonal = self._diagonal[:first]
         # The link that leads out is that to the next vector.
         *other._couplings, (_, column, link) = self._couplings[:first]
@@ -110,6 +150,39 @@ class Decomposition:
         if branch.asymmetry > self.asymmetry:
             self._discrepancy, self._discrepancies = branch._discrepancy, branch._discrepancies
         self._neglected = max(self._neglected, branch._neglected)
+
+    def restart(self, largest: int, smallest: int = 0) -> None:
+        """Replace the basis by an orthonormal basis of the span of Ritz vectors of both ends, see `thick_restart`.
+
+        The number of chains may fall: residuals can turn out to depend on each other.
+        """
+        small = self._agreed(thick_restart(self.projection(), largest, smallest))
+        count = largest + smallest
+        self.basis.transform(torch.from_numpy(small.weights))
+        self._removed += len(small.weights) - count
+        self._diagonal = small.diagonal.tolist()
+        self._couplings = list(zip(small.rows.tolist(), small.columns.tolist(), small.values.tolist(), strict=True))
+        self._gram = small.mixing.T @ self._gram @ small.mixing
+        residuals = [chain.residual for chain in self.chains]
+        for number, chain in enumerate(self.chains):
+            weights = small.mixing[:, number].tolist()
+            chain.residual = _sum_of(residuals, weights)
+            # Division by a small norm enlarges what is left of the basis.
+            chain.column, chain.detached = count - len(self.chains) + number, True
+        self.num_restarts += 1
+        self.num_kept = count
+        self._drop_negligible()
+
+    def _agreed(self, small: ThickRestart) -> ThickRestart:
+        """Return the small matrices of the first rank: the eigenvectors of equal matrices may differ in their signs."""
+        ranks = self.operator.ranks
+        if ranks.world_size == 1:
+            return small
+        parts = [small.weights, small.diagonal, small.values, small.mixing]
+        flat = torch.from_numpy(np.concatenate([part.ravel() for part in parts])).to(ranks.control_device)
+        split = ranks.broadcast(flat).cpu().split([part.size for part in parts])
+        arrays = [piece.numpy().reshape(part.shape) for piece, part in zip(split, parts, strict=True)]
+        return ThickRestart(arrays[0], arrays[1], small.rows, small.columns, arrays[2], arrays[3])
 
     # -- keeping -------------------------------------------------------------------------------
 
@@ -127,6 +200,7 @@ class Decomposition:
             "neglected": self._neglected,
             "next_test": self._next_test,
             "num_matvecs": self.num_matvecs,
+            "restarts": (self.num_restarts, self.num_kept, self._removed),
             "draws": self._draws,
             "diagonal": list(self._diagonal),
             "couplings": list(self._couplings),
@@ -146,6 +220,8 @@ class Decomposition:
             earlier = (state["asymmetry"] ** 2, len(state["diagonal"]))
             added = {"product_error": 0.0, "orthogonality": 0.0, "neglected": 0.0, "next_test": _FIRST_TEST}
             state = {**state, **added, "discrepancy": earlier}
+        if isinstance(state, dict):
+            state = {"restarts": (0, 0, 0), **state}  # Earlier versions had none.
         self._check(state)
         self.norm, self.product_error, self.orthogonality = (
             state[name] for name in ("norm", "product_error", "orthogonality")
@@ -153,6 +229,7 @@ class Decomposition:
         self._discrepancy, self._discrepancies = state["discrepancy"]
         self._neglected, self._next_test = state["neglected"], state["next_test"]
         self.num_matvecs, self._draws = state["num_matvecs"], state["draws"]
+        self.num_restarts, self.num_kept, self._removed = state["restarts"]
         self._diagonal, self._couplings = list(state["diagonal"]), list(state["couplings"])
         self._gram = state["gram"].numpy()
         device = self.operator.device
@@ -184,6 +261,7 @@ class Decomposition:
                 "discrepancy": each(is_level, is_count),
                 "next_test": is_count,
                 "num_matvecs": lambda value: is_count(value) and value >= self.size,
+                "restarts": each(is_count, lambda value: is_count(value) and value <= self.size, is_count),
                 "draws": is_count,
                 "diagonal": lambda value: (
                     type(value) is list and len(value) == self.size and all(map(is_finite, value))
@@ -257,6 +335,10 @@ class Decomposition:
         Returns whether there was a direction left to start from.
         """
         vector = None
+        if self.window is not None:
+            # A run of its own: its vector is drawn in the complement of the shared vectors.
+            self._forgotten += self.basis.size - self.num_shared
+            self.basis.size = self.num_shared
         for _ in range(1 if start is not None else _MOST_DRAWS if self.size < self.operator.partition.size else 0):
             # A Gaussian vector may happen to lie in the span of a basis that fills the space almost.
             vector = self._outside(self._gaussian() if start is None else start)
@@ -335,8 +417,9 @@ class Decomposition:
     def _detach(self, vector: Tensor, chains: list[Chain], overlaps: list[float]) -> None:
         for chain, overlap in zip(chains, overlaps, strict=True):
             self._couplings.append((self.size, chain.column, overlap))
-            chain.residual.add_(vector, alpha=-overlap)
-            chain.detached = True
+            if self.window is None:
+                chain.residual.add_(vector, alpha=-overlap)
+                chain.detached = True
 
     def _multiply(self, vector: Tensor, chain: Chain | None, probing: bool = False) -> None:
         """Append a unit vector that is orthogonal to the basis, and split its image.
@@ -345,15 +428,18 @@ class Decomposition:
         first, vector by vector. The rest overlaps with the basis by rounding errors only, so one pass over the basis
         suffices; removing large components would take two ("twice is enough", Parlett 1998, ch. 6).
         """
+        if self.window is not None and self.basis.size == self.num_shared + self.window:
+            self.basis.remove(self.num_shared)
+            self._forgotten += 1
         index = self.size
         self.basis.append(vector)
         image = self.operator.matvec_slice(vector)
         self.num_matvecs += 1
         # The operator may return its argument or a buffer that it reuses, and the residual is changed in place.
         image = image.clone(memory_format=torch.contiguous_format)
-        known = self._known_couplings(index)
-        for column, value in known.items():
-            image.sub_(self.basis.vector(column), alpha=value)
+        known = {self._position(column): value for column, value in self._known_couplings(index).items()}
+        for position, value in known.items():
+            image.sub_(self.basis.vector(position), alpha=value)
         own = self._reduced(row_products(vector[None], image))
         image.sub_(vector * own.to(vector))
         rest = self._orthogonalise(image)
@@ -365,20 +451,20 @@ class Decomposition:
         residuals = self._residuals()
         gram = self._reduced(torch.cat([row_products(residuals, residual) for residual in residuals]))
         # One transfer to the host a step.
-        own, rest, gram = torch.cat([own, rest, gram]).cpu().split([1, index + 1, len(gram)])
+        own, rest, gram = torch.cat([own, rest, gram]).cpu().split([1, self.basis.size, len(gram)])
         unexpected: _Array = rest.numpy()
         coefficients = unexpected.copy()
-        coefficients[index] += float(own)
+        coefficients[-1] += float(own)
         coefficients[list(known)] += list(known.values())
         self._gram = gram.numpy().reshape(len(self.chains), len(self.chains))
-        self._diagonal.append(float(coefficients[index]))
+        self._diagonal.append(float(coefficients[-1]))
         squared = float(self._gram[self.chains.index(chain), self.chains.index(chain)])
         if not np.isfinite(squared):
             raise self._not_finite(index, image)
         self.norm = max(self.norm, float(np.sqrt(squared + coefficients @ coefficients)))
         removed = float(unexpected @ unexpected)
-        self._discrepancy += float(unexpected[:index] @ unexpected[:index])
-        self._discrepancies += index
+        self._discrepancy += float(unexpected[:-1] @ unexpected[:-1])
+        self._discrepancies += len(unexpected) - 1
         chain.detached = removed > 0.01 * squared
         if removed > 100 * squared and not chain.probing:
             self._drop(self.chains.index(chain))
@@ -386,6 +472,10 @@ class Decomposition:
         if self.size >= self._next_test:
             self._next_test = 2 * self.size
             self.check_orthogonality()
+
+    def _position(self, column: int) -> int:
+        """Return where the basis stores a vector."""
+        return column if column < self.num_shared else column - self._forgotten
 
     def _drop_negligible(self) -> None:
         """Drop the chains whose residual is rounding: they have ended in an invariant subspace.
@@ -462,6 +552,7 @@ class Decomposition:
     def rounding(self) -> float:
         """Additive error of every Ritz value and bound, from inexact products and arithmetic."""
         error = max(self.a_priori, 2 * self.product_error)
+        error += _RESTART * self.num_restarts * self.eps * self.norm
         total = error + self.asymmetry + 2 * self.orthogonality * self.norm + float(np.sqrt(self._neglected))
         return max(total, 8 * float(np.sqrt(self._underflow)))
 
@@ -486,13 +577,21 @@ class Decomposition:
 
     def check_orthogonality(self) -> None:
         """Measure ``||(V^T V - I) x||`` for a random unit ``x``, and raise if it exceeds ``10 sqrt(N) eps``."""
-        x = np.random.default_rng(self._seed).standard_normal(self.size)
+        size = self.basis.size
+        x = np.random.default_rng(self._seed).standard_normal(size)
         x /= np.linalg.norm(x)
         vector = self.basis.combine(torch.from_numpy(x)[:, None])[:, 0].contiguous()
         error = float(np.linalg.norm(self._reduced(self.basis.coefficients(vector)).cpu().numpy() - x))
-        if not error <= 10 * np.sqrt(self.size) * self.eps:
+        if not error <= 10 * np.sqrt(size) * self.eps:
             raise ArithmeticError(
-                f"the Krylov basis lost its orthogonality ({error:.1e} after {self.size} vectors); "
+                f"the Krylov basis lost its orthogonality ({error:.1e} after {size} vectors); "
                 "compute in float64, or report the operator: its products are not those of one symmetric matrix"
             )
         self.orthogonality = max(self.orthogonality, error)
+
+
+def _sum_of(vectors: list[Tensor], weights: list[float]) -> Tensor:
+    total = vectors[0] * weights[0]
+    for vector, weight in zip(vectors[1:], weights[1:], strict=True):
+        total.add_(vector, alpha=weight)
+    return total

@@ -32,6 +32,7 @@ from hessian_callback.algorithms.ritz import Projection
 from hessian_callback.algorithms.solver_checkpoint import DEFAULT_SECONDS, CheckpointError, SolverCheckpoint
 from hessian_callback.algorithms.spectrum import RoundingBasis, Spectrum, StopReason, meets_tolerance
 from hessian_callback.algorithms.stored_fields import check_fields, each, is_count, is_finite, is_tensor
+from hessian_callback.algorithms.thick_restart import kept_at_ends
 from hessian_callback.linalg.arguments import whole_number
 from hessian_callback.linalg.full_float32 import full_float32
 from hessian_callback.linalg.linear_operator import SymmetricOperator
@@ -40,6 +41,15 @@ __all__ = ["LanczosProgress", "top_eigenvalues"]
 
 _Array = NDArray[np.float64]
 
+# Smallest number of vectors beyond k that a limited basis needs, and the least of them that are new after a restart.
+_LEAST_ROOM, _LEAST_NEW = 12, 3
+# Length of the tail whose recurrence sharpens the bounds, in a small basis.
+_TAIL = 12
+# A limited basis is believed to have converged if the smallest wanted Ritz value has moved by at most this part of its
+# tolerance, within the latest tenth of all products.
+_STEADY, _LATEST = 0.25, 0.1
+# Largest number of vectors that a probe stores if the basis is limited.
+_WIDEST_WINDOW = 12
 # Products of a probe after which it is better to go on with the main run.
 _LONGEST_PROBE = 64
 # A probe is sent when the complement is believed to lie below the provable limit by this part of the smallest wanted
@@ -89,6 +99,7 @@ def top_eigenvalues(
     criterion: Callable[[Tensor, Tensor], bool] | None = None,
     return_eigenvectors: bool = False,
     progress: Callable[[LanczosProgress], None] | None = None,
+    max_basis_size: int | None = None,
     basis_device: torch.device | str | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     checkpoint_every: float = DEFAULT_SECONDS,
@@ -123,16 +134,21 @@ def top_eigenvalues(
             as soon as it accepts them, even when not every eigenvalue has met ``rtol``.
         return_eigenvectors: also form the Ritz vectors, this rank's slice of each.
         progress: called after every product.
-        basis_device: where to keep the basis, one vector for each product; default: the operator's device. On the
+        max_basis_size: largest number of basis vectors in memory, those of a probe included, at least k + 12; ``None``:
+            one for each product. When the basis is full, the run goes on from its leading Ritz vectors (a thick
+            restart). The bounds stay proven; the smaller the basis, the more products they take. A matrix with fewer
+            than ``max_basis_size + 130`` rows ignores the limit.
+        basis_device: where to keep the basis; default: the operator's device. On the
             CPU it costs a transfer of three vectors a product, and leaves the device to the products.
         checkpoint: a folder of this run alone, to save it in. Called again with the same arguments after its process
             was killed, it goes on from the last save, to the result, bit for bit, of a run that was not interrupted
             and whose products are the same bit for bit. That the matrix is the same is checked, by one product that
             is not counted, and so are its size and dtype, the number of ranks, ``k``, ``rtol``, ``max_matvecs``,
-            ``seed``, ``probe_level`` and ``positive_only``. ``start``, ``criterion`` and ``return_eigenvectors`` are
-            not: the stored run has begun with its own start, and those of this call decide when it ends, and on what
-            comes back. Each rank saves its own slices. The result deletes what was saved. A save that fails, on a full
-            disk, say, is warned of, and the computation goes on without further ones.
+            ``seed``, ``probe_level`` and ``positive_only``. ``start``, ``criterion``, ``return_eigenvectors`` and
+            ``max_basis_size`` are not: the stored run has begun with its own start, and those of this call decide when
+            it ends, what comes back, and how many vectors there may be from now on. Each rank saves its own slices. The
+            result deletes what was saved. A save that fails, on a full disk, say, is warned of, and the computation
+            goes on without further ones.
         checkpoint_every: seconds between two saves, and before the first; 0: as often as possible.
 
     Returns:
@@ -156,6 +172,7 @@ def top_eigenvalues(
         True
     """
     k, seed, max_matvecs = _checked_arguments(operator, k, rtol, max_matvecs, seed, start, probe_level)
+    limit = _checked_limit(max_basis_size, k, operator.partition.size, max_matvecs)
     stored: SolverCheckpoint | None = None
     if checkpoint is not None:
         run = {
@@ -168,7 +185,18 @@ def top_eigenvalues(
         }
         stored = SolverCheckpoint(checkpoint, operator, run, checkpoint_every)
     solver = _Solver(
-        operator, k, rtol, max_matvecs, seed, probe_level, positive_only, criterion, progress, basis_device, stored
+        operator,
+        k,
+        rtol,
+        max_matvecs,
+        seed,
+        probe_level,
+        positive_only,
+        criterion,
+        progress,
+        limit,
+        basis_device,
+        stored,
     )
     with full_float32():
         spectrum = solver.solve(start, return_eigenvectors)
@@ -212,6 +240,19 @@ def _checked_arguments(
         if not bool(torch.isfinite(start).all()):
             raise ValueError("the start vector holds NaN or infinity; pass another one, or none for a Gaussian vector")
     return k, seed, max_matvecs
+
+
+def _checked_limit(max_basis_size: int | None, k: int, size: int, max_matvecs: int) -> int | None:
+    """Return the limit of the basis; ``None`` if it has none or does not need it."""
+    if max_basis_size is None:
+        return None
+    limit = whole_number("max_basis_size", max_basis_size, at_least=1)
+    # In a small space a probe might exhaust the complement. The vectors of one are no matter there.
+    if size < limit + 2 * (_LONGEST_PROBE + 1) or max_matvecs <= limit:
+        return None
+    if limit < k + _LEAST_ROOM:
+        raise ValueError(f"max_basis_size={limit} is too small for k={k}; allow at least {k + _LEAST_ROOM} vectors")
+    return limit
 
 
 def _kind_of(value: Any) -> str:
@@ -265,6 +306,7 @@ class _Solver:
         positive_only: bool,
         criterion: Callable[[Tensor, Tensor], bool] | None,
         progress: Callable[[LanczosProgress], None] | None,
+        max_basis_size: int | None,
         basis_device: torch.device | str | None,
         checkpoint: SolverCheckpoint | None,
     ) -> None:
@@ -280,14 +322,23 @@ class _Solver:
         self._progress = progress
         self._num_converged = 0
         self._leading: Tensor | None = None
-        self._seen: tuple[int, float] | None = None  # the basis' size at the last vain probe, and what that saw
+        self._seen: tuple[int, float] | None = None  # vectors appended at the last vain probe, and what that saw
+        # The smallest wanted Ritz value when the last probe found an eigenvalue above it.
+        self._found: float | None = None
+        self._earlier: list[tuple[int, float]] = []  # vectors appended and the k-th Ritz value at each restart
         self._num_runs = 0  # random vectors that probes have started from
         self._rounding_basis: RoundingBasis | None = None  # None until the products were measured
-        self._tested_size = 0  # size of the basis whose orthogonality was tested last
-        self._measured_size = 0  # size of the basis when its errors were measured last
+        self._tested_size = 0  # vectors appended when the orthogonality of the basis was tested last,
+        self._measured_size = 0  # and when its errors were measured last
         self._num_precise = 0  # products in higher precision
         self._seed = seed
-        self._decomposition = Decomposition(operator, seed, basis_device)
+        # Without a limit all vectors of a probe are stored. With one, the probe and the main run share it.
+        self._window: int | None = None
+        self._capacity: int | None = None
+        if max_basis_size is not None:
+            self._window = min(max(2, (max_basis_size - k) // 4), _WIDEST_WINDOW)
+            self._capacity = max_basis_size - self._window
+        self._decomposition = Decomposition(operator, seed, basis_device, self._capacity)
         self._checkpoint = checkpoint
         # The last products are kept for a probe, so that the bounds of unconverged eigenvalues hold too. The basis must
         # have k vectors by then.
@@ -303,14 +354,17 @@ class _Solver:
         else:
             self._begin(start)
         while decomposition.size < self._dimensions:
-            if self._checkpoint is not None and self._checkpoint.is_due(decomposition.size):
-                self._checkpoint.save(decomposition.basis, self._state(next_check, chain))
-            if decomposition.size >= next_check or not decomposition.chains:
+            if self._checkpoint is not None and self._checkpoint.is_due(decomposition.num_appended):
+                state = self._state(next_check, chain)
+                self._checkpoint.save(decomposition.basis, state, restarts=decomposition.num_restarts)
+            if self._check_is_due(next_check):
                 proof, ruled_out = self._check()
                 if proof is not None and (ruled_out or decomposition.num_matvecs >= self._max_matvecs):
                     return self._result(proof, "converged" if ruled_out else "max_matvecs", return_eigenvectors)
-                next_check = decomposition.size + max(1, decomposition.size // (50 if proof is None else 20))
+                next_check = decomposition.num_appended + max(1, decomposition.size // (50 if proof is None else 20))
                 chain = None
+                if self._is_full:
+                    self._restart()
                 if proof is not None:
                     continue  # The probe may have filled the space.
             if decomposition.num_matvecs >= self._max_matvecs - self._reserve:
@@ -323,6 +377,29 @@ class _Solver:
         # The basis spans the whole space: H is A.
         stopped: StopReason = "converged" if self._wanted <= self._dimensions else "exhausted"
         return self._result(self._proof(decomposition.projection(), None, -np.inf), stopped, return_eigenvectors)
+
+    @property
+    def _is_full(self) -> bool:
+        return self._capacity is not None and self._decomposition.size >= self._capacity
+
+    def _check_is_due(self, next_check: int) -> bool:
+        decomposition = self._decomposition
+        if self._is_full or not decomposition.chains:
+            return True
+        # The tail of the recurrence lies behind the vectors that a restart has kept.
+        new = decomposition.size - decomposition.num_kept
+        return decomposition.num_appended >= next_check and (decomposition.num_kept == 0 or new >= _TAIL)
+
+    def _restart(self) -> None:
+        """Keep the leading Ritz vectors, and leave room for new ones."""
+        decomposition = self._decomposition
+        assert self._capacity is not None
+        kept = self._k + max(2, min((self._capacity - self._k) // 2, self._capacity - self._k - _TAIL - 1))
+        kept = max(min(kept, self._capacity - _LEAST_NEW), len(decomposition.chains))
+        if kept < decomposition.size:
+            ritz = decomposition.projection().ritz_values
+            self._earlier.append((decomposition.num_appended, float(ritz[self._k - 1])))
+            decomposition.restart(*kept_at_ends(ritz, min(self._k, kept), kept))
 
     def _check(self) -> tuple[_Proof | None, bool]:
         """Send a probe if the bounds are believed to be tight enough.
@@ -375,26 +452,35 @@ class _Solver:
         Without a limit it takes all products that are left.
         """
         decomposition = self._decomposition
-        if first is not None:
-            branch = decomposition.branch(first)
+        apart = first is not None or self._capacity is not None
+        if apart:
+            branch = decomposition.branch(first, self._window)
             probe, ruled_out = self._probe(branch, limit, _LONGEST_PROBE)
             decomposition.absorb(branch)
-            self._bound_norm(projection, projection.link(first), probe)
-            self._seen = (projection.size, probe.largest_seen)
+            link = float(np.sqrt(np.trace(projection.gram))) if first is None else projection.link(first)
+            self._bound_norm(projection, link, probe)
+            self._seen = (decomposition.num_appended, probe.largest_seen)
             border = self._border(probe, limit if ruled_out else None)
-            if not ruled_out:  # The basis may show more than the probe did.
+            if first is not None and not ruled_out:  # The basis may show more than the probe did.
                 shown = float(projection.tail(first).ritz_values[0])
                 border = max(border, shown + 1e-6 * abs(shown) + decomposition.rounding)
             smallest = projection.ritz_values[min(self._needed(projection.ritz_values), projection.size) - 1]
             found = bool(self._agreed(float(probe.largest_seen > smallest)))
-            if ruled_out or not found or decomposition.num_matvecs >= self._max_matvecs:
+            # With a limited basis a second chain is expensive, and most finds are eigenvalues that the run has yet to
+            # show.
+            again = self._capacity is None or (self._found is not None and self._steady_since(self._found, projection))
+            self._found = float(smallest) if found else None
+            if ruled_out or not (found and again) or decomposition.num_matvecs >= self._max_matvecs:
                 return self._proof(projection, first, border), ruled_out
             # It saw an eigenvalue that the basis may never show, such as a copy: a direction that must join.
         longest = max(24, decomposition.size // 4)
-        probe, ruled_out = self._probe(decomposition, limit, longest, exploring=first is not None)
+        if self._capacity is not None:
+            self._restart()
+            longest = min(longest, self._capacity - decomposition.size)
+        probe, ruled_out = self._probe(decomposition, limit, longest, exploring=apart)
         decomposition.end_probe()
         self._bound_norm(projection, float(np.sqrt(np.trace(projection.gram))), probe)
-        ruled_out = ruled_out and first is None
+        ruled_out = ruled_out and not apart
         if not ruled_out:
             projection = decomposition.projection()
         return self._proof(projection, None, self._border(probe, limit if ruled_out else None)), ruled_out
@@ -463,10 +549,11 @@ class _Solver:
     def _first_of_tail(self, projection: Projection) -> int | None:
         """Return the index of the first vector of the tail whose recurrence sharpens the bounds; None without a tail.
 
-        In a small space a probe might exhaust the complement, and several chains have no recurrence.
+        In a small space a probe might exhaust the complement, and several chains have no recurrence. The complement of
+        a part of the vectors that a restart has kept holds parts of the leading eigenvectors, and bounds nothing.
         """
         size = projection.size
-        latest = min(max(12, size // 24), _LONGEST_PROBE, size // 4)
+        latest = min(max(_TAIL, size // 24), _LONGEST_PROBE, size // 4, size - self._decomposition.num_kept)
         if latest == 0 or not projection.is_single_chain or self._dimensions - size <= _LONGEST_PROBE + 1:
             return None
         return size - latest
@@ -479,7 +566,7 @@ class _Solver:
         limit = self._believed_limit(projection, first)
         believed = self._proof(projection, first, limit)
         self._note(believed)
-        if not self._agreed(float(self._sufficient(believed))):
+        if not self._agreed(float(self._sufficient(believed) and self._is_steady(projection))):
             return None
         ritz = projection.ritz_values
         last = self._needed(ritz) - 1
@@ -495,6 +582,18 @@ class _Solver:
                 high = middle
         return self._agreed(limit)
 
+    def _steady_since(self, earlier: float, projection: Projection) -> bool:
+        """Return whether the smallest wanted Ritz value has risen little."""
+        ritz = projection.ritz_values
+        last = min(self._needed(ritz), len(ritz)) - 1
+        return bool(ritz[last] - earlier <= _STEADY * self._tolerance(ritz)[last])
+
+    def _is_steady(self, projection: Projection) -> bool:
+        """Return whether a limited basis may have converged: a cycle between two restarts sees little."""
+        since = self._decomposition.num_appended * (1 - _LATEST)
+        earlier = [value for appended, value in self._earlier if appended <= since]
+        return not self._earlier or (bool(earlier) and self._steady_since(earlier[-1], projection))
+
     def _believed_limit(self, projection: Projection, first: int | None) -> float:
         """Estimate the complement's largest eigenvalue from the latest basis vectors.
 
@@ -505,9 +604,12 @@ class _Solver:
             return float(min(ritz[-1], 0.0))
         size = projection.size
         if first is None:
-            return float(projection.tail(size - min(size, max(8, size // 24))).ritz_values[0])
-        believed = float(projection.tail(first).ritz_values[0])
-        if self._seen is not None and size <= 1.25 * self._seen[0]:
+            believed = float(projection.tail(size - min(size, max(8, size // 24))).ritz_values[0])
+            if self._capacity is None:
+                return believed
+        else:
+            believed = float(projection.tail(first).ritz_values[0])
+        if self._seen is not None and self._decomposition.num_appended <= 1.25 * self._seen[0]:
             believed = max(believed, self._seen[1])
         return believed + _MARGIN * float(abs(ritz[min(self._needed(ritz), len(ritz)) - 1]))
 
@@ -548,9 +650,10 @@ class _Solver:
                 size = decomposition.size
                 probe.update(
                     decomposition.projection().tail(start),
-                    dimensions=self._dimensions - start,
+                    dimensions=self._dimensions - (start if decomposition.window is None else decomposition.num_shared),
                     smallest_link=decomposition.smallest_link,
                     new=size == start + 1,
+                    window=decomposition.window,
                 )
                 if limit is not None:
                     unseen = (
@@ -560,7 +663,11 @@ class _Solver:
                         return probe, True
                     if self._agreed(probe.largest_seen) > limit or size - first >= longest:
                         return probe, False
-                if decomposition.num_matvecs >= self._max_matvecs or size == self._dimensions:
+                if (
+                    decomposition.num_matvecs >= self._max_matvecs
+                    or size == self._dimensions
+                    or size - first >= longest
+                ):
                     return probe, False
                 own = [chain for chain in decomposition.chains if chain.column == size - 1]
                 if not own or not decomposition.expand(own[0]):
@@ -578,25 +685,29 @@ class _Solver:
         """
         decomposition = self._decomposition
         before = decomposition.rounding
-        if self._tested_size != decomposition.size:
+        if self._tested_size != decomposition.num_appended:
             decomposition.check_orthogonality()
-            self._tested_size = decomposition.size
-        grown = self._measured_size not in (0, decomposition.size)
+            self._tested_size = decomposition.num_appended
+        grown = self._measured_size not in (0, decomposition.num_appended)
         if self._rounding_basis is None or (again and grown):
             self._measure_run(projection)
         return decomposition.rounding > before
 
     def _measure_run(self, projection: Projection) -> None:
-        """Compare the run with products of higher precision if the operator has any, otherwise with repeated ones."""
+        """Compare the run with products of higher precision if the operator has any, otherwise with repeated ones.
+
+        Operators without the method are compared only after a restart: rounding adds up over restarts.
+        """
         decomposition, operator = self._decomposition, self._operator
         precise: Callable[[Tensor], Tensor | None] | None = getattr(operator, "precise_products", None)
         self._rounding_basis = "assumed" if operator.dtype != torch.float64 else "a-priori"
-        if precise is None:
+        self._measured_size = decomposition.num_appended
+        if precise is None and decomposition.num_restarts == 0:
             return
         directions = self._random_combinations(projection)
-        errors = decomposition.defects(directions[:, :_FIRST_DIRECTIONS], precise)
+        errors = None if precise is None else decomposition.defects(directions[:, :_FIRST_DIRECTIONS], precise)
         measured = errors is not None
-        if errors is None:
+        if precise is None or errors is None:
             precise = self._own_products
             errors = decomposition.defects(directions[:, :_FIRST_DIRECTIONS], precise)
             assert errors is not None
@@ -612,7 +723,6 @@ class _Solver:
                     break
                 errors = np.append(errors, more)
             decomposition.product_error = self._error_of_run(errors, projection)
-        self._measured_size = decomposition.size
         if not measured:
             return
         self._rounding_basis = "measured"
@@ -667,6 +777,8 @@ class _Solver:
             "num_precise": self._num_precise,
             "num_converged": self._num_converged,
             "leading": self._leading,
+            "found": self._found,
+            "earlier": list(self._earlier),
         }
 
     def _restore(self, state: Mapping[str, Any]) -> tuple[int, Chain | None]:
@@ -674,7 +786,8 @@ class _Solver:
         decomposition = self._decomposition
         assert self._checkpoint is not None
         # Earlier versions lack these.
-        state = {"rounding_basis": None, "tested_size": 0, "measured_size": 0, "num_precise": 0, **state}
+        added = {"rounding_basis": None, "tested_size": 0, "measured_size": 0, "num_precise": 0}
+        state = {**added, "found": None, "earlier": [], **state}
         with self._checkpoint.restoring():
             check_fields(state, {"decomposition": lambda value: isinstance(value, dict)})
             decomposition.restore(state["decomposition"])
@@ -690,6 +803,7 @@ class _Solver:
         self._rounding_basis, self._tested_size = state["rounding_basis"], state["tested_size"]
         self._measured_size, self._num_precise = state["measured_size"], state["num_precise"]
         self._num_converged, self._leading = state["num_converged"], state["leading"]
+        self._found, self._earlier = state["found"], list(state["earlier"])
         position = state["chain"]
         return state["next_check"], None if position is None else decomposition.chains[position]
 
@@ -700,7 +814,7 @@ class _Solver:
         leading = is_tensor(-1, dtype=torch.float64)
 
         def is_size(value: Any) -> bool:
-            return is_count(value) and value <= decomposition.size
+            return is_count(value) and value <= decomposition.num_appended
 
         check_fields(
             state,
@@ -715,6 +829,8 @@ class _Solver:
                 "num_precise": is_count,
                 "num_converged": lambda value: is_count(value) and value <= self._k,
                 "leading": lambda value: value is None or (leading(value) and len(value) <= self._k),
+                "found": lambda value: value is None or is_finite(value),
+                "earlier": lambda value: type(value) is list and all(map(sizes, value)),
             },
         )
         if decomposition.num_matvecs > self._max_matvecs:
@@ -767,6 +883,7 @@ class _Solver:
             eigenvectors=vectors,
             rounding_basis=self._rounding_basis,
             num_precise_products=self._num_precise,
+            num_restarts=decomposition.num_restarts,
         )
 
 

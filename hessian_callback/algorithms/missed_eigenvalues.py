@@ -42,12 +42,14 @@ class Probe:
     """
 
     def __init__(self, level: float = 1e-3) -> None:
-        self._runs: list[tuple[_Array, _Array, int]] = []
+        self._runs: list[tuple[_Array, _Array, int, int | None]] = []
         self.largest_seen = -np.inf
         self.smallest_seen = np.inf
         self.level = level
 
-    def update(self, run: Projection, *, dimensions: int, smallest_link: float, new: bool) -> None:
+    def update(
+        self, run: Projection, *, dimensions: int, smallest_link: float, new: bool, window: int | None = None
+    ) -> None:
         """Add a run, or replace the last one by its continuation.
 
         Args:
@@ -55,13 +57,15 @@ class Probe:
             dimensions: dimensions of the space that its start vector was drawn in.
             smallest_link: smallest link of the recurrence that counts as seen.
             new: whether it is a new run.
+            window: so many successive vectors of the run, and the residual that follows, are orthonormal; ``None``:
+                all.
         """
         self.largest_seen = max(self.largest_seen, float(run.ritz_values[0]))
         self.smallest_seen = min(self.smallest_seen, float(run.ritz_values[-1]))
         recurrence = run.recurrence(floor=smallest_link)
         if not new:
             self._runs.pop()
-        self._runs.append((*recurrence, dimensions))
+        self._runs.append((*recurrence, dimensions, window))
 
     def missed_probability(self, bound: float) -> float:
         r"""Return a bound on the probability that all runs overlook an eigenvalue above ``bound``.
@@ -87,7 +91,7 @@ class Probe:
 
     def _excess(self, seen: float, sign: int, level: float) -> float:
         """Return how far beyond the extreme Ritz value the bound lies."""
-        step = max(abs(seen), *(float(off[-1]) for _, off, _ in self._runs)) * 1e-6
+        step = max(abs(seen), *(float(off[-1]) for _, off, _, _ in self._runs)) * 1e-6
         while self._p_value(seen + sign * step, sign) > level:
             step *= 2
         low, high = step / 2, step
@@ -101,8 +105,8 @@ class Probe:
 
     def _p_value(self, point: float, sign: int) -> float:
         product = 1.0
-        for diagonal, off_diagonal, dimensions in self._runs:
-            mass = _point_mass_bound(sign * diagonal, off_diagonal, sign * point)
+        for diagonal, off_diagonal, dimensions, window in self._runs:
+            mass = _point_mass_bound(sign * diagonal, off_diagonal, sign * point, window)
             if dimensions == 1:  # the vector is the eigenvector
                 product *= float(mass >= 1)
             else:
@@ -118,14 +122,20 @@ def _product_tail(product: float, count: int) -> float:
     return float(scipy.special.gammaincc(count, -np.log(product)))
 
 
-def _point_mass_bound(diagonal: _Array, off_diagonal: _Array, point: float) -> float:
-    r"""Compute :math:`1 / \sum_{j=0}^m p_j(x)^2` for the orthonormal polynomials of a three-term recurrence."""
-    before, current, total = 0.0, 1.0, 1.0
+def _point_mass_bound(diagonal: _Array, off_diagonal: _Array, point: float, window: int | None) -> float:
+    r"""Compute :math:`1 / \sum_j p_j(x)^2` for the orthonormal polynomials of a three-term recurrence.
+
+    The sum runs over all j, or over the ``window + 1`` successive ones for which it is largest.
+    """
+    before, current = 0.0, 1.0
+    squares = [1.0]
     link = 0.0
     for centre, following in zip(diagonal, off_diagonal, strict=True):
         before, current = current, ((point - centre) * current - link * before) / following
         link = following
         if abs(current) > 1e100:  # far beyond any probability of interest
             return 0.0
-        total += current**2
-    return 1 / total
+        squares.append(current**2)
+    if window is None or len(squares) <= window + 1:
+        return 1 / sum(squares)
+    return float(1 / np.lib.stride_tricks.sliding_window_view(squares, window + 1).sum(axis=1).max())

@@ -134,6 +134,12 @@ class Projection:
         reversed_order: _Array = vectors[:, ::-1]
         return reversed_order
 
+    @cached_property
+    def all_eigenvectors(self) -> _Array:
+        """Eigenvectors of ``H``, ``(N, N)``, in the order of `ritz_values`; orthogonal to rounding."""
+        # Divide and conquer: the vectors of LAPACK's routines for a part of them are less orthogonal.
+        return np.linalg.eigh(self.dense()).eigenvectors[:, ::-1]
+
     def tail(self, first: int) -> Projection:
         """Return the compression of ``A`` to the basis vectors from ``first`` on."""
         couplings = [(row - first, column - first, value) for row, column, value in self.couplings if column >= first]

@@ -1,8 +1,10 @@
 """A Lanczos run saved in a folder, so that a killed process can be continued with the same result.
 
 Each rank saves its own slices. ``rank0.basis`` holds the basis vectors one after the other. It is only appended to, so
-a save writes the new vectors only. ``rank0.state0`` and ``rank0.state1`` hold the small remaining state of the last
-two saves. A save writes ``rank0.new`` and replaces the older state by it in a single step.
+a save writes the new vectors only. After a restart of the solver, which replaces its vectors, the next save writes all
+of them to ``rank0.basis1``, and after the next restart to ``rank0.basis`` again, so that the file of the save before
+stays. ``rank0.state0`` and ``rank0.state1`` hold the small remaining state of the last two saves. A save writes
+``rank0.new`` and replaces the older state by it in a single step.
 
 A process may be killed at any moment. Vectors beyond those that a state counts belong to an unfinished save and are
 overwritten. If the ranks were killed between their saves, all go back to the last save that they have in common; its
@@ -41,11 +43,20 @@ DEFAULT_SECONDS = 300.0
 # The ranks agree on whether to save each time that the basis has grown by this part of itself.
 _GROWTH = 50
 # The basis comes first: deletion in this order leaves no basis without a state.
-_SUFFIXES = ("basis", "state0", "state1", "new")
+_BASES = ("basis", "basis1")
+_SUFFIXES = (*_BASES, "state0", "state1", "new")
 _OWN_NAME = re.compile(rf"rank(0|[1-9][0-9]*)\.({'|'.join(_SUFFIXES)})")
 # Neither follow a symbolic link nor wait for the other end of a pipe; 0 on systems without the flag.
 _OPEN_SAFELY = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
-_TYPES = {"number": int, "run": dict, "vectors": int, "checksum": int, "solver": dict}
+_TYPES = {
+    "number": int,
+    "run": dict,
+    "vectors": int,
+    "generation": int,
+    "restarts": int,
+    "checksum": int,
+    "solver": dict,
+}
 
 
 class CheckpointError(ValueError):
@@ -115,6 +126,8 @@ class SolverCheckpoint:
         self._number = 0  # number of saves, those of earlier processes included
         self._vectors = 0  # number of saved vectors
         self._checksum = 0  # checksum of their bytes
+        self._generation = 0  # number of times that all vectors were replaced and written again
+        self._restarts = 0  # restarts of the solver before the last save
         self._failed = False
 
     # -- loading -------------------------------------------------------------------------------
@@ -145,6 +158,7 @@ class SolverCheckpoint:
                     self._path(f"state{other % 2}").unlink()
             self._read_basis(basis, found[number])
         self._number, self._vectors = number, found[number]["vectors"]
+        self._generation, self._restarts = found[number]["generation"], found[number]["restarts"]
         self._next_look = _next_after(self._vectors)
         solver: dict[str, Any] = found[number]["solver"]
         return solver
@@ -168,19 +182,26 @@ class SolverCheckpoint:
             raise
 
     def _read_basis(self, basis: KrylovBasis, state: Mapping[str, Any]) -> None:
+        if basis.most is not None and state["vectors"] > basis.most:
+            raise CheckpointError(
+                f"the solver's checkpoint in {self.folder} has {state['vectors']} vectors, and {basis.most} are "
+                "allowed",
+                "allow more, or delete the folder to start over",
+            )
+        suffix = _BASES[state["generation"] % 2]
         vector = torch.empty_like(self._like, device="cpu")
         data = memoryview(_bytes_of(vector))
         try:
-            with self._open("basis", os.O_RDONLY, "rb") as file:
+            with self._open(suffix, os.O_RDONLY, "rb") as file:
                 for _ in range(state["vectors"]):
                     if file.readinto(data) < len(data):  # type: ignore[attr-defined]
-                        raise self._damaged("basis")
+                        raise self._damaged(suffix)
                     self._checksum = zlib.crc32(data, self._checksum)
                     basis.append(vector)
         except FileNotFoundError:
-            raise self._damaged("basis") from None
+            raise self._damaged(suffix) from None
         if self._checksum != state["checksum"]:
-            raise self._damaged("basis")
+            raise self._damaged(suffix)
 
     def _read_state(self, suffix: str) -> dict[str, Any]:
         with self._open(suffix, os.O_RDONLY, "rb") as file:
@@ -188,8 +209,11 @@ class SolverCheckpoint:
         if zlib.crc32(data[4:]).to_bytes(4, "big") != data[:4]:
             raise self._damaged(suffix)
         try:
-            state: dict[str, Any] = torch.load(io.BytesIO(data[4:]), weights_only=True)
-            complete = all(type(state[name]) is kind for name, kind in _TYPES.items()) and state["number"] >= 0
+            # Earlier versions lack these.
+            added = {"generation": 0, "restarts": 0}
+            state: dict[str, Any] = {**added, **torch.load(io.BytesIO(data[4:]), weights_only=True)}
+            complete = all(type(state[name]) is kind for name, kind in _TYPES.items())
+            complete = complete and min(state["number"], state["generation"], state["restarts"]) >= 0
         except Exception as error:  # torch.load documents no types; what it raises depends on the bytes.
             raise self._damaged(suffix) from error
         if not complete:
@@ -231,16 +255,20 @@ class SolverCheckpoint:
         self._next_look = _next_after(size)
         return bool(self._ranks.agreed(time.monotonic() - self._saved_at >= self._every))
 
-    def save(self, basis: KrylovBasis, solver: Mapping[str, Any]) -> None:
+    def save(self, basis: KrylovBasis, solver: Mapping[str, Any], *, restarts: int = 0) -> None:
         """Save a run, on all ranks together.
 
         If a rank cannot write its files, a warning is issued and `is_due` returns false from then on. The previous
         save stays.
 
         Args:
-            basis: the basis; it begins with the vectors of the previous save.
+            basis: the basis; it begins with the vectors of the previous save if there was no restart since then.
             solver: the remaining state, of types that ``torch.load(weights_only=True)`` accepts.
+            restarts: number of times that the solver has replaced its vectors.
         """
+        if restarts != self._restarts:
+            self._generation, self._restarts = self._generation + 1, restarts
+            self._vectors = self._checksum = 0
         vectors = self._vectors
         error: OSError | None = None
         with self._ranks.propagate_errors("saving the solver's checkpoint"):
@@ -251,7 +279,7 @@ class SolverCheckpoint:
                 error = exception
                 with suppress(OSError):  # If the disk is full, the rest of the run may need the space.
                     self._path("new").unlink(missing_ok=True)
-                    with self._open("basis", os.O_RDWR, "r+b") as file:
+                    with self._open(self._basis, os.O_RDWR, "r+b") as file:
                         file.truncate(vectors * self._like.nbytes)
         self._saved_at = time.monotonic()
         failed = self._ranks.failed_ranks(error is not None)
@@ -272,7 +300,9 @@ class SolverCheckpoint:
                 )
 
     def _append(self, basis: KrylovBasis) -> None:
-        with self._open("basis", os.O_RDWR, "r+b") as file:
+        if not os.path.lexists(self._path(self._basis)):
+            self._replace(self._basis, b"")
+        with self._open(self._basis, os.O_RDWR, "r+b") as file:
             # Vectors beyond these belong to an unfinished save.
             file.seek(self._vectors * self._like.nbytes)
             file.truncate()
@@ -286,8 +316,16 @@ class SolverCheckpoint:
 
     def _write_state(self, number: int, solver: Mapping[str, Any]) -> None:
         buffer = io.BytesIO()
-        state = {"number": number, "run": self._run, "vectors": self._vectors, "checksum": self._checksum}
-        torch.save({**state, "solver": dict(solver)}, buffer)
+        state = {
+            "number": number,
+            "run": self._run,
+            "vectors": self._vectors,
+            "generation": self._generation,
+            "restarts": self._restarts,
+            "checksum": self._checksum,
+            "solver": dict(solver),
+        }
+        torch.save(state, buffer)
         data = buffer.getvalue()
         self._replace(f"state{number % 2}", zlib.crc32(data).to_bytes(4, "big") + data)
         self._number = number
@@ -307,6 +345,10 @@ class SolverCheckpoint:
                 )
 
     # -- files ---------------------------------------------------------------------------------
+
+    @property
+    def _basis(self) -> str:
+        return _BASES[self._generation % 2]
 
     def _path(self, suffix: str) -> Path:
         return self.folder / f"rank{self._ranks.rank}.{suffix}"
@@ -397,7 +439,7 @@ def delete_files(folder: Path, rank: int) -> None:
         for suffix in _SUFFIXES:
             path = folder / f"rank{owner}.{suffix}"
             with suppress(FileNotFoundError):  # Rank 0 may have been faster.
-                if suffix != "basis" or has_state or path.lstat().st_size == 0:
+                if suffix not in _BASES or has_state or path.lstat().st_size == 0:
                     path.unlink()
     with suppress(OSError):  # It is not empty, or another rank was faster.
         folder.rmdir()

@@ -69,13 +69,14 @@ class Spectrum:
         symmetry_defect: the Frobenius norm of the differences :math:`u^T A v - v^T A u` over pairs of basis vectors; if
             rounding can't explain them, extrapolated to all directions.
         ritz_values: ``(m,)``, descending: all eigenvalues of the projected matrix. Those beyond the
-            first k are estimates without a bound.
+            first k are estimates without a bound. A restart drops the smallest ones.
         eigenvectors: this rank's slice ``(slice_length, k)`` of the Ritz vectors, if they were requested.
         rounding_basis: the source of the error of a product in ``rounding``: ``"measured"`` (the run was compared with
             products of higher precision), ``"a-priori"`` (float64, a multiple of the machine precision) or
             ``"assumed"`` (a multiple of the machine precision of float32 or less, which cancellation in the loss can
             exceed). The documentation's page "Error bounds" lists what else is proven, measured and assumed.
         num_precise_products: products in higher precision that measured rounding errors.
+        num_restarts: number of times that a full basis was reduced to its leading Ritz vectors.
 
     Example:
         >>> spectrum = Spectrum(
@@ -104,6 +105,7 @@ class Spectrum:
     eigenvectors: Tensor | None = None
     rounding_basis: RoundingBasis = "assumed"
     num_precise_products: int = 0
+    num_restarts: int = 0
 
     @property
     def all_converged(self) -> bool:

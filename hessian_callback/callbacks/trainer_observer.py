@@ -81,8 +81,9 @@ class TrainerObserver(Observer):
         if not self._announcements.verbose or not self._announcements.is_new("cost"):
             return
         more = f", about {cost.num_extra_hvps} more for {', '.join(cost.extras)}" if cost.num_extra_hvps else ""
-        vectors = cost.num_hvps + cost.num_kept_vectors
+        vectors = cost.num_basis_vectors + cost.num_kept_vectors
         basis = vectors * operator.partition.slice_length * torch.finfo(operator.dtype).bits // 8
+        limit = f" (at most {cost.num_basis_vectors} at a time)" if cost.basis_is_limited else ""
         graphs = operator.num_cached_graphs * operator.bytes_per_graph
         free = free_memory(operator.device)
         available = "" if free is None else f" ({readable_size(free)} are free)"
@@ -93,8 +94,8 @@ class TrainerObserver(Observer):
             f"{problem.num_batches} batch(es), about {cost.num_hvps} Hessian-vector products (at most "
             f"{cost.max_hvps}){more}, {1e3 * each:.3g} ms each, so about "
             f"{each * (cost.num_hvps + cost.num_extra_hvps):.2g} s, and memory for each rank about "
-            f"{readable_size(basis)} of Lanczos vectors and {readable_size(graphs)} of gradient graphs{available}. "
-            "Measurements are in the history of the callback in trainer.callbacks",
+            f"{readable_size(basis)} of Lanczos vectors{limit} and {readable_size(graphs)} of gradient graphs"
+            f"{available}. Measurements are in the history of the callback in trainer.callbacks",
         )
 
     @contextmanager

@@ -17,6 +17,8 @@ __all__ = ["KrylovBasis", "row_products"]
 # enough to allocate little in advance.
 _FIRST_BLOCK = 32
 _GROWTH = 16
+# Numbers in float64 that a change of basis holds at a time.
+_CHUNK = 2**22
 
 
 class KrylovBasis:
@@ -24,30 +26,53 @@ class KrylovBasis:
 
     Blocks are allocated as the basis grows, so that growing copies nothing, and every operation is a matrix-vector
     product per block, which reads the basis once.
+
+    Args:
+        operator: the matrix; the vectors have its dtype and this rank's part of its rows.
+        device: where to keep the vectors; default: the operator's device.
+        most: the largest number of vectors that is ever allocated; ``None``: no limit.
+
+    Attributes:
+        size: number of vectors.
+        most: see above.
     """
 
-    def __init__(self, operator: SymmetricOperator, device: torch.device | str | None = None) -> None:
+    def __init__(
+        self, operator: SymmetricOperator, device: torch.device | str | None = None, most: int | None = None
+    ) -> None:
         self._home = operator.device
         self._like = torch.empty(0, dtype=operator.dtype, device=operator.device if device is None else device)
         self._length = operator.partition.slice_length
         self._blocks: list[Tensor] = []
         self._capacity = 0
+        self.most = most
         self.size = 0
 
     def append(self, vector: Tensor) -> None:
-        """Append a vector."""
+        """Append a vector.
+
+        Raises:
+            IndexError: if the basis is full.
+        """
         if self.size == self._capacity:
             rows = max(_FIRST_BLOCK, self.size // _GROWTH)
+            if self.most is not None:
+                rows = min(rows, self.most - self.size)
+            if rows <= 0:
+                raise IndexError(f"the basis holds {self.most} vectors, its largest number")
             self._blocks.append(self._like.new_empty(rows, self._length))
             self._capacity += rows
-        self._blocks[-1][self.size - self._capacity] = vector
+        self._row(self.size).copy_(vector)
         self.size += 1
 
     def vector(self, index: int) -> Tensor:
         """Return a vector, on the operator's device."""
+        return self._row(index).to(self._home)
+
+    def _row(self, index: int) -> Tensor:
         for block in self._blocks:
             if index < len(block):
-                return block[index].to(self._home)
+                return block[index]
             index -= len(block)
         raise IndexError("the basis has no such vector")
 
@@ -57,12 +82,40 @@ class KrylovBasis:
             yield from block[max(first, 0) :]
             first -= len(block)
 
-    def branch(self, size: int) -> KrylovBasis:
-        """Return a basis that shares the first ``size`` vectors and grows independently."""
+    def branch(self, size: int, most: int | None = None) -> KrylovBasis:
+        """Return a basis that shares the first ``size`` vectors and grows independently, up to ``most`` of its own."""
         other = copy.copy(self)
         other._blocks = self._filled(size)
         other._capacity = other.size = size
+        other.most = None if most is None else size + most
         return other
+
+    def remove(self, index: int) -> None:
+        """Remove a vector; the later ones move up."""
+        for later in range(index + 1, self.size):
+            self._row(later - 1).copy_(self._row(later))
+        self.size -= 1
+
+    def transform(self, weights: Tensor) -> None:
+        """Replace the vectors V by V W, ``(N, m)`` with ``m <= N``, in place, rounded once from float64.
+
+        The memory of the vectors that disappear is kept for later ones.
+        """
+        blocks = self._filled(self.size)
+        # MPS has no float64.
+        where = self._like.device if self._like.device.type != "mps" else torch.device("cpu")
+        weights = weights.to(where, torch.float64)
+        width = max(1, _CHUNK // self.size)
+        for start in range(0, self._length, width):
+            columns = slice(start, start + width)
+            part = torch.cat([block[:, columns].to(where, torch.float64) for block in blocks])
+            rows = (weights.t() @ part).to(self._like)
+            first = 0
+            for block in blocks:
+                replaced = rows[first : first + len(block)]
+                block[: len(replaced), columns] = replaced
+                first += len(replaced)
+        self.size = weights.shape[1]
 
     def coefficients(self, vector: Tensor) -> Tensor:
         """Compute ``V^T w`` of this rank's slices, ``(N,)`` in float64."""

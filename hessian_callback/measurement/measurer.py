@@ -96,11 +96,12 @@ class Measurer:
         """Whether an extra needs eigenvectors."""
         return any(extra.needs_eigenvectors for extra in self.extras)
 
-    def expected_cost(self, num_parameters: int) -> CostEstimate:
-        """Estimate the products of a measurement.
+    def expected_cost(self, num_parameters: int, max_basis_size: int | None = None) -> CostEstimate:
+        """Estimate the products of a measurement, and the vectors that it keeps.
 
         Args:
             num_parameters: P.
+            max_basis_size: largest number of basis vectors in memory; ``None``: no limit.
         """
         expected = self.solver.expected_hvps(self.num_eigenvalues, num_parameters)
         return CostEstimate(
@@ -109,6 +110,8 @@ class Measurer:
             num_extra_hvps=expected_hvps(self.extras, expected) + len(self.groups) * expected,
             extras=(*(extra.name for extra in self.extras), *(f"group {group}" for group in self.groups)),
             num_kept_vectors=self.num_eigenvalues if self.needs_eigenvectors else 0,
+            num_basis_vectors=expected if max_basis_size is None else min(expected, max_basis_size),
+            basis_is_limited=max_basis_size is not None,
         )
 
     def measure(
@@ -219,7 +222,11 @@ class _Run:
             whole = not is_sharded(problem.model) or operator.exact
             loss = operator.mean_loss if whole else None
             measurer.check(operator, problem, self.observer)
-            self.observer.operator_made(operator, problem, measurer.expected_cost(operator.num_parameters))
+            plan = measurer.solver.plan_basis(
+                operator, measurer.num_eigenvalues, return_eigenvectors=measurer.needs_eigenvectors
+            )
+            cost = measurer.expected_cost(operator.num_parameters, plan.max_size)
+            self.observer.operator_made(operator, problem, cost)
             spectrum = self._solve(operator, eigenvectors=measurer.needs_eigenvectors)
             self.observer.operator_used(operator)
             with self.ranks.propagate_errors("fitting the power law"):

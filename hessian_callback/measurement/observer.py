@@ -23,7 +23,9 @@ class CostEstimate:
         max_hvps: at most.
         num_extra_hvps: products of extras and groups.
         extras: names of the extras and groups.
-        num_kept_vectors: vectors of length P that stay in memory beside the Lanczos basis.
+        num_basis_vectors: vectors of the Lanczos basis.
+        num_kept_vectors: vectors of length P that stay in memory beside it.
+        basis_is_limited: whether a vector for each product would not fit.
     """
 
     num_hvps: int
@@ -31,6 +33,8 @@ class CostEstimate:
     num_extra_hvps: int
     extras: tuple[str, ...]
     num_kept_vectors: int
+    num_basis_vectors: int
+    basis_is_limited: bool
 
 
 class Observer:

@@ -17,7 +17,7 @@ from hessian_callback.algorithms.pooled_ritz import pooled_ritz_values
 from hessian_callback.algorithms.spectrum import Spectrum
 from hessian_callback.linalg.linear_operator import SymmetricOperator
 from hessian_callback.measurement.measurement import Mode
-from hessian_callback.measurement.vector_room import check_vector_room, vector_room
+from hessian_callback.measurement.vector_room import BasisPlan, check_vector_room, vector_room
 from hessian_callback.operators.memory import device_with_room
 from hessian_callback.power_law.fit import PowerLawFit, fit_power_law
 from hessian_callback.power_law.uncertainty import slope_numerical_interval
@@ -30,8 +30,8 @@ EXPECTED_HVPS_PER_EIGENVALUE = 4
 # The ten largest eigenvalues of transformers needed up to 320 products.
 _SMALLEST_DEFAULT_MAX_HVPS = 300
 
-# Basis vectors beyond K that a Lanczos run needs for useful bounds.
-_SPARE_VECTORS = 12
+# Basis vectors beyond K that a Lanczos run needs, and those with which restarts cost few products, as a part of K.
+_SPARE_VECTORS, _AMPLE_SHARE = 12, 0.5
 
 # If the asymmetry of products makes up more than this share of the rounding level, it is the cause.
 _DOMINANT_SHARE = 0.25
@@ -89,6 +89,16 @@ class Solver(ABC):
     @abstractmethod
     def expected_hvps(self, num_eigenvalues: int, num_parameters: int) -> int:
         """Estimate the products that K eigenvalues of a matrix with P rows take."""
+
+    @abstractmethod
+    def plan_basis(
+        self, operator: SymmetricOperator, num_eigenvalues: int, *, return_eigenvectors: bool = False
+    ) -> BasisPlan:
+        """Compare the vectors that K eigenvalues need with the memory. A collective.
+
+        Raises:
+            NotEnoughMemoryError: a `MemoryError`, on all ranks together, if they do not fit.
+        """
 
     @abstractmethod
     def solve(
@@ -162,6 +172,9 @@ class Lanczos(Solver):
             end. Keep one choice within a run.
         slope_rtol: for ``stop_on="slope"``: half the width of the slope's numerical interval, relative to its middle.
         max_hvps: the largest number of Hessian-vector products of a measurement. The default is ``10 K``, at least 300.
+        basis_budget: bytes that the Krylov basis may take on each rank, a vector for each product. If more vectors are
+            needed, the run goes on from its leading Ritz vectors, which takes some more products (see
+            ``max_basis_size`` of `top_eigenvalues`). At least K + 12 vectors must fit. ``None``: the free memory.
         checkpoint: a folder of this run alone, in which a long measurement saves the solver's state every five minutes,
             the Krylov basis included (a vector for each product). A run that is killed and comes to the same step
             again with the same weights and samples goes on from there; with other weights it warns and starts over.
@@ -191,6 +204,7 @@ class Lanczos(Solver):
     stop_on: str = "eigenvalues"
     slope_rtol: float = 2e-2
     max_hvps: int | None = None
+    basis_budget: int | None = None
     checkpoint: str | Path | None = None
 
     def __post_init__(self) -> None:
@@ -200,6 +214,7 @@ class Lanczos(Solver):
         check_choice("stop_on", self.stop_on, ("eigenvalues", "slope"))
         check_number("slope_rtol", self.slope_rtol, above=0, below=1)
         optional(check_int, "max_hvps", self.max_hvps, at_least=1)
+        optional(check_int, "basis_budget", self.basis_budget, at_least=1)
         optional(check_path, "checkpoint", self.checkpoint)
 
     @property
@@ -230,6 +245,21 @@ class Lanczos(Solver):
         usual = EXPECTED_HVPS_PER_EIGENVALUE * num_eigenvalues
         return min(usual, self.hvp_limit(num_eigenvalues), num_parameters)
 
+    def plan_basis(
+        self, operator: SymmetricOperator, num_eigenvalues: int, *, return_eigenvectors: bool = False
+    ) -> BasisPlan:
+        """Choose the device and the size of the basis; see `Solver.plan_basis`."""
+        size = operator.partition.size
+        ample = num_eigenvalues + max(_SPARE_VECTORS, int(_AMPLE_SHARE * num_eigenvalues))
+        useful = min(self.expected_hvps(num_eigenvalues, size), ample, size)
+        useful_bytes = useful * operator.partition.slice_length * torch.finfo(operator.dtype).bits // 8
+        device = device_with_room(operator.device, useful_bytes, self.memory_budget)
+        kept = num_eigenvalues if return_eigenvectors else 0
+        room = vector_room(operator, device, kept=kept, budget=self.basis_budget)
+        check_vector_room(operator, device, min(num_eigenvalues + _SPARE_VECTORS, size), room, self.basis_budget)
+        limit = min(self.hvp_limit(num_eigenvalues), size)
+        return BasisPlan(device, None if room is None or room >= limit else room)
+
     def solve(
         self,
         operator: SymmetricOperator,
@@ -241,24 +271,20 @@ class Lanczos(Solver):
         checkpoint: Path | None = None,
     ) -> Spectrum:
         """Compute the K largest eigenvalues with `top_eigenvalues`; see `Solver.solve`."""
-        expected = self.expected_hvps(num_eigenvalues, operator.partition.size)
-        _announce_products(operator, expected)
-        basis_bytes = expected * operator.partition.slice_length * torch.finfo(operator.dtype).bits // 8
-        device = device_with_room(operator.device, basis_bytes, self.memory_budget)
-        room = vector_room(operator, device, kept=num_eigenvalues if return_eigenvectors else 0)
-        check_vector_room(operator, device, min(num_eigenvalues + _SPARE_VECTORS, operator.partition.size), room)
-        limit = self.hvp_limit(num_eigenvalues)
+        _announce_products(operator, self.expected_hvps(num_eigenvalues, operator.partition.size))
+        plan = self.plan_basis(operator, num_eigenvalues, return_eigenvectors=return_eigenvectors)
         return top_eigenvalues(
             operator,
             num_eigenvalues,
             rtol=self.rtol,
-            max_matvecs=limit if room is None else min(limit, room),
+            max_matvecs=self.hvp_limit(num_eigenvalues),
             seed=seed,
             positive_only=True,
             criterion=self._fixes_the_slope if self.stop_on == "slope" else None,
             return_eigenvectors=return_eigenvectors,
             progress=progress,
-            basis_device=device,
+            max_basis_size=plan.max_size,
+            basis_device=plan.device,
             checkpoint=checkpoint,
         )
 
@@ -276,12 +302,8 @@ class Lanczos(Solver):
     def _why_untrusted(self, spectrum: Spectrum, num_eigenvalues: int) -> str:
         if spectrum.stopped == "max_matvecs":
             limit = self.hvp_limit(num_eigenvalues)
-            if spectrum.num_matvecs < limit:
-                return (
-                    f"positive and converged: no more than {spectrum.num_matvecs} Lanczos vectors fit the free memory; "
-                    "choose fewer parameters, a smaller num_eigenvalues, a larger rtol, or more ranks"
-                )
-            return f"positive and converged: max_hvps={limit} products were spent; allow more, or a larger rtol"
+            why = f"positive and converged: max_hvps={limit} products were spent; allow more, or a larger rtol"
+            return f"{why}, or a larger basis_budget" if spectrum.num_restarts else why
         if spectrum.symmetry_defect > _DOMINANT_SHARE * spectrum.rounding:
             return (
                 f"positive and converged: products u.Hv and v.Hu differ by {spectrum.symmetry_defect:.2g}, so no other "
@@ -354,6 +376,14 @@ class PublishedProtocol(Solver):
         """Return the products that K eigenvalues of a matrix with P rows take."""
         return self.runs * min(self._steps(num_eigenvalues), num_parameters)
 
+    def plan_basis(
+        self, operator: SymmetricOperator, num_eigenvalues: int, *, return_eigenvectors: bool = False
+    ) -> BasisPlan:
+        """Check that the vectors of one run fit; see `Solver.plan_basis`."""
+        steps = min(self._steps(num_eigenvalues), operator.partition.size)
+        check_vector_room(operator, operator.device, steps, vector_room(operator, operator.device))
+        return BasisPlan(operator.device, steps)
+
     def solve(
         self,
         operator: SymmetricOperator,
@@ -368,9 +398,8 @@ class PublishedProtocol(Solver):
         if checkpoint is not None:
             raise ValueError("the runs of PublishedProtocol have no checkpoint; use solver=Lanczos(checkpoint=...)")
         _announce_products(operator, self.expected_hvps(num_eigenvalues, operator.partition.size))
+        self.plan_basis(operator, num_eigenvalues)
         steps = self._steps(num_eigenvalues)
-        room = vector_room(operator, operator.device)
-        check_vector_room(operator, operator.device, min(steps, operator.partition.size), room)
         pool = pooled_ritz_values(operator, num_runs=self.runs, num_steps=steps, seed=seed, progress=progress)
         return pool.top(num_eigenvalues)
 

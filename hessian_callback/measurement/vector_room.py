@@ -1,6 +1,8 @@
-"""The number of Krylov vectors that fit the free memory, before any of them is allocated."""
+"""The number of Krylov vectors that fit the memory, before any of them is allocated."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 
@@ -8,7 +10,7 @@ from hessian_callback.linalg.free_memory import free_memory, main_memory_limits
 from hessian_callback.linalg.linear_operator import SymmetricOperator
 from hessian_callback.operators.memory import readable_size
 
-__all__ = ["NotEnoughMemoryError", "check_vector_room", "vector_room"]
+__all__ = ["BasisPlan", "NotEnoughMemoryError", "check_vector_room", "vector_room"]
 
 # The rest is for everything that is not counted.
 _SHARE = 0.9
@@ -24,7 +26,22 @@ class NotEnoughMemoryError(MemoryError):
     """The vectors of a measurement do not fit the free memory; raised on all ranks before they are allocated."""
 
 
-def vector_room(operator: SymmetricOperator, device: torch.device, *, kept: int = 0) -> int | None:
+@dataclass(frozen=True)
+class BasisPlan:
+    """Where a Krylov basis is kept, and how many vectors it may have.
+
+    Attributes:
+        device: where.
+        max_size: the largest number of vectors in memory; ``None`` if one for each product fits.
+    """
+
+    device: torch.device
+    max_size: int | None
+
+
+def vector_room(
+    operator: SymmetricOperator, device: torch.device, *, kept: int = 0, budget: int | None = None
+) -> int | None:
     """Return the number of basis vectors that every rank can allocate. A collective.
 
     On the CPU the ranks of a machine share its free memory, see `main_memory_limits`.
@@ -33,6 +50,7 @@ def vector_room(operator: SymmetricOperator, device: torch.device, *, kept: int 
         operator: the matrix whose vectors are meant; this rank keeps a slice of each.
         device: where they are kept.
         kept: further slices that the computation needs.
+        budget: bytes that the basis may take on each rank; ``None``: no limit but the free memory.
 
     Returns:
         The smallest number over the ranks; ``None`` if no rank can tell.
@@ -52,11 +70,15 @@ def vector_room(operator: SymmetricOperator, device: torch.device, *, kept: int 
         whole = _WHOLE_VECTORS * partition.size if operator.device == device else 0
         left = _SHARE * free / sharing - item * whole
         room = max(0.0, left // (item * max(1, partition.slice_length)) - kept)
+    if budget is not None:
+        room = min(room, budget // (item * max(1, partition.slice_length)))
     smallest = float(ranks.gather([room]).min())
     return None if smallest == float("inf") else int(smallest)
 
 
-def check_vector_room(operator: SymmetricOperator, device: torch.device, needed: int, room: int | None) -> None:
+def check_vector_room(
+    operator: SymmetricOperator, device: torch.device, needed: int, room: int | None, budget: int | None = None
+) -> None:
     """Check that a number of basis vectors fits.
 
     Args:
@@ -64,6 +86,7 @@ def check_vector_room(operator: SymmetricOperator, device: torch.device, needed:
         device: where its basis is kept.
         needed: vectors without which there is no result.
         room: `vector_room`, the same on all ranks.
+        budget: see there.
 
     Raises:
         NotEnoughMemoryError: if it doesn't; the message has the numbers and the remedy.
@@ -72,11 +95,15 @@ def check_vector_room(operator: SymmetricOperator, device: torch.device, needed:
         return
     partition = operator.partition
     each = partition.slice_length * torch.finfo(operator.dtype).bits // 8
+    takes = f"{needed} vectors of {partition.size:,} parameters take {readable_size(needed * each)} on each rank, and "
+    if budget is not None and budget // max(1, each) <= room:
+        raise NotEnoughMemoryError(
+            f"{takes}{room} fit basis_budget={budget}; allow at least {needed * each}, or {REMEDY}"
+        )
     where = f"on {device}"
     if device.type == "cpu":
         limits = main_memory_limits()
         where = f"within the limit of {min(limits, key=lambda name: limits[name])}" if limits else "on the CPU"
     raise NotEnoughMemoryError(
-        f"{needed} vectors of {partition.size:,} parameters take {readable_size(needed * each)} on each rank, and "
-        f"{room} fit ({readable_size(free_memory(device) or 0)} are free {where}); {REMEDY}"
+        f"{takes}{room} fit ({readable_size(free_memory(device) or 0)} are free {where}); {REMEDY}"
     )

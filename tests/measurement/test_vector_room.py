@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from hessian_callback import Lanczos, PublishedProtocol, measure
 from hessian_callback.linalg.distributed import Ranks
+from hessian_callback.linalg.krylov_basis import KrylovBasis
 from hessian_callback.linalg.linear_operator import MatvecOperator
 from hessian_callback.measurement import vector_room as module
 from hessian_callback.measurement.vector_room import NotEnoughMemoryError, vector_room
@@ -50,21 +51,50 @@ def test_room_is_what_is_left_beside_kept_and_whole_vectors(free: Any) -> None:
     assert vector_room(operator(), CPU) is None
 
 
-def test_fewer_products_are_spent_if_fewer_vectors_fit(free: Any) -> None:
-    free(40)
-    solver = Lanczos(rtol=1e-6)
-    spectrum = solver.solve(operator(), 20)
-    assert spectrum.stopped == "max_matvecs"
-    assert spectrum.num_matvecs == 40
-    errors = (spectrum.eigenvalues - DIAGONAL[:20]).abs()
-    assert (errors <= spectrum.error_bounds).all()
-    fit, reason = solver.fit(spectrum, 20)
-    assert fit is not None
-    assert fit.num_eigenvalues < 20
-    assert reason is not None
-    assert "no more than 40 Lanczos vectors fit the free memory; choose fewer parameters" in reason
+def largest_basis(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return a list that receives the number of stored vectors each time that one is appended."""
+    sizes: list[int] = []
+    append = KrylovBasis.append
+
+    def counted(self: KrylovBasis, vector: torch.Tensor) -> None:
+        append(self, vector)
+        sizes.append(sum(len(block) for block in self._blocks))
+
+    monkeypatch.setattr(KrylovBasis, "append", counted)
+    return sizes
+
+
+def test_the_run_restarts_if_fewer_vectors_fit(free: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = largest_basis(monkeypatch)
+    for solver, number in [(Lanczos(), 40), (Lanczos(basis_budget=35 * VECTOR), 35)]:
+        sizes.clear()
+        free(40)
+        spectrum = solver.solve(operator(), 20)
+        assert spectrum.stopped == "converged"
+        assert spectrum.num_restarts > 1
+        assert max(sizes) <= number
+        assert ((spectrum.eigenvalues - DIAGONAL[:20]).abs() <= spectrum.error_bounds).all()
     free(None)
-    assert solver.solve(operator(), 20).num_matvecs > 40
+    assert Lanczos().solve(operator(), 20).num_restarts == 0
+
+
+def test_a_run_that_restarts_until_its_products_are_spent_names_the_budget(free: Any) -> None:
+    free(40)
+    solver = Lanczos(rtol=1e-6, max_hvps=60)
+    spectrum = solver.solve(operator(), 20)
+    assert (spectrum.stopped, spectrum.num_matvecs) == ("max_matvecs", 60)
+    assert ((spectrum.eigenvalues - DIAGONAL[:20]).abs() <= spectrum.error_bounds).all()
+    _, reason = solver.fit(spectrum, 20)
+    assert reason is not None
+    assert "max_hvps=60 products were spent; allow more, or a larger rtol, or a larger basis_budget" in reason
+
+
+def test_a_budget_that_is_too_small_is_refused(free: Any) -> None:
+    free(100)
+    with pytest.raises(
+        NotEnoughMemoryError, match="and 31 fit basis_budget=248000; allow at least 256000, or choose fewer parameters"
+    ):
+        Lanczos(basis_budget=31 * VECTOR).solve(operator(), 20)
 
 
 @pytest.mark.parametrize("solver", [Lanczos(), PublishedProtocol(steps=32)], ids=["Lanczos", "published"])
