@@ -31,7 +31,7 @@ _FIRST_TEST = 32
 # Gaussian vectors to draw before the complement of the basis counts as empty.
 _MOST_DRAWS = 8
 # Error of a change of basis in units of eps ||A||. Rounding changes each vector by at most eps / 2, and enters A V and
-# V H.
+# V H. Those of several restarts are independent.
 _RESTART = 2
 # Largest root mean square of the entries of the discrepancy D, in units of eps ||A||, that the rounding errors of inner
 # products explain.
@@ -158,7 +158,7 @@ class Decomposition:
         """
         small = self._agreed(thick_restart(self.projection(), largest, smallest))
         count = largest + smallest
-        self.basis.transform(torch.from_numpy(small.weights))
+        self.basis.transform(torch.from_numpy(small.weights @ self._orthonormalising(small.weights)))
         self._removed += len(small.weights) - count
         self._diagonal = small.diagonal.tolist()
         self._couplings = list(zip(small.rows.tolist(), small.columns.tolist(), small.values.tolist(), strict=True))
@@ -172,6 +172,14 @@ class Decomposition:
         self.num_restarts += 1
         self.num_kept = count
         self._drop_negligible()
+
+    def _orthonormalising(self, weights: _Array) -> _Array:
+        r"""Return :math:`(W^T V^T V W)^{-1/2}`, to first order: deviations from orthogonality would add up over restarts."""
+        gram = self._reduced(self.basis.gram().flatten()).cpu().numpy().reshape(self.basis.size, -1)
+        deviation = weights.T @ gram @ weights - np.eye(weights.shape[1])
+        self.orthogonality = max(self.orthogonality, float(np.linalg.norm(deviation, 2)))
+        correction: _Array = np.eye(weights.shape[1]) - deviation / 2
+        return correction
 
     def _agreed(self, small: ThickRestart) -> ThickRestart:
         """Return the small matrices of the first rank: the eigenvectors of equal matrices may differ in their signs."""
@@ -552,7 +560,7 @@ class Decomposition:
     def rounding(self) -> float:
         """Additive error of every Ritz value and bound, from inexact products and arithmetic."""
         error = max(self.a_priori, 2 * self.product_error)
-        error += _RESTART * self.num_restarts * self.eps * self.norm
+        error += _RESTART * float(np.sqrt(self.num_restarts)) * self.eps * self.norm
         total = error + self.asymmetry + 2 * self.orthogonality * self.norm + float(np.sqrt(self._neglected))
         return max(total, 8 * float(np.sqrt(self._underflow)))
 

@@ -42,14 +42,16 @@ __all__ = ["LanczosProgress", "top_eigenvalues"]
 _Array = NDArray[np.float64]
 
 # Smallest number of vectors beyond k that a limited basis needs, and the least of them that are new after a restart.
-_LEAST_ROOM, _LEAST_NEW = 12, 3
+_LEAST_ROOM, _LEAST_NEW = 12, 5
+# Part of the vectors beyond k that a restart keeps. More of them speed up convergence, and make restarts frequent.
+_KEPT_SHARE = 0.75
 # Length of the tail whose recurrence sharpens the bounds, in a small basis.
 _TAIL = 12
 # A limited basis is believed to have converged if the smallest wanted Ritz value has moved by at most this part of its
 # tolerance, within the latest tenth of all products.
 _STEADY, _LATEST = 0.25, 0.1
 # Largest number of vectors that a probe stores if the basis is limited.
-_WIDEST_WINDOW = 12
+_WIDEST_WINDOW = 6
 # Products of a probe after which it is better to go on with the main run.
 _LONGEST_PROBE = 64
 # A probe is sent when the complement is believed to lie below the provable limit by this part of the smallest wanted
@@ -394,12 +396,13 @@ class _Solver:
         """Keep the leading Ritz vectors, and leave room for new ones."""
         decomposition = self._decomposition
         assert self._capacity is not None
-        kept = self._k + max(2, min((self._capacity - self._k) // 2, self._capacity - self._k - _TAIL - 1))
+        kept = self._k + int(_KEPT_SHARE * (self._capacity - self._k))
         kept = max(min(kept, self._capacity - _LEAST_NEW), len(decomposition.chains))
         if kept < decomposition.size:
             ritz = decomposition.projection().ritz_values
             self._earlier.append((decomposition.num_appended, float(ritz[self._k - 1])))
-            decomposition.restart(*kept_at_ends(ritz, min(self._k, kept), kept))
+            largest, smallest = kept_at_ends(ritz, min(self._k, kept), kept)
+            decomposition.restart(largest, smallest)
 
     def _check(self) -> tuple[_Proof | None, bool]:
         """Send a probe if the bounds are believed to be tight enough.
@@ -609,6 +612,9 @@ class _Solver:
                 return believed
         else:
             believed = float(projection.tail(first).ritz_values[0])
+        if self._decomposition.num_kept > 0:
+            # A few new vectors show little of the complement of hardly more than k, which reaches almost to the k-th.
+            believed = max(believed, (1 - 2 * _MARGIN) * float(ritz[min(self._needed(ritz), len(ritz)) - 1]))
         if self._seen is not None and self._decomposition.num_appended <= 1.25 * self._seen[0]:
             believed = max(believed, self._seen[1])
         return believed + _MARGIN * float(abs(ritz[min(self._needed(ritz), len(ritz)) - 1]))

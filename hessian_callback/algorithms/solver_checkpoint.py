@@ -300,7 +300,7 @@ class SolverCheckpoint:
                 )
 
     def _append(self, basis: KrylovBasis) -> None:
-        if not os.path.lexists(self._path(self._basis)):
+        if self._generation > 0 and self._vectors == 0:
             self._replace(self._basis, b"")
         with self._open(self._basis, os.O_RDWR, "r+b") as file:
             # Vectors beyond these belong to an unfinished save.

@@ -66,7 +66,7 @@ def kept_at_ends(ritz_values: _Array, wanted: int, count: int) -> tuple[int, int
         Wu and Simon (2000), section 5, with the wanted eigenvalue in place of the last one kept.
 
     Example:
-        >>> kept_at_ends(np.array([9.0, 8.0, 7.0, 6.0, 1.0, 0.0, -1.0, -9.0]), 2, 4)
+        >>> kept_at_ends(np.array([9.0, 8.0, 5.0, 4.0, 1.0, 0.0, -1.0, -9.0]), 2, 4)
         (3, 1)
     """
     best, chosen = -np.inf, (count, 0)

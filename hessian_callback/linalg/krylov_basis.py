@@ -102,20 +102,31 @@ class KrylovBasis:
         The memory of the vectors that disappear is kept for later ones.
         """
         blocks = self._filled(self.size)
-        # MPS has no float64.
-        where = self._like.device if self._like.device.type != "mps" else torch.device("cpu")
-        weights = weights.to(where, torch.float64)
-        width = max(1, _CHUNK // self.size)
-        for start in range(0, self._length, width):
-            columns = slice(start, start + width)
-            part = torch.cat([block[:, columns].to(where, torch.float64) for block in blocks])
-            rows = (weights.t() @ part).to(self._like)
+        for columns, part in self._chunks():
+            rows = (weights.to(part).t() @ part).to(self._like)
             first = 0
             for block in blocks:
                 replaced = rows[first : first + len(block)]
                 block[: len(replaced), columns] = replaced
                 first += len(replaced)
         self.size = weights.shape[1]
+
+    def gram(self) -> Tensor:
+        """Compute ``V^T V`` of this rank's slices in float64, ``(N, N)``."""
+        total = torch.zeros(self.size, self.size, dtype=torch.float64)
+        for _, part in self._chunks():
+            total += (part @ part.t()).cpu()
+        return total
+
+    def _chunks(self) -> Iterator[tuple[slice, Tensor]]:
+        """Yield parts of the coordinates, and all vectors there in float64, ``(N, width)``."""
+        blocks = self._filled(self.size)
+        # MPS has no float64.
+        where = self._like.device if self._like.device.type != "mps" else torch.device("cpu")
+        width = max(1, _CHUNK // self.size)
+        for start in range(0, self._length, width):
+            columns = slice(start, start + width)
+            yield columns, torch.cat([block[:, columns].to(where, torch.float64) for block in blocks])
 
     def coefficients(self, vector: Tensor) -> Tensor:
         """Compute ``V^T w`` of this rank's slices, ``(N,)`` in float64."""

@@ -62,11 +62,11 @@ def saved(monkeypatch: pytest.MonkeyPatch) -> dict[int, Any]:
     states: dict[int, Any] = {}
     save = SolverCheckpoint.save
 
-    def noting(self: SolverCheckpoint, basis: Any, solver: Any) -> None:
+    def noting(self: SolverCheckpoint, basis: Any, solver: Any, **more: Any) -> None:
         products = solver["decomposition"]["num_matvecs"]
         state = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, solver)
         assert_same_state(states.setdefault(products, state), state)
-        save(self, basis, solver)
+        save(self, basis, solver, **more)
 
     monkeypatch.setattr(SolverCheckpoint, "save", noting)
     return states
