@@ -174,7 +174,10 @@ class Decomposition:
         self._drop_negligible()
 
     def _orthonormalising(self, weights: _Array) -> _Array:
-        r"""Return :math:`(W^T V^T V W)^{-1/2}`, to first order: deviations from orthogonality would add up over restarts."""
+        r"""Return :math:`(W^T V^T V W)^{-1/2}`, to first order.
+
+        Deviations from orthogonality would add up over restarts.
+        """
         gram = self._reduced(self.basis.gram().flatten()).cpu().numpy().reshape(self.basis.size, -1)
         deviation = weights.T @ gram @ weights - np.eye(weights.shape[1])
         self.orthogonality = max(self.orthogonality, float(np.linalg.norm(deviation, 2)))

@@ -50,6 +50,7 @@ _TAIL = 12
 # A limited basis is believed to have converged if the smallest wanted Ritz value has moved by at most this part of its
 # tolerance, within the latest tenth of all products.
 _STEADY, _LATEST = 0.25, 0.1
+_USUAL_RTOL = 0.01
 # Largest number of vectors that a probe stores if the basis is limited.
 _WIDEST_WINDOW = 6
 # Products of a probe after which it is better to go on with the main run.
@@ -589,7 +590,10 @@ class _Solver:
         """Return whether the smallest wanted Ritz value has risen little."""
         ritz = projection.ritz_values
         last = min(self._needed(ritz), len(ritz)) - 1
-        return bool(ritz[last] - earlier <= _STEADY * self._tolerance(ritz)[last])
+        tolerance = self._tolerance(ritz)[last]
+        if self._criterion is not None:  # It may accept wider bounds.
+            tolerance = max(tolerance, _USUAL_RTOL * abs(ritz[last]))
+        return bool(ritz[last] - earlier <= _STEADY * tolerance)
 
     def _is_steady(self, projection: Projection) -> bool:
         """Return whether a limited basis may have converged: a cycle between two restarts sees little."""

@@ -173,7 +173,7 @@ def test_eigenvectors_and_the_criterion_are_those_of_the_limited_run() -> None:
 
     def accepts(lower: Tensor, upper: Tensor) -> bool:
         calls.append((lower, upper))
-        return bool(((upper - lower) <= 0.05 * lower).all())
+        return bool(((upper - lower) <= 0.2 * lower).all())
 
     spectrum = top_eigenvalues(diagonal_operator(values), 20, max_basis_size=34, return_eigenvectors=True)
     assert spectrum.num_restarts > 0
