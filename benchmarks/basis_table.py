@@ -1,0 +1,111 @@
+"""The cost of a limited Krylov basis: products and seconds with and without restarts.
+
+    python -m benchmarks.basis_table --cells mlp:50 lenet:50 resnet:50 gpt:50 lenet:200 --output benchmarks/BASIS.md
+
+One thread. A cell is a case and k. The basis has no limit, and then at most 2 k, 1.5 k and k + 12 vectors. A ratio of
+times compares runs of one process that follow each other.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from benchmarks.cases import CASES, measured
+from benchmarks.references import reference
+from benchmarks.statistics_report import table
+from benchmarks.timing import circumstances, pin_threads
+from hessian_callback import HessianOperator, Spectrum, top_eigenvalues
+from hessian_callback.algorithms.lanczos import LanczosProgress
+
+HEAD = ["case", "k", "vectors at most", "memory", "within 1 %", "proven", "restarts", "seconds", "time / no limit"]
+
+
+def limits(k: int) -> list[int | None]:
+    """Return the limits that are compared."""
+    return [None, 2 * k, int(1.5 * k), k + 12]
+
+
+class Watch:
+    """Note the first check at which all Ritz values were within 1 % of the true eigenvalues."""
+
+    def __init__(self, truth: Tensor) -> None:
+        self.truth, self.products = truth, 0
+
+    def __call__(self, now: LanczosProgress) -> None:
+        found = now.ritz_values
+        if self.products or found is None or len(found) < len(self.truth):
+            return
+        if bool(((self.truth - found[: len(self.truth)]).abs() <= 0.01 * self.truth).all()):
+            self.products = now.num_matvecs
+
+
+def rows_of(name: str, k: int) -> list[list[str]]:
+    """Measure one case."""
+    case = measured(name)
+    truth = torch.tensor(reference(name, case, k), dtype=torch.float64)
+    rows, first = [], 0.0
+    for limit in limits(k):
+        watch = Watch(truth)
+        began = time.perf_counter()
+        with HessianOperator(case.model, case.loss_fn, case.batches) as operator:
+            spectrum = top_eigenvalues(operator, k, max_basis_size=limit, max_matvecs=20 * k, progress=watch)
+        seconds = time.perf_counter() - began
+        first = first or seconds
+        check(spectrum, truth)
+        vectors = spectrum.num_matvecs if limit is None else limit
+        rows.append(
+            [
+                name,
+                str(k),
+                "no limit" if limit is None else str(limit),
+                f"{vectors * case.num_parameters * 4 / 1e6:.0f} MB",
+                str(watch.products) if watch.products else "–",
+                str(spectrum.num_matvecs) if spectrum.all_converged else f"{spectrum.num_matvecs} ({spectrum.stopped})",
+                str(spectrum.num_restarts),
+                f"{seconds:.1f}",
+                f"{seconds / first:.2f}",
+            ]
+        )
+        print(" | ".join(rows[-1]), flush=True)
+    return rows
+
+
+def check(spectrum: Spectrum, truth: Tensor) -> None:
+    """Raise an error if an eigenvalue lies outside its bound."""
+    errors = (spectrum.eigenvalues - truth).abs() - 1e-6 * truth[0]
+    if not bool((errors <= spectrum.error_bounds).all()):
+        raise ArithmeticError(f"an eigenvalue lies outside its error bound by {float(errors.max()):.3g}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cells", nargs="+", default=["mlp:50", "lenet:50", "resnet:50", "gpt:50", "lenet:200"])
+    parser.add_argument("--output", type=Path, help="write the report there")
+    options = parser.parse_args()
+    pin_threads()
+    torch.manual_seed(0)
+    rows = []
+    for cell in options.cells:
+        name, _, k = cell.partition(":")
+        if name not in CASES or not k.isdecimal():
+            parser.error(f"a cell is CASE:K with a case of {', '.join(CASES)}, got {cell}")
+        rows += rows_of(name, int(k))
+    text = f"""# A limited Krylov basis
+
+Written by `python -m benchmarks.basis_table --cells {" ".join(options.cells)}`. {circumstances(1)} *Within 1 %*: products
+until all k Ritz values were, at a check of the solver. *Proven*: products until all error bounds were, probes included.
+No eigenvalue lies outside its bound. Both numbers are of one start vector.
+
+{table(HEAD, rows)}
+"""
+    if options.output is not None:
+        options.output.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
