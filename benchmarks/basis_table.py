@@ -97,8 +97,8 @@ def main() -> None:
         rows += rows_of(name, int(k))
     text = f"""# A limited Krylov basis
 
-Written by `python -m benchmarks.basis_table --cells {" ".join(options.cells)}`. {circumstances(1)} *Within 1 %*: products
-until all k Ritz values were, at a check of the solver. *Proven*: products until all error bounds were, probes included.
+Written by `python -m benchmarks.basis_table --cells {" ".join(options.cells)}`. {circumstances(1)} *Within 1 %*:
+products until all k Ritz values were, at a check of the solver. *Proven*: until all error bounds were, probes included.
 No eigenvalue lies outside its bound. Both numbers are of one start vector.
 
 {table(HEAD, rows)}
