@@ -9,7 +9,7 @@ import pytest
 
 from tests.helpers.ddp_results import results
 from tests.helpers.ddp_runs import COMPARISON_RUNS
-from tests.helpers.launched import finish, launch
+from tests.helpers.launched import launch_ranks
 from tests.helpers.toy_runs import loader, measure, seeded, trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:a measurement of the Hessian took", "ignore:.*samples are few")
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:a measurement of the Hessian too
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory: Any) -> Path:
     out = tmp_path_factory.mktemp("two")
-    (out / "output").write_text(finish(launch("tests.helpers.ddp_runs", out, "ddp", 2, *COMPARISON_RUNS)))
+    (out / "output").write_text(launch_ranks(2, "tests.helpers.ddp_runs", out, "ddp", 2, *COMPARISON_RUNS).finish())
     return out
 
 

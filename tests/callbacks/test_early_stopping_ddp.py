@@ -6,12 +6,12 @@ from pathlib import Path
 
 import torch
 
-from tests.helpers.launched import finish, launch
+from tests.helpers.launched import launch_ranks
 
 
 def test_two_ranks_stop_at_the_same_measurement(tmp_path: Path) -> None:
-    process = launch("tests.helpers.stopping_runs", tmp_path)
-    output = finish(process)
+    process = launch_ranks(2, "tests.helpers.stopping_runs", tmp_path)
+    output = process.finish()
     assert process.returncode == 0, output[-4000:]
     one, other = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
     assert one == other

@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 import torch
 
-from tests.helpers.launched import finish, launch
+from tests.helpers.launched import launch_ranks
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: Any) -> dict[str, list[dict[str, Any]]]:
     out = tmp_path_factory.mktemp("edge")
-    output = finish(launch("tests.helpers.edge_ranks", out))
+    output = launch_ranks(2, "tests.helpers.edge_ranks", out).finish()
     files = {name: [out / f"{name}-{rank}.pt" for rank in (0, 1)] for name in ("with", "without")}
     assert all(file.exists() for pair in files.values() for file in pair), output[-4000:]
     return {name: [torch.load(file, weights_only=True) for file in pair] for name, pair in files.items()}

@@ -9,11 +9,9 @@ import os
 import random
 import re
 import signal
-import subprocess
 import sys
 import warnings
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,6 +25,7 @@ from hessian_callback import Lanczos, PowerLawHessianCallback
 from hessian_callback.callbacks.module_loss import resolve_loss
 from hessian_callback.measurement.errors import LossError, SampleError
 from tests.helpers.killed_run import fit
+from tests.helpers.launched import launch
 from tests.helpers.lightning import CSVLogger, OnExceptionCheckpoint
 from tests.helpers.model_zoo import KINDS
 from tests.helpers.observed import observable, same
@@ -212,14 +211,9 @@ def test_a_signal_in_the_middle_of_a_measurement(signal_number: int, tmp_path: A
 def test_killed_and_resumed(tmp_path: Any) -> None:
     """Killed in the measurement of step 20, resumed from the end of the third epoch, step 18."""
     whole, model = fit(tmp_path / "whole")
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.helpers.killed_run", str(tmp_path / "killed"), "20"],
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        timeout=200,
-        check=False,
-    )
-    assert done.returncode == -signal.SIGKILL, done.stderr.decode()[-500:]
+    killed = launch("tests.helpers.killed_run", tmp_path / "killed", 20)
+    output = killed.finish()
+    assert killed.returncode == -signal.SIGKILL, output[-500:]
     last = tmp_path / "killed" / "last.ckpt"
     assert torch.load(last, weights_only=True)["global_step"] == 18
     resumed, other = fit(tmp_path / "resumed", ckpt_path=last)

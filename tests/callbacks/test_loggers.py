@@ -22,7 +22,7 @@ from hessian_callback.callbacks.loggers import (
     show_picture,
     shows_pictures,
 )
-from tests.helpers.launched import finish, launch
+from tests.helpers.launched import launch_ranks
 from tests.helpers.lightning import Callback, CSVLogger, DummyLogger, TensorBoardLogger
 from tests.helpers.toy_runs import loader, measure, seeded, trainer
 
@@ -105,8 +105,8 @@ def test_no_eigenspace_is_stored_without_a_picture(options: dict[str, Any], tmp_
 
 
 def test_two_ranks_have_one_board(tmp_path: Path) -> None:
-    process = launch("tests.helpers.board_runs", tmp_path)
-    output = finish(process)
+    process = launch_ranks(2, "tests.helpers.board_runs", tmp_path)
+    output = process.finish()
     assert process.returncode == 0, output[-4000:]
     one, other = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
     assert one["overlaps"] == other["overlaps"]

@@ -13,7 +13,7 @@ import torch
 from hessian_callback.measurement.measurement import Measurement
 from tests.helpers.ddp_results import results
 from tests.helpers.ddp_runs import RUNS
-from tests.helpers.launched import TIMEOUT, finish, launch
+from tests.helpers.launched import TIMEOUT, launch, launch_ranks
 from tests.helpers.toy_runs import loader, measure, seeded, trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:a measurement of the Hessian took")
@@ -25,14 +25,14 @@ EVERYWHERE = {2: ["plain", "float64", "augmented", "weights"], 3: ["float64", "a
 def two_ranks(tmp_path_factory: Any) -> Path:
     out = tmp_path_factory.mktemp("two")
     names = [name for name in RUNS if name != "killed"]
-    (out / "output").write_text(finish(launch("tests.helpers.ddp_runs", out, "ddp", 2, *names)))
+    (out / "output").write_text(launch_ranks(2, "tests.helpers.ddp_runs", out, "ddp", 2, *names).finish())
     return out
 
 
 @pytest.fixture(scope="module")
 def three_ranks(tmp_path_factory: Any) -> Path:
     out = tmp_path_factory.mktemp("three")
-    (out / "output").write_text(finish(launch("tests.helpers.ddp_runs", out, "ddp", 3, *EVERYWHERE[3])))
+    (out / "output").write_text(launch_ranks(3, "tests.helpers.ddp_runs", out, "ddp", 3, *EVERYWHERE[3]).finish())
     return out
 
 
@@ -184,7 +184,7 @@ def test_ranks_raise_together(name: str, own: str, two_ranks: Path) -> None:
 
 @pytest.mark.parametrize(("strategy", "name"), [("ddp_spawn", "warn"), ("ddp_fork", "late")])
 def test_other_launchers(strategy: str, name: str, tmp_path: Path, two_ranks: Path) -> None:
-    output = finish(launch("tests.helpers.ddp_runs", tmp_path, strategy, 2, name))
+    output = launch("tests.helpers.ddp_runs", tmp_path, strategy, 2, name).finish()
     (tmp_path / "output").write_text(output)
     for result, popen in zip(results(tmp_path, name), results(two_ranks, name), strict=True):
         assert [m.reason for m in result["history"]] == [m.reason for m in popen["history"]]
@@ -194,9 +194,9 @@ def test_other_launchers(strategy: str, name: str, tmp_path: Path, two_ranks: Pa
 
 
 def test_survivors_of_a_killed_rank_end_at_once(tmp_path: Path) -> None:
-    process = launch("tests.helpers.ddp_runs", tmp_path, "ddp", 2, "killed")
+    """Lightning starts the second rank, as it does for a user's script."""
     began = time.monotonic()
-    output = finish(process)
+    output = launch("tests.helpers.ddp_runs", tmp_path, "ddp", 2, "killed").finish()
     result = torch.load(tmp_path / "killed-0.pt", weights_only=True)
     assert "RankLostError" in result["error"], output[-3000:]
     assert "another rank's process has ended" in result["error"]

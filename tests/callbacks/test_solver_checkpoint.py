@@ -17,7 +17,7 @@ from hessian_callback.algorithms.lanczos import top_eigenvalues
 from hessian_callback.measurement import solvers
 from tests.helpers.faults import Killed, full_disk
 from tests.helpers.killed_measurement import fit
-from tests.helpers.launched import finish, launch
+from tests.helpers.launched import launch
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def test_a_measurement_whose_process_was_killed_goes_on(
     """Killed at the twelfth product of step 4; the run that is started again comes to the same weights."""
     process = launch("tests.helpers.killed_measurement", tmp_path / "solver")
     whole = fitted(tmp_path / "other")
-    output = finish(process)
+    output = process.finish()
     assert process.returncode == -signal.SIGKILL, output
     assert [path.name for path in (tmp_path / "solver").iterdir()] == ["hessian-step=4"]
     lines: list[str] = []

@@ -1,4 +1,7 @@
-"""The command line, run as a user runs it: the examples, their TensorBoard files, help and errors."""
+"""The command line: the examples, their TensorBoard files, help and errors, in processes of their own where it matters.
+
+.ci/run runs the example of the README as well, by the console script.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,30 +24,35 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from hessian_callback.cli import main as cli
 from hessian_callback.demos import DigitsCNN, DigitsData
+from tests.helpers.forks import ForkedModule
 from tests.helpers.lightning import CSVLogger, EarlyStopping, Trainer
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "example_configs"
-EPOCHS = 3
+EPOCHS = 2
 MIN_TREND = 0.1
+
+
+MODULE = "hessian_callback.cli.main"
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {
+        "COLUMNS": "100",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+    }
 
 
 def command(*args: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     """Run the command line in a process of its own, in a folder of its own."""
-    environment = os.environ | {
-        "COLUMNS": "100",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
-    }
-    return subprocess.run(
-        [sys.executable, "-m", "hessian_callback.cli.main", *args],
-        cwd=cwd,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-    )
+    with tempfile.TemporaryDirectory() as folder:
+        streams = {name: Path(folder) / name for name in ("stdout", "stderr")}
+        process = ForkedModule(MODULE, args, cwd=cwd, env=environment(), **streams)
+        try:
+            status = process.wait(280)
+        finally:
+            process.kill_group()
+        return subprocess.CompletedProcess(args, status, *(path.read_text() for path in streams.values()))
 
 
 @dataclass
@@ -253,10 +262,17 @@ def test_examples_named_in_the_help_exist() -> None:
 
 
 def test_bad_option_of_the_callback_is_refused_before_training(tmp_path: Path) -> None:
-    done = command(
-        *("fit", "--config", str(CONFIGS / "digits_cnn.yaml")),
-        *("--trainer.callbacks.init_args.nun_eigenvalues", "20"),
+    """By a new interpreter, which imports everything by itself."""
+    options = ("--config", str(CONFIGS / "digits_cnn.yaml"), "--trainer.callbacks.init_args.nun_eigenvalues", "20")
+    done = subprocess.run(
+        [sys.executable, "-m", MODULE, "fit", *options],
         cwd=tmp_path,
+        env=environment(),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
     )
     assert done.returncode == 2
     assert "nun_eigenvalues" in done.stderr

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import io
-import multiprocessing
 import os
 import tempfile
 import time
@@ -18,12 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hessian_callback.linalg.distributed import Ranks
-
-# Forks of a clean process that has imported torch: quick to start, and without the threads of this one.
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(
-    ["torch", "torch.distributed", "hessian_callback.operators.hessian", "hessian_callback.algorithms.lanczos"]
-)
+from tests.helpers.forks import context
 
 
 class DiagonalOperator:
@@ -58,10 +52,10 @@ def run_ranks(
     Errors of a rank fail the test as well, unless ``expect_errors``.
     """
     with tempfile.TemporaryDirectory() as folder:
-        pipes, processes = [], []
+        forks, pipes, processes = context(), [], []
         for rank in range(world_size):
-            receiver, sender = _CONTEXT.Pipe(duplex=False)
-            process = _CONTEXT.Process(target=_main, args=(function, rank, world_size, args, folder, sender))
+            receiver, sender = forks.Pipe(duplex=False)
+            process = forks.Process(target=_main, args=(function, rank, world_size, args, folder, sender))
             process.start()
             sender.close()
             pipes.append(receiver)

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,9 +19,10 @@ import yaml
 from filelock import FileLock
 
 from hessian_callback.measurement.history import read_histories
-from hessian_callback.studies import command, one_run
+from hessian_callback.studies import command, one_run, runner
 from hessian_callback.studies.definition import StudyError, load_study
 from hessian_callback.studies.runner import run_all
+from tests.helpers.forks import ForkedModule, context
 
 ROOT = Path(__file__).parents[2]
 
@@ -49,10 +51,27 @@ def written(folder: Path, **changes: Any) -> Path:
     return path
 
 
+def forked(command: list[str], *, stdin: int, stdout: Any, stderr: int, start_new_session: bool, env: Any) -> Any:
+    """Start a run as the runner does, by a fork, which need not import Lightning again."""
+    interpreter, option, module, *arguments = command
+    assert (interpreter, option, start_new_session) == (sys.executable, "-m", True)
+    assert (stdin, stderr) == (subprocess.DEVNULL, subprocess.STDOUT)
+    return ForkedModule(module, arguments, cwd=Path.cwd(), env=env, stdout=Path(stdout.name))
+
+
+def quick_runs(patch: pytest.MonkeyPatch) -> None:
+    """Let the runner start its runs as forks, of one thread each."""
+    context()  # Which is not for threads to start.
+    names = ("DEVNULL", "STDOUT", "TimeoutExpired")
+    kept = {name: getattr(subprocess, name) for name in names}
+    patch.setattr(runner, "subprocess", SimpleNamespace(Popen=forked, **kept))
+    patch.setenv("PYTHONPATH", str(ROOT))
+    patch.setenv("OMP_NUM_THREADS", "1")
+
+
 @pytest.fixture(autouse=True)
-def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+def _quick_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    quick_runs(monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -60,8 +79,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A study of two runs that has been run by the command."""
     folder = tmp_path_factory.mktemp("study")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(ROOT))
-        patch.setenv("OMP_NUM_THREADS", "1")
+        quick_runs(patch)
         # As in a job of several tasks, of which this is not the first.
         patch.setenv("SLURM_PROCID", "3")
         patch.setenv("RANK", "3")
@@ -187,6 +205,7 @@ def test_a_run_that_is_told_to_end_while_it_measures_its_end(tmp_path: Path) -> 
 
 
 def test_a_killed_run_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
+    """The command and the run that are killed have interpreters of their own, as a user's."""
     changes = {"set": {**STUDY["set"], "trainer.max_epochs": 4}, "factors": {}, "published": []}
     study = load_study(written(tmp_path, **changes))
     (run,) = study.runs()
