@@ -6,6 +6,7 @@ import inspect
 import os
 import re
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,6 @@ import pytest
 from hypothesis import settings
 from xdist.scheduler import LoadScopeScheduling
 
-from tests.helpers import lightning  # noqa: F401  # Before all modules of the package.
 from tests.helpers.browser import browser, tensorboard
 
 __all__ = ["browser", "pytest_xdist_auto_num_workers", "pytest_xdist_make_scheduler", "tensorboard"]
@@ -28,6 +28,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 settings.register_profile("same cases", derandomize=True)
 if os.environ.get("HESSIAN_CALLBACK_CI") == "1":
     settings.load_profile("same cases")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Import Lightning before all modules of the package, but not to hand tests out: it takes ten seconds."""
+    hands_tests_out = config.option.tx and not hasattr(config, "workerinput")
+    if not hands_tests_out:
+        import_module("tests.helpers.lightning")
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:

@@ -205,16 +205,14 @@ def test_a_run_that_is_told_to_end_while_it_measures_its_end(tmp_path: Path) -> 
 
 
 def test_a_killed_run_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
-    """The command and the run that are killed have interpreters of their own, as a user's."""
+    """The run that is killed has an interpreter of its own, as a user's."""
     changes = {"set": {**STUDY["set"], "trainer.max_epochs": 4}, "factors": {}, "published": []}
     study = load_study(written(tmp_path, **changes))
     (run,) = study.runs()
     (whole,) = run_all([run], tmp_path / "whole")
     folder = tmp_path / "killed" / run.name
-    arguments = [sys.executable, "-m", "hessian_callback.cli.main", "study", str(tmp_path / "digits.yaml")]
-    process = subprocess.Popen(
-        [*arguments, "--output", str(tmp_path / "killed")], cwd=ROOT, stdout=subprocess.DEVNULL, start_new_session=True
-    )
+    arguments = ["study", str(tmp_path / "digits.yaml"), "--output", str(tmp_path / "killed")]
+    process = ForkedModule("hessian_callback.cli.main", arguments, cwd=ROOT, env=os.environ, stdout=Path(os.devnull))
     while not (folder / one_run.CHECKPOINT).exists():
         assert process.poll() is None
         time.sleep(0.01)

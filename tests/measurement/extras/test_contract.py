@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from hessian_callback.linalg.distributed import Ranks
 from hessian_callback.measurement.extras.base import Extra
 from hessian_callback.measurement.extras.outlier_ratio import OutlierRatio
 from hessian_callback.measurement.extras.registry import EXTRAS, expected_hvps, make_extras
+from hessian_callback.measurement.measurement import Measurement
 from hessian_callback.measurement.measurer import Measured, Measurer
 from hessian_callback.measurement.place import Place
 from hessian_callback.measurement.solvers import Lanczos, PublishedProtocol
@@ -42,10 +45,16 @@ def measured(name: str, ranks: Ranks | None = None) -> list[Measured]:
     return results
 
 
+@pytest.fixture(scope="module")
+def alone() -> Callable[[str], list[Measurement]]:
+    """Both measurements of a single process, which are made once."""
+    return cache(lambda name: [one.measurement for one in measured(name)])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", EXTRAS)
-def test_returned_keys_are_declared(name: str) -> None:
-    first, last = (one.measurement for one in measured(name))
+def test_returned_keys_are_declared(name: str, alone: Any) -> None:
+    first, last = alone(name)
     assert not first.not_compared
     assert not last.not_compared
     # The second measurement has everything, except for a bound that needs a positive gap.
@@ -56,8 +65,8 @@ def test_returned_keys_are_declared(name: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", EXTRAS)
-def test_spent_products_do_not_exceed_the_announced_ones(name: str) -> None:
-    for one in (result.measurement for result in measured(name)):
+def test_spent_products_do_not_exceed_the_announced_ones(name: str, alone: Any) -> None:
+    for one in alone(name):
         announced = make(name).expected_hvps(one.num_hvps)
         spent = one.comparisons.get("num_extra_hvps", 0)
         # Two halves are two spectra, each on half of the samples: in samples they cost as much as one.
@@ -79,11 +88,10 @@ def all_on_ranks(rank: int) -> Any:
     return {name: [one.measurement.comparisons for one in measured(name, ranks)] for name in EXTRAS}
 
 
-def test_two_ranks_measure_the_same_as_one() -> None:
-    alone = {name: [one.measurement.comparisons for one in measured(name)] for name in EXTRAS}
+def test_two_ranks_measure_the_same_as_one(alone: Any) -> None:
     for outcome in run_ranks(all_on_ranks, 2):
-        for name, expected in alone.items():
-            for ours, theirs in zip(outcome.value[name], expected, strict=True):
+        for name in EXTRAS:
+            for ours, theirs in zip(outcome.value[name], [one.comparisons for one in alone(name)], strict=True):
                 assert ours.keys() == theirs.keys()
                 for key, value in theirs.items():
                     # An angle near zero is the square root of rounding.
