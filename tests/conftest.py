@@ -61,7 +61,7 @@ def _shares_runs(file: str) -> bool:
 # Unit tests without a Trainer and without processes are the fast tier: pytest -m "not slow and not distributed".
 FAST_FOLDERS = {"linalg", "algorithms", "operators", "power_law", "measurement", "plots"}
 FAST_FILES = {"test_imports.py", "test_metrics.py", "test_options.py"}
-STARTS_PROCESSES = re.compile(r"\b(run_ranks|launch|subprocess)\b")
+STARTS_PROCESSES = re.compile(r"\b(run_ranks|run_code|run_module|launch|launch_ranks|subprocess)\b")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -9,7 +9,6 @@ import os
 import re
 import subprocess
 import sys
-import tempfile
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from hessian_callback.cli import main as cli
 from hessian_callback.demos import DigitsCNN, DigitsData
-from tests.helpers.forks import ForkedModule
+from tests.helpers.forks import run_module
 from tests.helpers.lightning import CSVLogger, EarlyStopping, Trainer
 
 ROOT = Path(__file__).parents[2]
@@ -45,14 +44,7 @@ def environment() -> dict[str, str]:
 
 def command(*args: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     """Run the command line in a process of its own, in a folder of its own."""
-    with tempfile.TemporaryDirectory() as folder:
-        streams = {name: Path(folder) / name for name in ("stdout", "stderr")}
-        process = ForkedModule(MODULE, args, cwd=cwd, env=environment(), **streams)
-        try:
-            status = process.wait(280)
-        finally:
-            process.kill_group()
-        return subprocess.CompletedProcess(args, status, *(path.read_text() for path in streams.values()))
+    return run_module(MODULE, *args, cwd=cwd, env=environment())
 
 
 @dataclass

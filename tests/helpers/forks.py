@@ -13,6 +13,7 @@ import runpy
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import cache
@@ -87,6 +88,25 @@ class ForkedModule:
             os.killpg(self.pid, signal.SIGKILL)
         self._process.kill()
         self._process.join()
+
+
+def run_module(
+    module: str, *arguments: str, cwd: Path = ROOT, env: Mapping[str, str] | None = None, timeout: float = 280
+) -> subprocess.CompletedProcess[str]:
+    """Run a module in a fork to its end, like ``subprocess.run``."""
+    with tempfile.TemporaryDirectory() as folder:
+        streams = {name: Path(folder) / name for name in ("stdout", "stderr")}
+        process = ForkedModule(module, arguments, cwd=cwd, env=os.environ if env is None else env, **streams)
+        try:
+            status = process.wait(timeout)
+        finally:
+            process.kill_group()
+        return subprocess.CompletedProcess(arguments, status, *(path.read_text() for path in streams.values()))
+
+
+def run_code(code: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run a program in a fork to its end, like ``python -c``, with Lightning imported already."""
+    return run_module("tests.helpers.code", code, **options)
 
 
 def _run_module(module: str, arguments: list[str], cwd: str, environment: dict[str, str], streams: list[str]) -> None:

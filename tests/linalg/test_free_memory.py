@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +9,7 @@ import torch
 
 from hessian_callback.linalg import free_memory as module
 from hessian_callback.linalg.free_memory import free_memory, main_memory_limits
+from tests.helpers.forks import run_code
 
 GIB = 2**30
 
@@ -110,7 +109,5 @@ before = main_memory_limits()["the process (RLIMIT_AS)"]
 block = bytearray(2**30)
 print(before - main_memory_limits()["the process (RLIMIT_AS)"] >= 2**30, before < 64 * 2**30)
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2]
-    )
+    done = run_code(code)
     assert done.stdout == "True True\n", done.stderr

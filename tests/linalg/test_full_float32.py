@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import warnings
 
 import pytest
 import torch
 
 from hessian_callback.linalg.full_float32 import full_float32
+from tests.helpers.forks import run_code
 
 # Ways in which a run can enable TF32. Each needs a process of its own, because torch refuses some mixtures for good.
 WAYS = {
@@ -69,7 +68,7 @@ def test_the_block_disables_reduced_precision_and_restores_it(way: str) -> None:
     if "fp32_precision" in WAYS[way] and not hasattr(torch.backends.cuda.matmul, "fp32_precision"):
         pytest.skip("this torch has the old names only")
     script = SCRIPT.replace("WAY", repr(WAYS[way]))
-    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    ended = run_code(script)
     assert ended.returncode == 0, ended.stderr
 
 
@@ -92,5 +91,5 @@ backends = torch.backends
 owners = backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn, backends.mkldnn.matmul
 assert {owner.fp32_precision for owner in owners} == {"tf32"}
 """
-    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    ended = run_code(script)
     assert ended.returncode == 0, ended.stderr

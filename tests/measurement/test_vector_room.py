@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +15,7 @@ from hessian_callback.linalg.krylov_basis import KrylovBasis
 from hessian_callback.linalg.linear_operator import MatvecOperator
 from hessian_callback.measurement import vector_room as module
 from hessian_callback.measurement.vector_room import NotEnoughMemoryError, vector_room
+from tests.helpers.forks import run_code
 from tests.helpers.problems import batches, cross_entropy, network
 from tests.helpers.ranks import run_ranks
 
@@ -172,14 +170,7 @@ print(head.history[0].spectrum is not None)
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="a Linux file")
 def test_training_survives_a_real_limit(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", DRILL],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"},
-    )
+    done = run_code(DRILL, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     first, second = done.stdout.splitlines()[-2:]
     assert first.startswith("2 2 "), done.stdout
