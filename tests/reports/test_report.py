@@ -262,11 +262,11 @@ def test_a_bad_history_leaves_the_other_runs(line: str, whole: Path, tmp_path: P
         report(tmp_path, whole / "bad")
 
 
-def test_a_million_damaged_lines_make_one_note(whole: Path, tmp_path: Path) -> None:
+def test_a_hundred_thousand_damaged_lines_make_one_note(whole: Path, tmp_path: Path) -> None:
     with (whole / "whole" / FILE_NAME).open("ab") as file:
-        file.write(b"{\n" * 1_000_000)
+        file.write(b"{\n" * 100_000)
     _, page = report(tmp_path, whole / "whole")
-    assert "1000000 lines of hessian_history.jsonl are cut off or damaged, and were left out: 4, 5, 6, 7, 8 and" in page
+    assert "100000 lines of hessian_history.jsonl are cut off or damaged, and were left out: 4, 5, 6, 7, 8 and" in page
     assert len(page) < 100_000
 
 
