@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 from torchmetrics import MetricCollection
 
 from hessian_callback import metrics
 from hessian_callback.metrics import PowerLawFitError, PowerLawSlope, SpectrumMetric, take_first_if_equal
 from hessian_callback.power_law.fit import fit_power_law
+from tests.helpers.ranks import run_ranks
 
 SPECTRUM = 2.0 * torch.arange(1, 51, dtype=torch.float64) ** -1.3
 OTHER = torch.exp(-torch.arange(1, 31, dtype=torch.float64) / 10)
@@ -201,8 +199,7 @@ def test_base_class_names_the_missing_method() -> None:
         metric.compute()
 
 
-def _on_two_ranks(rank: int, folder: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+def _on_two_ranks(rank: int) -> dict[str, object]:
     results: dict[str, object] = {}
     metric = PowerLawSlope()
     metric.update(SPECTRUM)
@@ -231,16 +228,12 @@ def _on_two_ranks(rank: int, folder: str) -> None:
             metric.sync()
         except ValueError as error:
             results[name] = str(error)
-    torch.save(results, Path(folder) / f"{rank}.pt")
-    dist.destroy_process_group()
+    return results
 
 
-@pytest.mark.slow
-def test_two_ranks_do_not_count_the_spectrum_twice(tmp_path: Path) -> None:
-    mp.spawn(_on_two_ranks, (str(tmp_path),), nprocs=2)
+def test_two_ranks_do_not_count_the_spectrum_twice() -> None:
     expected = fit_power_law(SPECTRUM).slope
-    for rank in range(2):
-        results = torch.load(tmp_path / f"{rank}.pt")
+    for results in (outcome.value for outcome in run_ranks(_on_two_ranks, 2)):
         assert torch.equal(results["state"], SPECTRUM)
         for name in ("unsynced", "synced", "after", "on_compute"):
             assert results[name] == expected, name
