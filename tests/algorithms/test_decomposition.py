@@ -45,6 +45,7 @@ def grown(operator: MatvecOperator, size: int, seed: int = 0) -> Decomposition:
     return decomposition
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("exponent", [1.0, 2.0, 3.0])
 def test_vectors_on_few_coordinates_stay_orthogonal_in_float32(exponent: float) -> None:
     """Each vector of this basis has most of its norm in the first coordinates."""

@@ -234,6 +234,7 @@ def test_scipy_on_the_same_operator() -> None:
     np.testing.assert_allclose(spectrum.eigenvalues.numpy(), oracle, rtol=1e-8)
 
 
+@pytest.mark.slow
 def test_curvlinops_under_our_solver() -> None:
     curvlinops = pytest.importorskip("curvlinops")
     case = CASES["mlp"]()

@@ -141,6 +141,7 @@ def test_options_are_arguments_of_the_same_call(options: dict[str, Any], tmp_pat
     assert_same(top_eigenvalues(operator, 10, checkpoint=str(tmp_path / "run"), **options), whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("hvp", ["double_backward", "finite_difference"])
 def test_the_hessian_of_a_network(hvp: str, dtype: torch.dtype, tmp_path: Path) -> None:

@@ -231,6 +231,7 @@ STRUCTURES = st.recursive(
 )
 
 
+@pytest.mark.slow
 @given(STRUCTURES)
 @settings(max_examples=60, deadline=None)
 def test_every_tensor_of_a_structure_is_replaced_once(batch: Any) -> None:

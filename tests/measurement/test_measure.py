@@ -56,6 +56,7 @@ class FaultyOnce:
         return cross_entropy(model, batch) * (torch.nan if self.calls == self.faulty else 1.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_one_bad_evaluation_is_an_error_or_leaves_the_values(dtype: torch.dtype) -> None:
     # Trials of an engine may fail and fall back; a product that enters the result may not.

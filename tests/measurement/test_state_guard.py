@@ -198,6 +198,7 @@ def disturb(value: Any, how: random.Random) -> None:
         how.choice(kinds)()
 
 
+@pytest.mark.slow
 @given(structures(), st.integers(0, 2**32), st.integers(1, 8))
 @settings(max_examples=150, deadline=None)
 def test_any_structure_is_restored_again_and_again(structure: Any, seed: int, rounds: int) -> None:

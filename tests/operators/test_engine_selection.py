@@ -243,6 +243,7 @@ def test_values_that_are_read_are_named_with_a_remedy() -> None:
         HessianOperator(case.model, branching, case.batches, hvp="linearize")
 
 
+@pytest.mark.slow
 def test_a_wrong_forward_derivative_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     case = CASES["mlp"](torch.float32)
     product = TracedProduct.product
@@ -253,6 +254,7 @@ def test_a_wrong_forward_derivative_is_refused(monkeypatch: pytest.MonkeyPatch) 
         HessianOperator(case.model, case.loss_fn, case.batches, hvp="linearize")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_the_mean_squared_error_is_traced(reduction: str) -> None:
     """PyTorch's own would end the process."""

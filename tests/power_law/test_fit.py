@@ -191,6 +191,7 @@ def test_any_k_from_three_to_all_takes_the_largest(values: list[float], data: st
             fit_power_law(values, num_eigenvalues=bad)
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=200)
 @given(any_positive)
 def test_every_spectrum_with_two_values_has_a_fit(values: list[float]) -> None:

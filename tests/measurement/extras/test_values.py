@@ -45,6 +45,7 @@ def test_eigenvalues_and_slope(measured: Measurement, eigenvalues: torch.Tensor)
     assert measured.slope == pytest.approx(fit_power_law(eigenvalues[:K]).slope, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_trace_and_frobenius_norm(measured: Measurement, eigenvalues: torch.Tensor) -> None:
     values = measured.comparisons
     assert abs(values["trace"] - float(eigenvalues.sum())) <= 5 * values["trace_stderr"] + 1e-9
