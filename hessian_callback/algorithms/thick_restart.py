@@ -63,7 +63,7 @@ def kept_at_ends(ritz_values: _Array, wanted: int, count: int) -> tuple[int, int
         count: at least k and less than N.
 
     Source:
-        Wu and Simon (2000), section 5, with the wanted eigenvalue in place of the last one kept.
+        Compare Wu and Simon (2000), who discuss rules that keep both ends.
 
     Example:
         >>> kept_at_ends(np.array([9.0, 8.0, 5.0, 4.0, 1.0, 0.0, -1.0, -9.0]), 2, 4)
