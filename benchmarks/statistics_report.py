@@ -659,8 +659,9 @@ def correction_section(scale: float) -> str:
         "slope; of `jackknife` of the slopes of two halves, of the eigenvalues of two halves, and of the eigenvalues "
         f"if one of {BATCHES} batches is left out; of `fit_population`, which is given N as if the samples were "
         "independent and of equal size. The true slope is that of the K largest population eigenvalues, for "
-        "`fit_population` the exponent s. Kinds of samples as above. *digits network*: the Hessians of the section on a small network, N "
-        "images out of 1000, against the slope on all of them. Required: at most 3 % for N = 10 K.\n\n"
+        "`fit_population` the exponent s. Kinds of samples as above. *digits network*: the Hessians of the "
+        "section on a small network, N images out of 1000, against the slope on all of them. Required: at most 3 % "
+        "for N = 10 K.\n\n"
         f"`python -m benchmarks.statistics_report --only correction`, {time.process_time() - started:.0f} s of one "
         "core.\n\n" + table(head, rows)
     )

@@ -119,10 +119,9 @@ class PopulationFit:
         if not 0.0 < level < 1.0:
             raise ValueError(f"level is {level}; give the coverage as a fraction, such as 0.95")
         null = _Null(self.fit.num_eigenvalues, self.num_samples, self.num_parameters, self.draws, self.seed)
-        low, high = (
-            _solve(lambda slope, q=quantile: float(np.quantile(null.slopes(slope), q)), self.fit.slope)
-            for quantile in (0.5 * (1.0 + level), 0.5 * (1.0 - level))
-        )
+        tail = 0.5 * (1.0 - level)
+        low = _solve(lambda slope: float(np.quantile(null.slopes(slope), 1.0 - tail)), self.fit.slope)
+        high = _solve(lambda slope: float(np.quantile(null.slopes(slope), tail)), self.fit.slope)
         return low, high
 
 
