@@ -52,8 +52,9 @@ _FLAT = 0.7
 _TAIL_NODES = 48
 # Spacing of the tabulated slopes on a logarithmic scale.
 _STEP = 0.2
-# Range of the search.
-_SMALLEST_SLOPE, _LARGEST_SLOPE = 0.02, 20.0
+# The search ends at this slope, and at one where the Kth population eigenvalue comes near the rounding of the first.
+_SMALLEST_SLOPE = 0.02
+_LARGEST_LOG_RANGE = 18.0
 
 
 @dataclass(frozen=True)
@@ -120,8 +121,8 @@ class PopulationFit:
             raise ValueError(f"level is {level}; give the coverage as a fraction, such as 0.95")
         null = _Null(self.fit.num_eigenvalues, self.num_samples, self.num_parameters, self.draws, self.seed)
         tail = 0.5 * (1.0 - level)
-        low = _solve(lambda slope: float(np.quantile(null.slopes(slope), 1.0 - tail)), self.fit.slope)
-        high = _solve(lambda slope: float(np.quantile(null.slopes(slope), tail)), self.fit.slope)
+        low = null.solve(lambda slopes: float(np.quantile(slopes, 1.0 - tail)), self.fit.slope)
+        high = null.solve(lambda slopes: float(np.quantile(slopes, tail)), self.fit.slope)
         return low, high
 
 
@@ -160,7 +161,8 @@ def fit_population(
 
     Raises:
         TypeError: as `fit_power_law`, or if an option is not an integer.
-        ValueError: as `fit_power_law`; if N or P is below K; if no slope between 0.02 and 20 explains the spectrum.
+        ValueError: as `fit_power_law`; if N or P is below K; if no slope between 0.02 and 18 / ln K explains the
+            spectrum.
 
     Source:
         Clauset, Shalizi and Newman (2009) for the bootstrap with refitted exponent; the null law is ours.
@@ -174,7 +176,7 @@ def fit_population(
     draws, seed = checked_draws(draws, seed)
     fit = fit_power_law(eigenvalues, num_eigenvalues=num_eigenvalues)
     null = _Null(fit.num_eigenvalues, *_checked_size(fit.num_eigenvalues, num_samples, num_parameters), draws, seed)
-    slope = _solve(lambda trial: float(null.slopes(trial).mean()), fit.slope)
+    slope = null.solve(lambda slopes: float(slopes.mean()), fit.slope)
     distances = null.distances(slope)
     return PopulationFit(
         fit=fit,
@@ -348,6 +350,25 @@ class _Null:
         """Return the simulated fit errors at a population slope, ascending; ``(draws,)``."""
         return np.exp(self._interpolated(slope, 1))
 
+    def solve(self, statistic: Callable[[FloatArray], float], target: float) -> float:
+        """Find the population slope at which an increasing statistic of the simulated slopes equals the target."""
+        largest = _LARGEST_LOG_RANGE / math.log(self._size[0])
+        low = high = target
+        while _SMALLEST_SLOPE <= low <= largest and statistic(self.slopes(low)) > target:
+            low /= 1.2
+        while _SMALLEST_SLOPE <= high <= largest and statistic(self.slopes(high)) < target:
+            high *= 1.2
+        if low < _SMALLEST_SLOPE or high > largest:
+            raise ValueError(
+                f"no population with a slope between {_SMALLEST_SLOPE} and {largest:.3g} has samples with a slope of "
+                f"{target:.3g}; check num_samples and num_parameters, or fit fewer eigenvalues"
+            )
+        if low == high:
+            return target
+        return float(
+            optimize.brentq(lambda slope: statistic(self.slopes(slope)) - target, low, high, xtol=1e-6 * target)
+        )
+
     def _interpolated(self, slope: float, which: int) -> FloatArray:
         position = math.log(slope) / _STEP
         nodes = [math.floor(position) + offset for offset in (-1, 0, 1, 2)]
@@ -404,20 +425,3 @@ def _tail(slope: float, after: int, last: int) -> tuple[FloatArray, FloatArray]:
     points, weights = np.polynomial.legendre.leggauss(_TAIL_NODES)
     log_rank = start + 0.5 * (stop - start) * (1.0 + points)
     return np.exp(-slope * log_rank), 0.5 * (stop - start) * weights * np.exp(log_rank)
-
-
-def _solve(increasing: Callable[[float], float], target: float) -> float:
-    """Find the population slope at which a statistic of the simulated slopes equals the target."""
-    low = high = target
-    while low >= _SMALLEST_SLOPE and increasing(low) > target:
-        low /= 1.2
-    while high <= _LARGEST_SLOPE and increasing(high) < target:
-        high *= 1.2
-    if low < _SMALLEST_SLOPE or high > _LARGEST_SLOPE:
-        raise ValueError(
-            f"no population with a slope between {_SMALLEST_SLOPE} and {_LARGEST_SLOPE} has samples with a slope "
-            f"of {target:.3g}; check num_samples and num_parameters, or fit fewer eigenvalues"
-        )
-    if low == high:
-        return target
-    return float(optimize.brentq(lambda slope: increasing(slope) - target, low, high, xtol=1e-6 * target))
