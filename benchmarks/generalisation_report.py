@@ -85,8 +85,10 @@ QUESTIONS: dict[str, tuple[Callable[[Checkpoint], float], Callable[[Checkpoint],
 
 
 def collect(folder: Path) -> None:
-    """Save the rows of the studies with the loss on the samples of the Hessian."""
+    """Save the rows of the studies that are in a folder, with the loss on the samples of the Hessian."""
     for name in STUDIES:
+        if not (folder / name).is_dir():
+            continue
         with (folder / name / "results.csv").open(newline="", encoding="utf-8") as file:
             rows: list[dict[str, object]] = list(csv.DictReader(file))
         losses = {
