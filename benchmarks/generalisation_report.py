@@ -32,7 +32,7 @@ STUDIES = ("generalisation_digits", "generalisation_gpt")
 SEED = 20250724
 BOOTSTRAPS = 2000
 #: Two losses are equal if their logarithms differ by at most this.
-TOLERANCE = 0.1
+TOLERANCE = 0.05
 #: Fewest pairs of runs of a setting.
 FEWEST = 8
 
