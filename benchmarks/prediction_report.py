@@ -268,7 +268,7 @@ def report(draws: int) -> str:
 Written by `python -m benchmarks.prediction_report`. K = 20, 200 held-out samples, a measurement each epoch.
 `digits`: the example's CNN, {EPOCHS["digits"]} epochs. `overfitting`: an MLP on 200 digits, 40 of them with a label
 drawn by chance, {EPOCHS["overfitting"]} epochs, whose validation loss falls and rises again. The predicted loss is the
-run's own `val_loss`.
+run's own `val_loss`. This page follows single runs; [GENERALISATION.md](GENERALISATION.md) compares runs at equal loss.
 
 How to read it: the scale of the fit, least squares and the kind of last value were chosen after a look at the
 digits with seed 0, so its figures flatter the machinery, for all predictors alike. Loss and gap make twelve

@@ -7,8 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from benchmarks.statistics_report import with_sections
 from tests.helpers.report_tables import rows
 
 ROOT = Path(__file__).parents[2]
@@ -57,3 +59,38 @@ def test_committed_size_is_nominal() -> None:
         error = 100 * (0.05 * 0.95 / draws) ** 0.5
         assert fitted == pytest.approx(5.0, abs=3.5 * error)
         assert bootstrap == pytest.approx(5.0, abs=3.5 * error)
+
+
+def cells_of(heading: str) -> list[list[str]]:
+    """The cells of each line of a section's table, without its head."""
+    section = REPORT.read_text().split(f"## {heading}")[1].split("\n## ")[0]
+    lines = [line for line in section.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+
+
+def test_committed_covariance_null_has_its_size_and_coverage() -> None:
+    table = [cells for cells in cells_of("Size, coverage and power") if cells[0] == "independent"]
+    numbers, covers, rejects = np.array([[float(cells[i]) for i in (6, -2, -1)] for cells in table]).T
+    assert numbers.sum() > 5000
+    # Rates at 5 % scatter by the spectra and by the draws of the null law, of which there are about as many.
+    error = 100 * np.sqrt(0.05 * 0.95 * 2 / numbers)
+    assert (np.abs(rejects - 5) < 3.5 * error).all()
+    assert (np.abs(covers - 95) < 3.5 * error).all()
+    assert 4 < numbers @ rejects / numbers.sum() < 6
+    assert 93 < numbers @ covers / numbers.sum() < 97
+
+
+def test_committed_population_slopes_are_within_three_percent() -> None:
+    table = [
+        cells for cells in cells_of("Correcting the slope") if cells[4] != "-" and cells[2] == f"{10 * int(cells[1])}"
+    ]
+    assert len(table) >= 7
+    for cells in table:
+        assert abs(float(cells[-2])) <= 3
+
+
+def test_sections_are_replaced_by_their_headings() -> None:
+    text = "# Title\n\n## One\n\nold\n\n## Two\n\nkept\n"
+    assert with_sections(text, ["## One\n\nnew", "## Three\n\nadded"]) == (
+        "# Title\n\n## One\n\nnew\n\n## Two\n\nkept\n\n## Three\n\nadded\n"
+    )
