@@ -101,9 +101,11 @@ def load_causal_lm(path: str | None) -> Any:
     transformers = import_extra("transformers", "PretrainedLM")
     try:
         model, loading = transformers.AutoModelForCausalLM.from_pretrained(**options, output_loading_info=True)
+    except (ImportError, MemoryError):
+        raise
     except OSError as error:
         raise FileNotFoundError(f"{file} has no weights that can be read ({_beginning(error)})") from error
-    except (ValueError, KeyError, RuntimeError) as error:
+    except Exception as error:  # A damaged file may end any reader.
         raise ValueError(f"{file} is not a causal language model that can be read ({_beginning(error)})") from error
     if missing := sorted(loading["missing_keys"]):
         raise ValueError(
@@ -132,7 +134,9 @@ def load_tokenizer(path: str | None) -> Any:
     transformers = import_extra("transformers", "TokenData")
     try:
         return transformers.AutoTokenizer.from_pretrained(**options)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ImportError, MemoryError):
+        raise
+    except Exception as error:  # A damaged file may end any reader.
         raise ValueError(
             f"{file} has no tokenizer that can be read ({_beginning(error)}); save the model's tokenizer beside it"
         ) from error
