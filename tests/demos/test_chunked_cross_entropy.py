@@ -70,6 +70,31 @@ def test_a_target_outside_of_the_classes_is_refused() -> None:
         chunked_cross_entropy(hidden, weight, targets + 1, 3)
 
 
+def test_rounding_over_a_large_vocabulary_is_less_than_that_of_the_plain_loss() -> None:
+    """On a CPU softmax and cross_entropy add up the probabilities in order."""
+    classes = 50_000
+    hidden, direction = torch.randn(2, 4, WIDTH, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    weight = torch.randn(classes, WIDTH, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    targets = torch.tensor([0, 7, 7, classes - 1])
+
+    def product(dtype: torch.dtype, loss: Any) -> Tensor:
+        states = hidden.to(dtype).requires_grad_()
+        (gradient,) = torch.autograd.grad(loss(states, weight.to(dtype)), states, create_graph=True)
+        return torch.autograd.grad(gradient, states, grad_outputs=direction.to(dtype))[0].double()
+
+    def plain(states: Tensor, matrix: Tensor) -> Tensor:
+        return F.cross_entropy(states @ matrix.T, targets)
+
+    def chunked(states: Tensor, matrix: Tensor) -> Tensor:
+        return chunked_cross_entropy(states, matrix, targets, 2)
+
+    exact = product(torch.float64, plain)
+    torch.testing.assert_close(product(torch.float64, chunked), exact)
+    errors = [float((product(torch.float32, loss) - exact).norm() / exact.norm()) for loss in (chunked, plain)]
+    print(errors)
+    assert errors[0] < errors[1] / 2
+
+
 class LargestResult(TorchDispatchMode):
     """Counts the numbers in the largest tensor that any operation returns, forwards and backwards."""
 
