@@ -150,15 +150,27 @@ class PretrainedLM(LightningModule):
         logits: Tensor = self.model(input_ids=tokens, use_cache=False).logits
         return logits
 
+    def hessian_loss(self, batch: list[Tensor]) -> Tensor:
+        """Return the mean cross entropy over all tokens of a batch, which the callback differentiates; log nothing."""
+        tokens, targets = batch
+        if self.loss_chunk is None:
+            logits = self(tokens).flatten(0, 1)
+            return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets.flatten())
+        weight = self.model.get_output_embeddings().weight
+        hidden = self._hidden(tokens).flatten(0, 1).to(weight.dtype)
+        # Autocast would act in the forward pass of the function only, and not in its own backward pass.
+        with torch.autocast(hidden.device.type, enabled=False):
+            return chunked_cross_entropy(hidden, weight, targets.flatten(), self.loss_chunk)
+
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         """Return the mean cross entropy over all tokens of a batch."""
-        loss = self._loss(batch)
+        loss = self.hessian_loss(batch)
         self.log("train_loss", loss, on_step=False, on_epoch=True, batch_size=len(batch[0]))
         return loss
 
     def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
         """Log the loss on the held-out text."""
-        self.log("val_loss", self._loss(batch), prog_bar=True, batch_size=len(batch[0]))
+        self.log("val_loss", self.hessian_loss(batch), prog_bar=True, batch_size=len(batch[0]))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Return the optimizer of the trained parameters."""
@@ -184,17 +196,6 @@ class PretrainedLM(LightningModule):
     def _hidden(self, tokens: Tensor) -> Tensor:
         hidden: Tensor = self.model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
         return hidden
-
-    def _loss(self, batch: list[Tensor]) -> Tensor:
-        tokens, targets = batch
-        if self.loss_chunk is None:
-            logits = self(tokens).flatten(0, 1)
-            return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets.flatten())
-        weight = self.model.get_output_embeddings().weight
-        hidden = self._hidden(tokens).flatten(0, 1).to(weight.dtype)
-        # Autocast would act in the forward pass of the function only, and not in its own backward pass.
-        with torch.autocast(hidden.device.type, enabled=False):
-            return chunked_cross_entropy(hidden, weight, targets.flatten(), self.loss_chunk)
 
 
 def _last_block(model: Any) -> str:

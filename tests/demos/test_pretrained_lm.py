@@ -240,7 +240,7 @@ def test_loss_is_the_models_own(folder: str) -> None:
     tokens = torch.randint(VOCABULARY, (4, 7))
     expected = llama()(input_ids=tokens, labels=tokens).loss
     for chunk in (None, 5):
-        loss = PretrainedLM(folder, loss_chunk=chunk).training_step([tokens[:, :-1], tokens[:, 1:]], 0)
+        loss = PretrainedLM(folder, loss_chunk=chunk).hessian_loss([tokens[:, :-1], tokens[:, 1:]])
         torch.testing.assert_close(loss, expected)
 
 
@@ -253,7 +253,7 @@ def test_hessian_of_the_loss_in_chunks_is_that_of_the_whole(folder: str, trained
         model = PretrainedLM(folder, trained=trained, loss_chunk=chunk, lora_rank=2).double().eval()
         result = measure(
             model,
-            lambda model, batch: model.training_step(batch, 0),
+            lambda model, batch: model.hessian_loss(batch),
             [batch()],
             num_eigenvalues=4,
             solver=Lanczos(rtol=1e-8),
@@ -400,6 +400,6 @@ def test_the_default_is_smollm2_and_predicts_text() -> None:
     tokens = text.encode("The capital of France is Paris. The capital of Italy is")
     with torch.no_grad():
         logits = model.eval()(tokens.unsqueeze(0))[0]
-        loss = model.training_step([tokens[None, :-1], tokens[None, 1:]], 0)
+        loss = model.hessian_loss([tokens[None, :-1], tokens[None, 1:]])
     assert text.decode([int(logits[-1].argmax())]) == " Rome"
     torch.testing.assert_close(loss, F.cross_entropy(logits[:-1], tokens[1:]))
