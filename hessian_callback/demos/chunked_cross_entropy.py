@@ -105,7 +105,7 @@ class _Gradient(torch.autograd.Function):
         return for_hidden, for_weight
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, *directions: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden, weight, grad, targets = ctx.saved_tensors
         towards, weight_towards = directions
