@@ -5,6 +5,7 @@ from hessian_callback.demos.classifier import ImageClassifier
 from hessian_callback.demos.digits import DigitsCNN, DigitsData
 from hessian_callback.demos.images import ImageData
 from hessian_callback.demos.networks import FullyConnected, LeNet, ResNet18
+from hessian_callback.demos.pretrained_lm import PretrainedLM, TokenData
 from hessian_callback.demos.texts import TextData
 
 __all__ = [
@@ -15,6 +16,8 @@ __all__ = [
     "ImageClassifier",
     "ImageData",
     "LeNet",
+    "PretrainedLM",
     "ResNet18",
     "TextData",
+    "TokenData",
 ]

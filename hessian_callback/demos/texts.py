@@ -1,4 +1,4 @@
-"""Data of text as windows of characters, for character language models."""
+"""Data of text as windows of characters or of other units, for language models."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from hessian_callback.callbacks.lightning_packages import LightningDataModule
 from hessian_callback.demos.gathered import as_batch
 from hessian_callback.demos.options import check_at_least
 
-__all__ = ["TextData", "TextWindows", "read_text"]
+__all__ = ["TextData", "TextWindows", "WindowedText", "read_text"]
 
 # One verse a line, without references, as release 4.38 of Debian's packages prints them.
 _BIBLE_SHA256 = "b5c4940bcfeee072c0935b5200d0f9d88a00a0199cb0961d16133458fcdfae5d"
@@ -99,7 +99,7 @@ def _sha256(text: str) -> str:
 
 
 class TextWindows(Dataset[tuple[Tensor, Tensor]]):
-    """Windows of T characters, and the same ones shifted by one, which are the targets.
+    """Windows of T codes, and the same ones shifted by one, which are the targets.
 
     Args:
         codes: the text, ``(n,)``.
@@ -133,7 +133,118 @@ class TextWindows(Dataset[tuple[Tensor, Tensor]]):
         return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
 
 
-class TextData(LightningDataModule):
+class WindowedText(LightningDataModule):
+    """A text as codes, with its end held out: the base of `TextData` and `TokenData`.
+
+    Subclasses define ``encode``. Options and batches are those of `TextData`.
+    """
+
+    #: The word for what a code stands for, in messages and in the name of an option.
+    unit = "characters"
+
+    def __init__(
+        self,
+        source: str,
+        context_length: int,
+        batch_size: int,
+        eval_batch_size: int,
+        val_fraction: float,
+        num_train: int | None,
+        steps_per_epoch: int | None,
+        val_sequences: int | None,
+    ) -> None:
+        """Check and store the options; the text is read on its first use."""
+        super().__init__()
+        sizes = {
+            "context_length": context_length,
+            "batch_size": batch_size,
+            "eval_batch_size": eval_batch_size,
+            f"train_{self.unit}": num_train,
+            "steps_per_epoch": steps_per_epoch,
+            "val_sequences": val_sequences,
+        }
+        check_at_least(1, **sizes)
+        if not 0 < val_fraction < 1:
+            raise ValueError(f"val_fraction must lie between 0 and 1, got {val_fraction}")
+        self.source = source
+        self.context_length = context_length
+        self.batch_size = batch_size
+        self.eval_batch_size = eval_batch_size
+        self.val_fraction = val_fraction
+        self.steps_per_epoch = steps_per_epoch
+        self.val_sequences = val_sequences
+        self._num_train = num_train
+        self._train: TextWindows | None = None
+        self._val: TextWindows | None = None
+
+    def encode(self, text: str) -> Tensor:
+        """Return the codes of a text, ``(n,)`` in int64."""
+        raise NotImplementedError
+
+    @cached_property
+    def text(self) -> str:
+        """The whole text, read on its first use."""
+        return read_text(self.source)
+
+    @cached_property
+    def sha256(self) -> str:
+        """Checksum of the text in UTF-8, which identifies the text of a run."""
+        return _sha256(self.text)
+
+    def setup(self, stage: str) -> None:
+        """Encode the text and cut its end off."""
+        if self._train is not None:
+            return
+        codes = self.encode(self.text)
+        num_train = len(codes) - round(self.val_fraction * len(codes))
+        train, val = codes[:num_train], codes[num_train:]
+        if self._num_train is not None:
+            if self._num_train > num_train:
+                raise ValueError(
+                    f"train_{self.unit}={self._num_train}, but only {num_train} are not held out; use fewer, a "
+                    "longer text or a smaller val_fraction"
+                )
+            train = train[: self._num_train]
+        for part, part_codes in (("training", train), ("held-out", val)):
+            if len(part_codes) <= self.context_length:
+                raise ValueError(
+                    f"the {part} part has {len(part_codes)} {self.unit}, and one window and its last target take "
+                    f"{self.context_length + 1}; use a smaller context_length or a longer text"
+                )
+        starts = torch.arange(0, len(val) - self.context_length, self.context_length)
+        if self.val_sequences is not None:
+            if self.val_sequences > len(starts):
+                raise ValueError(
+                    f"val_sequences={self.val_sequences}, but the held-out part has {len(starts)} windows that don't "
+                    "overlap; use fewer or hold out more"
+                )
+            starts = starts[torch.arange(self.val_sequences) * len(starts) // self.val_sequences]
+        self._train = TextWindows(train, torch.arange(len(train) - self.context_length), self.context_length)
+        self._val = TextWindows(val, starts, self.context_length)
+
+    def train_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
+        """Batches of windows that begin anywhere in the training part."""
+        windows = self._ready(self._train)
+        steps = self.steps_per_epoch or math.ceil(len(windows.codes) / (self.batch_size * self.context_length))
+        sampler = RandomSampler(windows, replacement=True, num_samples=steps * self.batch_size)
+        return self._loader(windows, batch_size=self.batch_size, sampler=sampler)
+
+    def val_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
+        """Batches of the held-out windows, in a fixed order."""
+        return self._loader(self._ready(self._val), batch_size=self.eval_batch_size)
+
+    @staticmethod
+    def _ready(windows: TextWindows | None) -> TextWindows:
+        if windows is None:
+            raise RuntimeError("call setup('fit') before asking for a loader; a Trainer does so itself")
+        return windows
+
+    @staticmethod
+    def _loader(windows: TextWindows, **options: Any) -> DataLoader[tuple[Tensor, Tensor]]:
+        return DataLoader(windows, collate_fn=as_batch, **options)
+
+
+class TextData(WindowedText):
     """A text as characters, with its end held out.
 
     Batches are inputs and targets in int64, ``(B, T)`` each; a target is the character after its input. Training
@@ -178,38 +289,16 @@ class TextData(LightningDataModule):
         val_sequences: int | None = None,
     ) -> None:
         """Check and store the options; the text is read on its first use."""
-        super().__init__()
-        check_at_least(
-            1,
-            context_length=context_length,
-            batch_size=batch_size,
-            eval_batch_size=eval_batch_size,
-            train_characters=train_characters,
-            steps_per_epoch=steps_per_epoch,
-            val_sequences=val_sequences,
+        super().__init__(
+            source,
+            context_length,
+            batch_size,
+            eval_batch_size,
+            val_fraction,
+            train_characters,
+            steps_per_epoch,
+            val_sequences,
         )
-        if not 0 < val_fraction < 1:
-            raise ValueError(f"val_fraction must lie between 0 and 1, got {val_fraction}")
-        self.source = source
-        self.context_length = context_length
-        self.batch_size = batch_size
-        self.eval_batch_size = eval_batch_size
-        self.val_fraction = val_fraction
-        self.train_characters = train_characters
-        self.steps_per_epoch = steps_per_epoch
-        self.val_sequences = val_sequences
-        self._train: TextWindows | None = None
-        self._val: TextWindows | None = None
-
-    @cached_property
-    def text(self) -> str:
-        """The whole text, read on its first use."""
-        return read_text(self.source)
-
-    @cached_property
-    def sha256(self) -> str:
-        """Checksum of the text in UTF-8, which identifies the text of a run."""
-        return _sha256(self.text)
 
     @cached_property
     def vocabulary(self) -> str:
@@ -243,58 +332,6 @@ class TextData(LightningDataModule):
         """
         numbers = codes.tolist() if isinstance(codes, Tensor) else codes
         return "".join(self.vocabulary[number] for number in numbers)
-
-    def setup(self, stage: str) -> None:
-        """Encode the text and cut its end off."""
-        if self._train is not None:
-            return
-        codes = self.encode(self.text)
-        num_train = len(codes) - round(self.val_fraction * len(codes))
-        train, val = codes[:num_train], codes[num_train:]
-        if self.train_characters is not None:
-            if self.train_characters > num_train:
-                raise ValueError(
-                    f"train_characters={self.train_characters}, but only {num_train} are not held out; use fewer, a "
-                    "longer text or a smaller val_fraction"
-                )
-            train = train[: self.train_characters]
-        for part, characters in (("training", train), ("held-out", val)):
-            if len(characters) <= self.context_length:
-                raise ValueError(
-                    f"the {part} part has {len(characters)} characters, and one window and its last target take "
-                    f"{self.context_length + 1}; use a smaller context_length or a longer text"
-                )
-        starts = torch.arange(0, len(val) - self.context_length, self.context_length)
-        if self.val_sequences is not None:
-            if self.val_sequences > len(starts):
-                raise ValueError(
-                    f"val_sequences={self.val_sequences}, but the held-out part has {len(starts)} windows that don't "
-                    "overlap; use fewer or hold out more"
-                )
-            starts = starts[torch.arange(self.val_sequences) * len(starts) // self.val_sequences]
-        self._train = TextWindows(train, torch.arange(len(train) - self.context_length), self.context_length)
-        self._val = TextWindows(val, starts, self.context_length)
-
-    def train_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
-        """Batches of windows that begin anywhere in the training part."""
-        windows = self._ready(self._train)
-        steps = self.steps_per_epoch or math.ceil(len(windows.codes) / (self.batch_size * self.context_length))
-        sampler = RandomSampler(windows, replacement=True, num_samples=steps * self.batch_size)
-        return self._loader(windows, batch_size=self.batch_size, sampler=sampler)
-
-    def val_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
-        """Batches of the held-out windows, in a fixed order."""
-        return self._loader(self._ready(self._val), batch_size=self.eval_batch_size)
-
-    @staticmethod
-    def _ready(windows: TextWindows | None) -> TextWindows:
-        if windows is None:
-            raise RuntimeError("call setup('fit') before asking TextData for a loader; a Trainer does so itself")
-        return windows
-
-    @staticmethod
-    def _loader(windows: TextWindows, **options: Any) -> DataLoader[tuple[Tensor, Tensor]]:
-        return DataLoader(windows, collate_fn=as_batch, **options)
 
 
 def _code_points(text: str) -> np.ndarray[Any, np.dtype[np.uint32]]:
