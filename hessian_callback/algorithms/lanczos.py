@@ -472,7 +472,8 @@ class _Solver:
             found = bool(self._agreed(float(probe.largest_seen > smallest)))
             # With a limited basis a second chain is expensive, and most finds are eigenvalues that the run has yet to
             # show.
-            again = self._capacity is None or (self._found is not None and self._steady_since(self._found, projection))
+            steady = self._found is not None and self._steady_since(self._found, projection)
+            again = self._capacity is None or bool(self._agreed(float(steady)))
             self._found = float(smallest) if found else None
             if ruled_out or not (found and again) or decomposition.num_matvecs >= self._max_matvecs:
                 return self._proof(projection, first, border), ruled_out
