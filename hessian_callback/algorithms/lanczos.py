@@ -328,7 +328,8 @@ class _Solver:
         self._seen: tuple[int, float] | None = None  # vectors appended at the last vain probe, and what that saw
         # The smallest wanted Ritz value when the last probe found an eigenvalue above it.
         self._found: float | None = None
-        self._earlier: list[tuple[int, float]] = []  # vectors appended and the k-th Ritz value at each restart
+        # Vectors appended and the k largest Ritz values at the latest restarts.
+        self._earlier: list[tuple[int, list[float]]] = []
         self._num_runs = 0  # random vectors that probes have started from
         self._rounding_basis: RoundingBasis | None = None  # None until the products were measured
         self._tested_size = 0  # vectors appended when the orthogonality of the basis was tested last,
@@ -401,8 +402,10 @@ class _Solver:
         kept = max(min(kept, self._capacity - _LEAST_NEW), len(decomposition.chains))
         if kept < decomposition.size:
             ritz = decomposition.projection().ritz_values
-            self._earlier.append((decomposition.num_appended, float(ritz[self._k - 1])))
-            largest, smallest = kept_at_ends(ritz, min(self._k, kept), kept)
+            before = sum(appended <= self._steady_from for appended, _ in self._earlier)
+            latest = (decomposition.num_appended, ritz[: self._k].tolist())
+            self._earlier = [*self._earlier[max(0, before - 1) :], latest]
+            largest, smallest = kept_at_ends(ritz, min(self._needed(ritz), kept), kept)
             decomposition.restart(largest, smallest)
 
     def _check(self) -> tuple[_Proof | None, bool]:
@@ -598,9 +601,16 @@ class _Solver:
 
     def _is_steady(self, projection: Projection) -> bool:
         """Return whether a limited basis may have converged: a cycle between two restarts sees little."""
-        since = self._decomposition.num_appended * (1 - _LATEST)
-        earlier = [value for appended, value in self._earlier if appended <= since]
-        return not self._earlier or (bool(earlier) and self._steady_since(earlier[-1], projection))
+        if not self._earlier:
+            return True
+        last = min(self._needed(projection.ritz_values), self._k) - 1
+        earlier = [values[last] for appended, values in self._earlier if appended <= self._steady_from]
+        return bool(earlier) and self._steady_since(earlier[-1], projection)
+
+    @property
+    def _steady_from(self) -> float:
+        """Vectors appended when the latest tenth of all products began."""
+        return self._decomposition.num_appended * (1 - _LATEST)
 
     def _believed_limit(self, projection: Projection, first: int | None) -> float:
         """Estimate the complement's largest eigenvalue from the latest basis vectors.
@@ -789,7 +799,7 @@ class _Solver:
             "num_converged": self._num_converged,
             "leading": self._leading,
             "found": self._found,
-            "earlier": list(self._earlier),
+            "earlier": [(appended, list(values)) for appended, values in self._earlier],
         }
 
     def _restore(self, state: Mapping[str, Any]) -> tuple[int, Chain | None]:
@@ -823,6 +833,9 @@ class _Solver:
         decomposition = self._decomposition
         sizes = each(is_count, is_finite)
         leading = is_tensor(-1, dtype=torch.float64)
+        restarts = each(
+            is_count, lambda value: type(value) is list and len(value) == self._k and all(map(is_finite, value))
+        )
 
         def is_size(value: Any) -> bool:
             return is_count(value) and value <= decomposition.num_appended
@@ -841,7 +854,7 @@ class _Solver:
                 "num_converged": lambda value: is_count(value) and value <= self._k,
                 "leading": lambda value: value is None or (leading(value) and len(value) <= self._k),
                 "found": lambda value: value is None or is_finite(value),
-                "earlier": lambda value: type(value) is list and all(map(sizes, value)),
+                "earlier": lambda value: type(value) is list and all(map(restarts, value)),
             },
         )
         if decomposition.num_matvecs > self._max_matvecs:

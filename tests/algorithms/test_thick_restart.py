@@ -149,6 +149,14 @@ def test_bounds_hold_with_clusters_copies_and_negative_eigenvalues(
     assert spectrum.num_matvecs <= max(10 * k, 50)
 
 
+def test_fewer_positive_eigenvalues_than_wanted_end_the_run() -> None:
+    values = torch.cat([ranks(30) ** -1.0, -0.02 - 0.1 * ranks(570) ** -0.5])
+    spectrum = top_eigenvalues(diagonal_operator(values), 40, max_basis_size=56, positive_only=True)
+    assert spectrum.stopped == "no_more_positive"
+    assert spectrum.num_restarts > 0
+    assert holds(spectrum, values)
+
+
 def test_a_copy_across_the_last_eigenvalue_is_found() -> None:
     """A Krylov space never has a second copy: a second chain must join and pass through restarts."""
     values = torch.cat([ranks(10) ** -0.5, ranks(10)[3:8] ** -0.5, 0.2 * torch.linspace(-1, 1, 500)]).double()
