@@ -72,8 +72,8 @@ def test_a_record_is_continued_and_its_table_replaces_the_last(
         attack.main()
         return [json.loads(line) for line in record.read_text(encoding="utf-8").splitlines()]
 
-    assert [line["cases"] for line in call(30)] == [4]
-    assert [line["cases"] for line in call(60)] == [4, 3]
+    assert [line["cases"] for line in call(40)] == [4]
+    assert [line["cases"] for line in call(80)] == [4, 3]
     page = output.read_text(encoding="utf-8")
     assert page.startswith("before\n")
     assert page.endswith(f"{attack.END}\nafter\n")
