@@ -189,7 +189,7 @@ def disturb(value: Any, how: random.Random) -> None:
         kinds = [
             lambda: value.add_(1),
             lambda: value.data.mul_(-1),
-            lambda: value.resize_(7),
+            lambda: None if value.requires_grad else value.resize_(7),
             lambda: setattr(value, "data", torch.ones(5, dtype=torch.float64)),
             lambda: value.requires_grad_(),
             lambda: setattr(value, "hung", [1]),
