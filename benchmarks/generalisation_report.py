@@ -295,7 +295,7 @@ Runs: 32 perceptrons with one hidden layer on 400 digits (`generalisation_digits
 decay, share of wrong labels), ten measurements each, the training loss on all 400 images at the same weights; 16 GPTs
 of two layers on 10,000 characters (`generalisation_gpt`: width, batch, learning rate, weight decay), four measurements
 each of the last block, the training loss as the mean over the epoch; and the studies of
-[docs/reproduction.md](../docs/reproduction.md), measured at their ends alone, but for the GPTs over training. These
+docs/reproduction.md, measured at their ends alone, but for the GPTs over training. These
 have no weight norm, and most no trace. Sets with fewer than {FEWEST} pairs are left out.
 """
 
