@@ -163,12 +163,12 @@ class Decomposition:
         self._diagonal = small.diagonal.tolist()
         self._couplings = list(zip(small.rows.tolist(), small.columns.tolist(), small.values.tolist(), strict=True))
         self._gram = small.mixing.T @ self._gram @ small.mixing
-        residuals = [chain.residual for chain in self.chains]
-        for number, chain in enumerate(self.chains):
-            weights = small.mixing[:, number].tolist()
-            chain.residual = _sum_of(residuals, weights)
-            # Division by a small norm enlarges what is left of the basis.
-            chain.column, chain.detached = count - len(self.chains) + number, True
+        if self.chains:
+            residuals = self._residuals()
+            mixed = torch.from_numpy(small.mixing.T).to(residuals) @ residuals
+            for column, chain in enumerate(self.chains, count - len(self.chains)):
+                # Division by a small norm enlarges what is left of the basis.
+                chain.residual, chain.column, chain.detached = mixed[column - count], column, True
         self.num_restarts += 1
         self.num_kept = count
         self._drop_negligible()
@@ -599,10 +599,3 @@ class Decomposition:
                 "compute in float64, or report the operator: its products are not those of one symmetric matrix"
             )
         self.orthogonality = max(self.orthogonality, error)
-
-
-def _sum_of(vectors: list[Tensor], weights: list[float]) -> Tensor:
-    total = vectors[0] * weights[0]
-    for vector, weight in zip(vectors[1:], weights[1:], strict=True):
-        total.add_(vector, alpha=weight)
-    return total

@@ -63,15 +63,16 @@ def vector_room(
     """
     ranks, partition = operator.ranks, operator.partition
     item = torch.finfo(operator.dtype).bits // 8
+    each = item * max(1, partition.slice_length)
     sharing = ranks.num_on_host() if device.type == "cpu" else 1
     free = free_memory(device)
     room = float("inf")
     if free is not None:
         whole = _WHOLE_VECTORS * partition.size if operator.device == device else 0
         left = _SHARE * free / sharing - item * whole
-        room = max(0.0, left // (item * max(1, partition.slice_length)) - kept)
+        room = max(0.0, left // each - kept)
     if budget is not None:
-        room = min(room, budget // (item * max(1, partition.slice_length)))
+        room = min(room, budget // each)
     smallest = float(ranks.gather([room]).min())
     return None if smallest == float("inf") else int(smallest)
 
