@@ -250,7 +250,7 @@ def _checked_limit(max_basis_size: int | None, k: int, size: int, max_matvecs: i
     if max_basis_size is None:
         return None
     limit = whole_number("max_basis_size", max_basis_size, at_least=1)
-    # In a small space a probe might exhaust the complement. The vectors of one are no matter there.
+    # In a small space a probe might exhaust the complement, and all vectors take little memory.
     if size < limit + 2 * (_LONGEST_PROBE + 1) or max_matvecs <= limit:
         return None
     if limit < k + _LEAST_ROOM:
@@ -473,8 +473,7 @@ class _Solver:
                 border = max(border, shown + 1e-6 * abs(shown) + decomposition.rounding)
             smallest = projection.ritz_values[min(self._needed(projection.ritz_values), projection.size) - 1]
             found = bool(self._agreed(float(probe.largest_seen > smallest)))
-            # With a limited basis a second chain is expensive, and most finds are eigenvalues that the run has yet to
-            # show.
+            # In a limited basis a second chain is expensive, and the main run finds most of these eigenvalues later.
             steady = self._found is not None and self._steady_since(self._found, projection)
             again = self._capacity is None or bool(self._agreed(float(steady)))
             self._found = float(smallest) if found else None
