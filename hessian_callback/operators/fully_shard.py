@@ -7,6 +7,7 @@ of the gradients that the hooks deliver.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -25,11 +26,11 @@ _SETTINGS = ("reshard_after_backward", "reduce_grads", "all_reduce_grads", "post
 
 
 def _sharded_modules(model: nn.Module) -> list[Any]:
-    if not torch.distributed.is_available():
+    # Whoever sharded the model has imported this. The import takes a second.
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is None:
         return []
-    from torch.distributed.fsdp import FSDPModule
-
-    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+    return [module for module in model.modules() if isinstance(module, fsdp.FSDPModule)]
 
 
 def is_sharded(model: nn.Module) -> bool:
