@@ -91,10 +91,10 @@ class DoubleBackward(ProductEngine):
             self._graphs: list[list[Tensor] | None] = [self._gradient(index) for index in range(len(keep))]
 
     @property
-    def num_nodes(self) -> int:
-        """Nodes of the first kept graph, from which the time of a trace is estimated; 0 if none is kept."""
+    def nodes(self) -> list[str]:
+        """Names of the nodes of the first kept graph, from which the time of a trace is estimated."""
         kept = next((graph for graph in self._graphs if graph is not None), None)
-        return 0 if kept is None else sum(1 for _ in graph_nodes(kept))
+        return [] if kept is None else [node.name() for node in graph_nodes(kept)]
 
     @property
     def num_cached(self) -> int:

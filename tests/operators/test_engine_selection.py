@@ -19,6 +19,7 @@ from hessian_callback.operators.engine_selection import (
     tracing_pays,
     trial_pays,
 )
+from hessian_callback.operators.products import DoubleBackward
 from hessian_callback.operators.tracing import TracedProduct
 from tests.helpers.cases import CASES, classify, dense_hessian
 from tests.helpers.ranks import run_ranks
@@ -37,8 +38,8 @@ def test_a_change_over_saves_time_by_the_numbers_it_rests_on(
         assert trace + rest + left * ratio * product < left * product
     if ratio >= 1:
         assert not tracing_pays(Timing(product, trace, rest), left, ratio)
-    if trial_pays(Timing(product, trace, rest), left, TracingStatistics()):
-        assert trace <= 0.05 * left * product
+    if trial_pays(Timing(product, trace, rest, gain=0.2), left, TracingStatistics()):
+        assert trace <= 0.2 * left * product
     assert not trial_pays(Timing(product, trace, rest), left, TracingStatistics(failure="no forward derivative"))
 
 
@@ -123,7 +124,30 @@ def test_few_products_are_not_worth_a_trial() -> None:
         operator.matvec(torch.ones(57, dtype=torch.float64))
     assert operator.engine == "double_backward"
     assert "too few products" in operator.engine_reason
-    assert known == TracingStatistics()
+    assert known == TracingStatistics(product_seconds=known.product_seconds)
+
+
+def test_a_trial_that_many_measurements_share_is_made_in_a_later_one() -> None:
+    timing = Timing(product=0.1, trace=1.0, gain=0.1)
+    known = TracingStatistics()
+    tried = []
+    for _ in range(5):
+        tried.append(trial_pays(timing, 40, known))
+        known.product_seconds += 40 * timing.product
+    assert tried == [False, False, True, True, True]
+
+
+def test_convolutions_are_tried_earlier_and_normalisation_takes_longer_to_trace() -> None:
+    nodes = ["MulBackward0"] * 30
+    plain = TracingStatistics().expected_trace_seconds(nodes)
+    assert TracingStatistics().expected_trace_seconds([*nodes, "NativeBatchNormBackwardBackward0"]) > 2 * plain
+    convolutional = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(2, 2)).double().eval()
+    batch = (torch.randn(4, 1, 3, 3, dtype=torch.float64), torch.tensor([0, 1, 0, 1]))
+    with HessianOperator(convolutional, classify, [batch], hvp="double_backward") as operator:
+        assert isinstance(operator._engine, DoubleBackward)
+        names = operator._engine.nodes
+    assert any("Convolution" in name for name in names)
+    assert any("BatchNorm" in name for name in names)
 
 
 def test_constants_that_do_not_fit_the_budget_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
