@@ -17,6 +17,8 @@ __all__ = ["KrylovBasis", "row_products"]
 # enough to allocate little in advance.
 _FIRST_BLOCK = 32
 _GROWTH = 16
+# So few inner products are formed faster without BLAS.
+_FEW_ROWS = 2
 # Numbers in float64 that a change of basis holds at a time.
 _CHUNK = 2**22
 
@@ -165,10 +167,13 @@ def row_products(rows: Tensor, vector: Tensor) -> Tensor:
     """Multiply ``(m, n), (n,) -> (m,)``; the result is in float64, see `LONGEST_SUM`."""
     if vector.device.type != "cpu" or len(vector) <= LONGEST_SUM:
         return _precise(rows.mv(vector))
-    partial = [
-        part.mv(piece) for part, piece in zip(rows.split(LONGEST_SUM, 1), vector.split(LONGEST_SUM), strict=True)
-    ]
-    return torch.stack(partial).sum(0, dtype=torch.float64)
+    if len(rows) <= _FEW_ROWS:
+        return (rows * vector).sum(1, dtype=torch.float64)
+    pieces = vector.split(LONGEST_SUM)
+    partial = vector.new_empty(len(pieces), len(rows))
+    for part, piece, out in zip(rows.split(LONGEST_SUM, 1), pieces, partial.unbind(), strict=True):
+        torch.mv(part, piece, out=out)
+    return partial.sum(0, dtype=torch.float64)
 
 
 def _precise(values: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ __all__ = ["LONGEST_SUM", "inner_products", "orthonormal_columns", "triangular_f
 
 # Longest sum that is left to BLAS in float32 on a CPU. BLAS adds in a few accumulators: 8192 terms already cost vectors
 # that sit on few coordinates their orthogonality.
-LONGEST_SUM = 512
+LONGEST_SUM = 2048
 
 
 @full_float32()
