@@ -99,7 +99,10 @@ HEAD = """# Beside others
 Written by `python -m benchmarks`. Contestants take turns round by round on the same weights and samples; a ratio is
 formed in each round, and median and range over the rounds are shown. The largest error is that of the k values in the
 order of their size, relative to this project in float64 with proven bounds of 1e-6. Who is off by more than 1 % is
-wrong, and not compared on time. Everyone works in float32; times include all that is built or traced.
+wrong, and not compared on time. Everyone works in float32; times include all that is built or traced, except what only
+the first trace of a process takes (imports, which Lightning makes anyway, and caches; some two seconds). *Times the
+limit*: in units of the fewest products after which Lanczos could stop if it knew the truth, each as fast as our fastest
+exact one; the two factors follow each table.
 
 *By hand*: the settings that need the fewest products for 0.8 %, found beforehand by `benchmarks.settings`, which a user
 could not know: the number of Lanczos steps for hessian-eigenthings, which then reorthogonalises each, and scipy's `ncv`

@@ -15,11 +15,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks import peers
 from benchmarks.cases import Case, measured
 from benchmarks.distributed import launch
+from benchmarks.limit import FastestProduct, fewest_products
 from benchmarks.peers import Found, error, num_missing
 from benchmarks.references import KEPT, independent, reference
 from benchmarks.settings import best
 from benchmarks.statistics_report import table
-from benchmarks.timing import pin_threads, ratios, spread, timed
+from benchmarks.timing import milliseconds, pin_threads, ratios, spread, timed
 
 # A contestant whose largest error is above is wrong and not compared.
 WRONG = 1e-2
@@ -48,6 +49,8 @@ class Cell:
     k: int
     entries: list[Entry]
     num_parameters: int
+    fewest: int = 0  # products until the values are within 1 %
+    fastest: list[dict[str, float]] = field(default_factory=list)  # seconds of a product by each engine, round by round
     gemv: float = 0.0
     independent: float | None = None
 
@@ -81,8 +84,11 @@ def measure(
     with sdpa_kernel(SDPBackend.MATH):
         truth = reference(name, case, k, kept=kept)
         entries: dict[str, Entry] = {}
+        limit, fastest = FastestProduct(case), []
+        fewest = fewest_products(limit.operators["double_backward"], torch.tensor(truth, dtype=torch.float64), WRONG)
         began = time.perf_counter()
         for number in range(rounds):
+            fastest.append(limit.seconds())
             turn = contestants(case, name, k)
             order = list(turn)[number % len(turn) :] + list(turn)[: number % len(turn)]
             for label in order:
@@ -94,7 +100,8 @@ def measure(
             spent = time.perf_counter() - began
             if spent + (spent - extra) / (number + 1) > allotted:
                 break
-        cell = Cell(name, k, list(entries.values()), case.num_parameters)
+        limit.close()
+        cell = Cell(name, k, list(entries.values()), case.num_parameters, fewest, fastest)
         cell.gemv = gemv_bandwidth(entries[OWN].products, case.num_parameters)
         if check:
             cell.independent = error(independent(case, k), truth)
@@ -135,10 +142,22 @@ def gemv_bandwidth(rows: int, columns: int) -> float:
 def report(cells: list[Cell], missing: list[tuple[str, int]]) -> str:
     """The comparison, and what our time goes into."""
     rows = [row for cell in cells for row in comparison(cell)]
-    rows += [[name, str(k), "all", "not run", "", "", "", "", ""] for name, k in missing]
+    rows += [[name, str(k), "all", "not run", "", "", "", "", "", ""] for name, k in missing]
     head = ["case", "k", "contestant", "settings", "products", "largest error", "missing"]
-    head += ["time / ours", "rounds"]
+    head += ["time / ours", "times the limit", "rounds"]
     text = table(head, rows)
+    head = [
+        "case",
+        "k",
+        "products",
+        "fewest",
+        "products / fewest",
+        "fastest engine",
+        "ms a product",
+        "our ms a product",
+    ]
+    head += ["ours / fastest", "times the limit"]
+    text += f"\n\n### The limit\n\n{LIMIT}\n\n{table(head, [factors(cell) for cell in cells])}"
     for cell in cells:
         if cell.independent is not None:
             text += (
@@ -150,6 +169,12 @@ def report(cells: list[Cell], missing: list[tuple[str, int]]) -> str:
     head += ["basis, MB", "GB/s of basis reads", "GB/s of plain GEMV", "share, %"]
     return f"{text}\n\n### Where our time goes\n\n{BREAKDOWN}\n\n{table(head, parts)}"
 
+
+LIMIT = (
+    "*Fewest*: products after which the k values are within 1 %, read off against the reference. *Fastest engine*: the "
+    "faster of our two exact ones, timed in the same rounds with what it builds or traces left out. The limit is their "
+    "product; nothing is left for a proof, for orthogonalisation, or for finding out what is fastest."
+)
 
 BREAKDOWN = (
     "*Preparing*: graphs or tracing before the first product. *The rest*: orthogonalisation, small eigenvalue "
@@ -177,8 +202,29 @@ def comparison(cell: Cell) -> list[list[str]]:
         settings = entry.note if finite else ""
         shown = f"{100 * entry.error:.2g} %" if finite else "none"
         start = [cell.name, str(cell.k), entry.label, settings, str(entry.products), shown]
-        rows.append([*start, str(entry.missing), ratio, str(len(pairs))])
+        times = spread(limits(cell, entry)) if entry.error <= WRONG else ""
+        rows.append([*start, str(entry.missing), ratio, times, str(len(pairs))])
     return rows
+
+
+def limits(cell: Cell, entry: Entry) -> list[float]:
+    """An entry's seconds in units of the limit, round by round."""
+    return [
+        seconds / (cell.fewest * min(cell.fastest[number].values()))
+        for seconds, number in zip(entry.seconds, entry.rounds, strict=True)
+    ]
+
+
+def factors(cell: Cell) -> list[str]:
+    """Our distance from the limit, and its factors."""
+    own = next(entry for entry in cell.entries if entry.label == OWN)
+    assert own.last is not None, "every cell has a round"
+    medians = {engine: statistics.median(one[engine] for one in cell.fastest) for engine in cell.fastest[0]}
+    engine = min(medians, key=lambda name: medians[name])
+    each = own.last.multiplying / own.last.products
+    row = [cell.name, str(cell.k), str(own.products), str(cell.fewest), f"{own.products / cell.fewest:.2f}", engine]
+    row += [milliseconds([medians[engine]]), milliseconds([each]), f"{each / min(cell.fastest[-1].values()):.2f}"]
+    return [*row, spread(limits(cell, own))]
 
 
 def breakdown(cell: Cell) -> list[str]:

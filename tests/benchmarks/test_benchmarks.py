@@ -5,13 +5,17 @@ from pathlib import Path
 import pytest
 import torch
 
+from hessian_callback.algorithms.lanczos_tridiagonal import lanczos_tridiagonal
+from hessian_callback.linalg.linear_operator import MatvecOperator
+from hessian_callback.linalg.random_vectors import gaussian_slice
+
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(
     not (ROOT / "benchmarks" / "peers.py").exists(), reason="the benchmarks are not part of an installed package"
 )
 
 if (ROOT / "benchmarks" / "peers.py").exists():
-    from benchmarks import paper_scale, peers, product_table, references, top_table
+    from benchmarks import limit, paper_scale, peers, product_table, references, top_table
     from benchmarks.cases import Case, cross_entropy, measured
     from benchmarks.timing import in_turns, ratios, spread
 
@@ -97,12 +101,30 @@ def test_a_wrong_peer_is_listed_with_its_error_and_not_compared(tmp_path: Path, 
     assert wrong.error > 1e-2
     rows = {row[2]: row for row in top_table.comparison(cell)}
     assert rows["eigenthings, by its defaults"][7].startswith("wrong (")
-    assert rows["scipy eigsh over curvlinops, by hand"][8] == "1"
+    assert rows["scipy eigsh over curvlinops, by hand"][9] == "1"
     assert float(rows["scipy eigsh over curvlinops, by hand"][7]) > 0
+    # The limit is less than any run that is right can take, but for the scatter of times.
+    assert cell.fewest <= ours.products
+    assert float(rows[top_table.OWN][8]) > 0
+    factors = top_table.factors(cell)
+    assert factors[2:4] == [str(ours.products), str(cell.fewest)]
     shares = [float(cell) for cell in top_table.breakdown(cell)[3:6]]
     assert sum(shares) == pytest.approx(100, abs=0.2)
     text = top_table.report([cell], [("gpt", 200)])
     assert "| gpt | 200 | all | not run |" in text
+
+
+def test_the_fewest_products_are_those_of_a_run_that_is_told_the_truth() -> None:
+    values = torch.arange(1, 301, dtype=torch.float64) ** -1.0
+    operator = MatvecOperator(lambda v: values * v, 300, dtype=torch.float64)
+    fewest = limit.fewest_products(operator, values[:5], 1e-2)
+    start = gaussian_slice(operator.partition, seed=0, draw=0, dtype=torch.float64, device=torch.device("cpu"))
+
+    def is_right(steps: int) -> bool:
+        found = lanczos_tridiagonal(operator, start.clone(), steps).ritz_values[:5]
+        return len(found) == 5 and bool(((found - values[:5]).abs() <= 1e-2 * values[:5]).all())
+
+    assert fewest == next(steps for steps in range(1, 301) if is_right(steps))
 
 
 def test_a_wrong_product_is_not_compared() -> None:
