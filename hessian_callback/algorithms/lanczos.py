@@ -55,6 +55,8 @@ _USUAL_RTOL = 0.01
 _WIDEST_WINDOW = 6
 # Products of a probe after which it is better to go on with the main run.
 _LONGEST_PROBE = 64
+# What a vain probe has seen is believed until the basis has grown by this part, or at least so many vectors.
+_PATIENCE, _LEAST_PATIENCE = 0.1, 8
 # A probe is sent when the complement is believed to lie below the provable limit by this part of the smallest wanted
 # eigenvalue. A narrower margin takes longer probes, and more of them fail.
 _MARGIN = 0.02
@@ -418,6 +420,9 @@ class _Solver:
         decomposition.raise_norm(self._agreed(float(np.abs(projection.ritz_values[[0, -1]]).max())))
         first = self._first_of_tail(projection)
         limit = self._provable_limit(projection, first)
+        if limit is None and first is not None and self._capacity is None:
+            # Without the tail the bounds are wider, but the complement is that of more vectors.
+            first, limit = None, self._provable_limit(projection, None)
         if limit is not None and self._measure_errors(projection):
             limit = self._provable_limit(projection, first)
         if limit is None:
@@ -473,13 +478,14 @@ class _Solver:
                 border = max(border, shown + 1e-6 * abs(shown) + decomposition.rounding)
             smallest = projection.ritz_values[min(self._needed(projection.ritz_values), projection.size) - 1]
             found = bool(self._agreed(float(probe.largest_seen > smallest)))
-            # In a limited basis a second chain is expensive, and the main run finds most of these eigenvalues later.
+            # The main run finds most of these eigenvalues later, and several chains have no recurrence whose moments
+            # sharpen the bounds.
             steady = self._found is not None and self._steady_since(self._found, projection)
-            again = self._capacity is None or bool(self._agreed(float(steady)))
             self._found = float(smallest) if found else None
-            if ruled_out or not (found and again) or decomposition.num_matvecs >= self._max_matvecs:
+            joins = found and bool(self._agreed(float(steady)))
+            if ruled_out or not joins or decomposition.num_matvecs >= self._max_matvecs:
                 return self._proof(projection, first, border), ruled_out
-            # It saw an eigenvalue that the basis may never show, such as a copy: a direction that must join.
+            # A second probe saw an eigenvalue that the basis may never show, such as a copy: it must join.
         longest = max(24, decomposition.size // 4)
         if self._capacity is not None:
             self._restart()
@@ -629,8 +635,10 @@ class _Solver:
         if self._decomposition.num_kept > 0:
             # A few new vectors show little of the complement of hardly more than k, which reaches almost to the k-th.
             believed = max(believed, (1 - 2 * _MARGIN) * float(ritz[min(self._needed(ritz), len(ritz)) - 1]))
-        if self._seen is not None and self._decomposition.num_appended <= 1.25 * self._seen[0]:
-            believed = max(believed, self._seen[1])
+        if self._seen is not None:
+            appended, largest = self._seen
+            if self._decomposition.num_appended <= appended + max(_LEAST_PATIENCE, _PATIENCE * appended):
+                believed = max(believed, largest)
         return believed + _MARGIN * float(abs(ritz[min(self._needed(ritz), len(ritz)) - 1]))
 
     def _most_useful_chain(self) -> Chain:
