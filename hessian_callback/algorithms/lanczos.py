@@ -464,7 +464,7 @@ class _Solver:
         Without a limit it takes all products that are left.
         """
         decomposition = self._decomposition
-        apart = first is not None or self._capacity is not None
+        apart = self._capacity is not None or self._first_of_tail(projection) is not None
         if apart:
             branch = decomposition.branch(first, self._window)
             probe, ruled_out = self._probe(branch, limit, _LONGEST_PROBE)
