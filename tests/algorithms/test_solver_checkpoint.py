@@ -121,7 +121,8 @@ def test_a_run_that_is_killed_repeatedly(
 @pytest.mark.parametrize("state", [(2, None), (2, 0), (2, 1)], ids=str)
 def test_several_chains(state: tuple[int, int | None], saved: dict[int, Any], tmp_path: Path) -> None:
     """A probe adds a copy with a chain of its own; the run is killed while either of the two chains is expanded."""
-    operator = operator_of(rotated((torch.arange(1, 121, dtype=torch.float64) ** -0.7).repeat_interleave(3)))
+    values = torch.arange(1, 151, dtype=torch.float64) ** -1.0
+    operator = operator_of(rotated(torch.cat([values, values[2].repeat(4)])))
     whole = top_eigenvalues(operator, 10, checkpoint=tmp_path / "run", checkpoint_every=0, return_eigenvectors=True)
     chains = {n: (len(solver["decomposition"]["chains"]), solver["chain"]) for n, solver in saved.items()}
     last = max(products for products, chain in chains.items() if chain == state)
