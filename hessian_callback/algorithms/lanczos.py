@@ -418,11 +418,14 @@ class _Solver:
         decomposition = self._decomposition
         projection = decomposition.projection()
         decomposition.raise_norm(self._agreed(float(np.abs(projection.ritz_values[[0, -1]]).max())))
-        first = self._first_of_tail(projection)
-        limit = self._provable_limit(projection, first)
-        if limit is None and first is not None and self._capacity is None:
-            # Without the tail the bounds are wider, but the complement is that of more vectors.
-            first, limit = None, self._provable_limit(projection, None)
+        tail = self._first_of_tail(projection)
+        first, limit = tail, None
+        # Without a tail the bounds are wider, but the complement is that of more vectors. The tail comes last: its
+        # bounds are those that are reported.
+        for candidate in (tail,) if tail is None or self._capacity is not None else (None, tail):
+            provable = self._provable_limit(projection, candidate)
+            if provable is not None:
+                first, limit = candidate, provable
         if limit is not None and self._measure_errors(projection):
             limit = self._provable_limit(projection, first)
         if limit is None:

@@ -117,7 +117,7 @@ def test_a_wrong_peer_is_listed_with_its_error_and_not_compared(tmp_path: Path, 
 def test_the_fewest_products_are_those_of_a_run_that_is_told_the_truth() -> None:
     values = torch.arange(1, 301, dtype=torch.float64) ** -1.0
     operator = MatvecOperator(lambda v: values * v, 300, dtype=torch.float64)
-    fewest = limit.fewest_products(operator, values[:5], 1e-2)
+    fewest = limit.fewest_products(operator, values[:5].tolist(), 1e-2)
     start = gaussian_slice(operator.partition, seed=0, draw=0, dtype=torch.float64, device=torch.device("cpu"))
 
     def is_right(steps: int) -> bool:

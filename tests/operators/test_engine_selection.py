@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -124,6 +126,7 @@ def test_few_products_are_not_worth_a_trial() -> None:
         operator.matvec(torch.ones(57, dtype=torch.float64))
     assert operator.engine == "double_backward"
     assert "too few products" in operator.engine_reason
+    assert known.product_seconds > 0
     assert known == TracingStatistics(product_seconds=known.product_seconds)
 
 
@@ -139,6 +142,8 @@ def test_a_trial_that_many_measurements_share_is_made_in_a_later_one() -> None:
 
 def test_convolutions_are_tried_earlier_and_normalisation_takes_longer_to_trace() -> None:
     nodes = ["MulBackward0"] * 30
+    import torch.fx.experimental.symbolic_shapes  # whose import would count otherwise
+
     plain = TracingStatistics().expected_trace_seconds(nodes)
     assert TracingStatistics().expected_trace_seconds([*nodes, "NativeBatchNormBackwardBackward0"]) > 2 * plain
     convolutional = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(2, 2)).double().eval()
@@ -148,6 +153,19 @@ def test_convolutions_are_tried_earlier_and_normalisation_takes_longer_to_trace(
         names = operator._engine.nodes
     assert any("Convolution" in name for name in names)
     assert any("BatchNorm" in name for name in names)
+
+
+def test_the_imports_of_a_first_trace_count_where_nobody_has_made_them() -> None:
+    program = """
+from hessian_callback.operators.engine_selection import TracingStatistics
+before = TracingStatistics().expected_trace_seconds([])
+import torch
+from hessian_callback import HessianOperator
+model = torch.nn.Linear(1, 1)
+HessianOperator(model, lambda m, x: m(x).square().mean(), [torch.ones(1, 1)], hvp="linearize")
+assert before > 0 == TracingStatistics().expected_trace_seconds([])
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 def test_constants_that_do_not_fit_the_budget_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
