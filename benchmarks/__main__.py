@@ -100,7 +100,7 @@ Written by `python -m benchmarks`. Contestants take turns round by round on the 
 formed in each round, and median and range over the rounds are shown. The largest error is that of the k values in the
 order of their size, relative to this project in float64 with proven bounds of 1e-6. Who is off by more than 1 % is
 wrong, and not compared on time. Everyone works in float32; times include all that is built or traced, except what only
-the first trace of a process takes (imports, which Lightning makes anyway, and caches; some two seconds). *Times the
+the first trace of a process takes (imports, which Lightning makes anyway, and caches; one to two seconds). *Times the
 limit*: in units of the fewest products after which Lanczos could stop if it knew the truth, each as fast as our fastest
 exact one; the two factors follow each table.
 

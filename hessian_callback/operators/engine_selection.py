@@ -43,9 +43,10 @@ _MARGIN = 0.05
 # Seconds of tracing for each node of the gradient's graph on a slow core, used until a trace was timed. Those of batch
 # normalisation have long derivatives.
 _SECONDS_PER_NODE, _SECONDS_PER_NODE_WITH_NORMALISATION = 10e-3, 25e-3
-# Seconds of the imports of the first trace of a process, and the module that takes most of them. Lightning imports it.
-_IMPORT_SECONDS = 2.0
-_IMPORTED = "torch.fx.experimental.symbolic_shapes"
+# Seconds of the imports of the first trace of a process, and the package that takes them. Lightning imports it as well,
+# products by double backward don't.
+_IMPORT_SECONDS = 1.0
+_IMPORTED = "torch._dynamo"
 
 
 @dataclass
