@@ -166,8 +166,7 @@ def multiply(engine):
     HessianOperator(*case, hvp=engine).matvec(torch.ones(2))
     return TracingStatistics().expected_trace_seconds([])
 
-assert multiply("double_backward") > 0
-assert multiply("linearize") == 0
+assert multiply("double_backward") > multiply("linearize")
 """
     subprocess.run([sys.executable, "-c", program], check=True)
 
