@@ -220,19 +220,19 @@ def _notes(table: RunTable) -> list[str]:
     if table.validation_name is None:
         notes.append(
             "No validation loss was found among the logged curves, so the mean loss over the held-out samples "
-            "takes its place. Name another curve with --val_loss"
+            "is used. Choose another curve with --val_loss"
         )
     others = sum(m.logged and m.num_fitted != table.num_fitted for m in table.run.history)
     if others:
         notes.append(
-            f"{others} measurement(s) have another K than {table.num_fitted}. Slopes compare at equal K only, so they "
-            "are in the last table and in no figure of the slope"
+            f"{others} measurement(s) have another K than {table.num_fitted}. Slopes are comparable at equal K only, so "
+            "these are in the last table but not in the figures of the slope"
         )
     failed = sum(not m.logged for m in table.run.history)
     if failed:
-        notes.append(f"{failed} measurement(s) have no slope that may be compared; the last table says why")
+        notes.append(f"{failed} measurement(s) have no slope; the last table has the reasons")
     if len({m.num_samples for m in table.run.history if m.num_samples is not None}) > 1:
-        notes.append("The number of held-out samples changed during the run, and the spectrum changes with it")
+        notes.append("The number of held-out samples changed during the run, which changes the spectrum")
     return notes
 
 
@@ -255,17 +255,17 @@ def _not_compared(tables: Sequence[RunTable]) -> list[str]:
             for (prefix, number, mode), members in kinds.items()
         ]
         warnings.append(
-            "These runs must not be compared with each other, because the slope of one and the same spectrum depends "
-            "on the number K of fitted eigenvalues, and different prefixes are different Hessians: "
-            f"{'; '.join(words)}. To compare them, measure all with one num_eigenvalues. Each kind has figures of its "
-            "own below"
+            "These runs cannot be compared with each other, because the slope of a spectrum depends on the number K of "
+            "fitted eigenvalues, and different prefixes are different Hessians: "
+            f"{'; '.join(words)}. To compare them, measure all with the same num_eigenvalues. The figures below are "
+            "separate for each kind"
         )
     for (_, number, _), members in kinds.items():
         samples = sorted({m.num_samples for t in members for m in t.run.history if m.num_samples is not None})
         if len(members) > 1 and len(samples) > 1:
             warnings.append(
-                f"The runs with K = {number} used different numbers of held-out samples ({_list(samples)}); a small "
-                "sample makes the slope steeper by itself"
+                f"The runs with K = {number} used different numbers of held-out samples ({_list(samples)}), "
+                "and a small sample makes the slope steeper"
             )
         if len(members) > 1 and len({table.validation_label for table in members}) > 1:
             names = _list(sorted({table.validation_label for table in members}))

@@ -162,7 +162,7 @@ def test_checkpoint_takes_the_place_of_the_file(runs: Path, tmp_path: Path) -> N
     assert list(run.history) == history_of(runs / "board" / "version_0")[:3]
     _, page = report(tmp_path, folder)
     assert "up to the checkpoint epoch=1.ckpt" in page
-    assert "the mean loss over the held-out samples takes its place" in page
+    assert "the mean loss over the held-out samples is used" in page
 
 
 def test_failed_measurements_are_listed_with_their_reason_and_escaped(tmp_path: Path) -> None:
@@ -180,7 +180,7 @@ def test_runs_of_one_k_are_compared_and_another_k_is_not(runs: Path, tmp_path: P
     written, page = report(tmp_path, runs)
     assert (written.num_runs, written.num_measurements) == (3, 7 + 3 + 2)
     assert "2 runs compared: hessian, K = 4" in page
-    assert re.search(r"must not be compared.*small/version_0 \(hessian, K = 3\)", page)
+    assert re.search(r"cannot be compared.*small/version_0 \(hessian, K = 3\)", page)
     # At the last step of the shorter one.
     board, sheet = (history_of(runs / name / "version_0") for name in ("board", "sheet"))
     assert "At the last step that all have reached (12)" in page
