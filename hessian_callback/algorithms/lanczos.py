@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any, get_args
 
@@ -178,31 +178,9 @@ def top_eigenvalues(
     """
     k, seed, max_matvecs = _checked_arguments(operator, k, rtol, max_matvecs, seed, start, probe_level)
     limit = _checked_limit(max_basis_size, k, operator.partition.size, max_matvecs)
-    stored: SolverCheckpoint | None = None
-    if checkpoint is not None:
-        run = {
-            "k": k,
-            "rtol": rtol,
-            "max_matvecs": max_matvecs,
-            "seed": seed,
-            "probe_level": probe_level,
-            "positive_only": positive_only,
-        }
-        stored = SolverCheckpoint(checkpoint, operator, run, checkpoint_every)
-    solver = _Solver(
-        operator,
-        k,
-        rtol,
-        max_matvecs,
-        seed,
-        probe_level,
-        positive_only,
-        criterion,
-        progress,
-        limit,
-        basis_device,
-        stored,
-    )
+    task = _Task(k, rtol, max_matvecs, seed, probe_level, positive_only)
+    stored = None if checkpoint is None else SolverCheckpoint(checkpoint, operator, asdict(task), checkpoint_every)
+    solver = _Solver(operator, task, criterion, progress, limit, basis_device, stored)
     with full_float32():
         spectrum = solver.solve(start, return_eigenvectors)
     if stored is not None:
@@ -264,6 +242,18 @@ def _kind_of(value: Any) -> str:
     return f"{value.layout} of {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
 
 
+@dataclass(frozen=True)
+class _Task:
+    """Arguments of `top_eigenvalues` that a checkpoint stores and a continued run must repeat."""
+
+    k: int
+    rtol: float
+    max_matvecs: int
+    seed: int
+    probe_level: float
+    positive_only: bool
+
+
 @dataclass(frozen=True, eq=False)
 class _Proof:
     """Small matrices and a bound on a complement, from which the bounds of the eigenvalues follow.
@@ -303,12 +293,7 @@ class _Solver:
     def __init__(
         self,
         operator: SymmetricOperator,
-        k: int,
-        rtol: float,
-        max_matvecs: int,
-        seed: int,
-        level: float,
-        positive_only: bool,
+        task: _Task,
         criterion: Callable[[Tensor, Tensor], bool] | None,
         progress: Callable[[LanczosProgress], None] | None,
         max_basis_size: int | None,
@@ -317,12 +302,8 @@ class _Solver:
     ) -> None:
         self._operator = operator
         self._dimensions = operator.partition.size
-        self._wanted = k
-        self._k = min(k, self._dimensions)
-        self._rtol = rtol
-        self._max_matvecs = max_matvecs
-        self._level = level
-        self._positive_only = positive_only
+        self._task = task
+        self._k = min(task.k, self._dimensions)
         self._criterion = criterion
         self._progress = progress
         self._num_converged = 0
@@ -337,18 +318,17 @@ class _Solver:
         self._tested_size = 0  # vectors appended when the orthogonality of the basis was tested last,
         self._measured_size = 0  # and when its errors were measured last
         self._num_precise = 0  # products in higher precision
-        self._seed = seed
         # Without a limit all vectors of a probe are stored. With one, the probe and the main run share it.
         self._window: int | None = None
         self._capacity: int | None = None
         if max_basis_size is not None:
-            self._window = min(max(2, (max_basis_size - k) // 4), _WIDEST_WINDOW)
+            self._window = min(max(2, (max_basis_size - task.k) // 4), _WIDEST_WINDOW)
             self._capacity = max_basis_size - self._window
-        self._decomposition = Decomposition(operator, seed, basis_device, self._capacity)
+        self._decomposition = Decomposition(operator, task.seed, basis_device, self._capacity)
         self._checkpoint = checkpoint
         # The last products are kept for a probe, so that the bounds of unconverged eigenvalues hold too. The basis must
         # have k vectors by then.
-        self._reserve = min(12, max(1, max_matvecs // 5), max(0, max_matvecs - self._k))
+        self._reserve = min(12, max(1, task.max_matvecs // 5), max(0, task.max_matvecs - self._k))
 
     def solve(self, start: Tensor | None, return_eigenvectors: bool) -> Spectrum:
         decomposition = self._decomposition
@@ -365,7 +345,7 @@ class _Solver:
                 self._checkpoint.save(decomposition.basis, state, restarts=decomposition.num_restarts)
             if self._check_is_due(next_check):
                 proof, ruled_out = self._check()
-                if proof is not None and (ruled_out or decomposition.num_matvecs >= self._max_matvecs):
+                if proof is not None and (ruled_out or decomposition.num_matvecs >= self._task.max_matvecs):
                     return self._result(proof, "converged" if ruled_out else "max_matvecs", return_eigenvectors)
                 next_check = decomposition.num_appended + max(1, decomposition.size // (50 if proof is None else 20))
                 chain = None
@@ -373,7 +353,7 @@ class _Solver:
                     self._restart()
                 if proof is not None:
                     continue  # The probe may have filled the space.
-            if decomposition.num_matvecs >= self._max_matvecs - self._reserve:
+            if decomposition.num_matvecs >= self._task.max_matvecs - self._reserve:
                 projection = decomposition.projection()
                 proof, _ = self._prove(projection, self._first_of_tail(projection), None)
                 if decomposition.size < self._dimensions:
@@ -381,7 +361,7 @@ class _Solver:
             else:
                 chain = self._grow(chain)
         # The basis spans the whole space: H is A.
-        stopped: StopReason = "converged" if self._wanted <= self._dimensions else "exhausted"
+        stopped: StopReason = "converged" if self._task.k <= self._dimensions else "exhausted"
         return self._result(self._proof(decomposition.projection(), None, -np.inf), stopped, return_eigenvectors)
 
     @property
@@ -486,7 +466,7 @@ class _Solver:
             steady = self._found is not None and self._steady_since(self._found, projection)
             self._found = float(smallest) if found else None
             joins = found and bool(self._agreed(float(steady)))
-            if ruled_out or not joins or decomposition.num_matvecs >= self._max_matvecs:
+            if ruled_out or not joins or decomposition.num_matvecs >= self._task.max_matvecs:
                 return self._proof(projection, first, border), ruled_out
             # A second probe saw an eigenvalue that the basis may never show, such as a copy: it must join.
         longest = max(24, decomposition.size // 4)
@@ -522,7 +502,7 @@ class _Solver:
     # -- bounds --------------------------------------------------------------------------------
 
     def _tolerance(self, ritz: _Array) -> _Array:
-        tolerance: _Array = np.maximum(self._rtol * np.abs(ritz), 4 * self._decomposition.rounding)
+        tolerance: _Array = np.maximum(self._task.rtol * np.abs(ritz), 4 * self._decomposition.rounding)
         return tolerance
 
     @property
@@ -533,7 +513,7 @@ class _Solver:
     def _needed(self, ritz: _Array) -> int:
         """Return how many of the leading eigenvalues have to be known."""
         num_positive = int(np.sum(ritz[: self._k] > self._zero))
-        if not self._positive_only or num_positive == 0:
+        if not self._task.positive_only or num_positive == 0:
             return self._k
         # The positive ones, and one more: its upper bound shows that there are no others.
         return min(num_positive + 1, self._k)
@@ -543,7 +523,7 @@ class _Solver:
         ritz, upper = proof.ritz, proof.upper
         known = np.zeros(self._k, dtype=bool)
         known[: len(ritz)] = upper[: len(ritz)] - ritz + self._decomposition.rounding <= self._tolerance(ritz)
-        if self._positive_only and ritz[0] > self._zero:
+        if self._task.positive_only and ritz[0] > self._zero:
             known |= upper <= self._zero
         return known
 
@@ -587,7 +567,7 @@ class _Solver:
         ritz = projection.ritz_values
         last = self._needed(ritz) - 1
         tolerated = ritz[last] + self._tolerance(ritz)[last] if last < len(ritz) else self._zero
-        high = max(float(tolerated), self._zero if self._positive_only else -np.inf)
+        high = max(float(tolerated), self._zero if self._task.positive_only else -np.inf)
         if self._criterion is not None:  # It may accept much wider bounds.
             high = max(high, float(ritz[0]))
         for _ in range(12):
@@ -675,7 +655,7 @@ class _Solver:
         while decomposition.begin(probing=True):
             start = decomposition.size - 1
             self._num_runs += 1
-            probe.level = level_of_run(self._num_runs, self._level)
+            probe.level = level_of_run(self._num_runs, self._task.probe_level)
             while True:
                 self._report(decomposition)
                 size = decomposition.size
@@ -695,7 +675,7 @@ class _Solver:
                     if self._agreed(probe.largest_seen) > limit or size - first >= longest:
                         return probe, False
                 if (
-                    decomposition.num_matvecs >= self._max_matvecs
+                    decomposition.num_matvecs >= self._task.max_matvecs
                     or size == self._dimensions
                     or size - first >= longest
                 ):
@@ -744,7 +724,7 @@ class _Solver:
             assert errors is not None
         decomposition.product_error = self._error_of_run(errors, projection)
         ritz = projection.ritz_values
-        tolerance = self._rtol * abs(float(ritz[min(self._needed(ritz), len(ritz)) - 1]))
+        tolerance = self._task.rtol * abs(float(ritz[min(self._needed(ritz), len(ritz)) - 1]))
         excess = 2 * decomposition.product_error > max(decomposition.a_priori, _NEGLIGIBLE_ERROR * tolerance)
         if self._agreed(float(excess)):
             # In pairs, for the memory of their products.
@@ -783,7 +763,7 @@ class _Solver:
         from a continuous distribution, so equal errors along several Ritz vectors don't cancel.
         """
         count = min(self._k, projection.size)
-        rng = np.random.default_rng(self._seed)
+        rng = np.random.default_rng(self._task.seed)
         vectors = rng.standard_normal((count, min(count, _MOST_DIRECTIONS)))
         first = (count, min(count, _FIRST_DIRECTIONS))
         vectors[:, :_FIRST_DIRECTIONS] = rng.choice([-1.0, 1.0], first) * rng.uniform(0.2, 1.8, first)
@@ -867,8 +847,10 @@ class _Solver:
                 "earlier": lambda value: type(value) is list and all(map(restarts, value)),
             },
         )
-        if decomposition.num_matvecs > self._max_matvecs:
-            raise ValueError(f"{decomposition.num_matvecs} products are stored, and {self._max_matvecs} are allowed")
+        if decomposition.num_matvecs > self._task.max_matvecs:
+            raise ValueError(
+                f"{decomposition.num_matvecs} products are stored, and {self._task.max_matvecs} are allowed"
+            )
 
     # -- reporting -----------------------------------------------------------------------------
 
@@ -879,7 +861,7 @@ class _Solver:
         if self._progress is not None:
             num_matvecs = decomposition.num_matvecs
             self._progress(
-                LanczosProgress(num_matvecs, self._max_matvecs, self._num_converged, self._wanted, self._leading)
+                LanczosProgress(num_matvecs, self._task.max_matvecs, self._num_converged, self._task.k, self._leading)
             )
 
     def _result(self, proof: _Proof, stopped: StopReason, return_eigenvectors: bool) -> Spectrum:
@@ -892,22 +874,22 @@ class _Solver:
         values = self._operator.ranks.broadcast(values.to(self._operator.ranks.control_device)).cpu()
         ritz_values, bounds = values.split([len(ritz), count])
         eigenvalues = ritz_values[:count].clone()
-        negligible = self._rtol * decomposition.norm if decomposition.norm > 0 else np.inf
-        converged = meets_tolerance(eigenvalues, bounds, self._rtol, rounding, negligible)
-        if stopped == "converged" and self._needed(ritz) < self._wanted:
+        negligible = self._task.rtol * decomposition.norm if decomposition.norm > 0 else np.inf
+        converged = meets_tolerance(eigenvalues, bounds, self._task.rtol, rounding, negligible)
+        if stopped == "converged" and self._needed(ritz) < self._task.k:
             stopped = "no_more_positive"
         elif stopped == "converged" and not bool(converged.all()):
             stopped = "precision" if self._criterion is None else "criterion"
         vectors = None
         if return_eigenvectors:
             vectors = decomposition.basis.combine(torch.from_numpy(projection.eigenvectors(count).copy()))
-        spent = sum(level_of_run(number, self._level) for number in range(1, self._num_runs + 1))
+        spent = sum(level_of_run(number, self._task.probe_level) for number in range(1, self._num_runs + 1))
         assert self._rounding_basis is not None
         return Spectrum(
             eigenvalues=eigenvalues,
             error_bounds=bounds.clone(),
             converged=converged,
-            rtol=self._rtol,
+            rtol=self._task.rtol,
             missed_probability=0.0 if proof.border == -np.inf else spent,
             num_matvecs=decomposition.num_matvecs,
             stopped=stopped,

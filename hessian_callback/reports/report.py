@@ -225,8 +225,8 @@ def _notes(table: RunTable) -> list[str]:
     others = sum(m.logged and m.num_fitted != table.num_fitted for m in table.run.history)
     if others:
         notes.append(
-            f"{others} measurement(s) have another K than {table.num_fitted}. Slopes are comparable at equal K only, so "
-            "these are in the last table but not in the figures of the slope"
+            f"{others} measurement(s) have another K than {table.num_fitted}. Slopes are comparable at equal K only. "
+            "These are in the last table but not in the figures of the slope"
         )
     failed = sum(not m.logged for m in table.run.history)
     if failed:
