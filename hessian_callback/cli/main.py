@@ -267,14 +267,17 @@ def _refusal(refusals: dict[str, str]) -> tuple[str, str | None]:
 
 
 def _refused_class(message: str) -> str | None:
-    """Return the class that a message of the parser is about.
+    """Return the class that a message of the parser is about; ``None`` if it is about another kind of value.
 
     Example:
         >>> _refused_class("Given value: Namespace(class_path='a.Net', init_args=Namespace())")
         'a.Net'
+        >>> _refused_class("Given value: NestedArg(key='0.init_args.seed', val=1)") is None
+        True
     """
     found = re.search(r"Given value: (?:.*?class_path\W+)?([\w.]+)", message, re.S)
-    return None if found is None else found[1]
+    # jsonargparse's mark of an option inside a value.
+    return None if found is None or found[1] == "NestedArg" else found[1]
 
 
 def _exit(message: str, *, remedy: str | None = None) -> NoReturn:
@@ -327,6 +330,12 @@ def _remedy(message: str) -> str:
     refused = re.search(r"Option '(\w+)' is not accepted", message)
     if refused and refused[1] in MOVED_OPTIONS:
         return f"The option {refused[1]} of PowerLawHessianCallback is now {MOVED_OPTIONS[refused[1]]}."
+    numbered = re.search(r"NestedArg\(key='\d+\.([\w.]+)'", message)
+    if numbered:
+        return (
+            f"Entries of a list have no numbers on the command line: --trainer.callbacks.{numbered[1]} sets the option "
+            "of the last callback. Set those of others in a file."
+        )
     if "File does not exist" in message:
         return f"Paths count from the current folder, {Path.cwd()}; the examples lie in example_configs/ of a clone."
     if "arguments are required" in message and ".model" in message:

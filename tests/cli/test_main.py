@@ -496,6 +496,14 @@ def test_a_class_of_no_package_is_not_blamed_on_the_packages(
     assert "Plain" in sentence
 
 
+def test_a_number_in_a_list_is_refused_with_the_way_to_write_it(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main([*CNN, "--trainer.callbacks.0.init_args.num_eigenvalues", "20"])
+    text = capsys.readouterr().err
+    assert "of one package" not in text
+    assert "--trainer.callbacks.init_args.num_eigenvalues sets the option of the last callback" in text
+
+
 def test_run_without_the_callback_says_how_to_add_it(capsys: pytest.CaptureFixture[str]) -> None:
     cli.print_report(Trainer(logger=False, enable_checkpointing=False, accelerator="cpu"))
     assert "--trainer.callbacks+=hessian_callback.PowerLawHessianCallback" in capsys.readouterr().out
