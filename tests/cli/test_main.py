@@ -22,6 +22,8 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from hessian_callback.cli import main as cli
+from hessian_callback.cli import training
+from hessian_callback.cli.summary import print_report, stop_messages
 from hessian_callback.demos import DigitsCNN, DigitsData
 from tests.helpers.forks import run_module
 from tests.helpers.lightning import CSVLogger, EarlyStopping, Trainer
@@ -186,12 +188,12 @@ def fit(*callbacks: EarlyStopping, max_epochs: int = 3) -> Trainer:
 
 
 def test_no_stop_no_message() -> None:
-    assert cli.stop_messages(fit(EarlyStopping("val_loss", patience=9))) == []
+    assert stop_messages(fit(EarlyStopping("val_loss", patience=9))) == []
 
 
 def test_patience_is_named_with_value_and_best() -> None:
     trainer = fit(EarlyStopping("val_loss", mode="max", min_delta=100.0, patience=2), max_epochs=9)
-    (message,) = cli.stop_messages(trainer)
+    (message,) = stop_messages(trainer)
     value = float(trainer.callback_metrics["val_loss"])
     assert message.startswith(f"EarlyStopping stopped the training at epoch 2: val_loss = {value:.3f}, not better")
     assert message.endswith("at 2 checks in a row (mode=max, patience=2).")
@@ -200,7 +202,7 @@ def test_patience_is_named_with_value_and_best() -> None:
 def test_threshold_in_the_first_epoch_is_a_stop_and_the_other_stopper_is_not_blamed() -> None:
     crossed = EarlyStopping("val_loss", stopping_threshold=100.0)
     waiting = EarlyStopping("train_loss", patience=9)
-    first, *others = cli.stop_messages(fit(crossed, waiting))
+    first, *others = stop_messages(fit(crossed, waiting))
     assert re.fullmatch(
         r"EarlyStopping stopped the training at epoch 0: val_loss = [\d.]+ \(mode=min, patience=3\)\.", first
     )
@@ -231,7 +233,7 @@ def test_help_teaches_the_first_run(
 def test_help_of_the_callback_explains_its_options(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (line,) = [line for line in cli._EPILOG.splitlines() if "callbacks.help" in line]
+    (line,) = [line for line in training._EPILOG.splitlines() if "callbacks.help" in line]
     text = printed(capsys, monkeypatch, *line.split()[1:])
     assert "num_eigenvalues" in text
     assert "how many of the largest eigenvalues to fit" in " ".join(text.split())
@@ -250,7 +252,7 @@ def test_model_in_the_current_directory_is_found(
 
 
 def test_examples_named_in_the_help_exist() -> None:
-    named = set(re.findall(r"example_configs/\S+\.yaml", cli._EPILOG))
+    named = set(re.findall(r"example_configs/\S+\.yaml", training._EPILOG))
     assert {f"example_configs/{path.name}" for path in CONFIGS.glob("digits_*.yaml")} <= named
     assert all((CONFIGS.parent / name).is_file() for name in named)
 
@@ -496,6 +498,20 @@ def test_a_class_of_no_package_is_not_blamed_on_the_packages(
     assert "Plain" in sentence
 
 
+@pytest.mark.parametrize("arguments", [["report", "nowhere"], ["study", "nowhere.yaml"], ["study", "--help"]])
+def test_commands_that_train_nothing_do_not_import_lightning(arguments: list[str]) -> None:
+    program = f"""
+import sys
+from hessian_callback.cli.main import main
+try:
+    main({arguments!r})
+except SystemExit:
+    pass
+sys.exit(any(name.partition('.')[0] in ('lightning', 'pytorch_lightning') for name in sys.modules))
+"""
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment(), check=True, capture_output=True)
+
+
 def test_a_number_in_a_list_is_refused_with_the_way_to_write_it(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         cli.main([*CNN, "--trainer.callbacks.0.init_args.num_eigenvalues", "20"])
@@ -505,17 +521,17 @@ def test_a_number_in_a_list_is_refused_with_the_way_to_write_it(capsys: pytest.C
 
 
 def test_run_without_the_callback_says_how_to_add_it(capsys: pytest.CaptureFixture[str]) -> None:
-    cli.print_report(Trainer(logger=False, enable_checkpointing=False, accelerator="cpu"))
+    print_report(Trainer(logger=False, enable_checkpointing=False, accelerator="cpu"))
     assert "--trainer.callbacks+=hessian_callback.PowerLawHessianCallback" in capsys.readouterr().out
 
 
 def test_other_loggers_are_not_passed_off_as_tensorboard(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    cli.print_report(Trainer(logger=CSVLogger(tmp_path), enable_checkpointing=False, accelerator="cpu"))
+    print_report(Trainer(logger=CSVLogger(tmp_path), enable_checkpointing=False, accelerator="cpu"))
     assert "TensorBoard" not in capsys.readouterr().out
 
 
 def test_only_rank_zero_reports(capsys: pytest.CaptureFixture[str]) -> None:
-    cli.print_report(SimpleNamespace(is_global_zero=False))  # type: ignore[arg-type]
+    print_report(SimpleNamespace(is_global_zero=False))  # type: ignore[arg-type]
     assert capsys.readouterr().out == ""
 
 
@@ -528,7 +544,7 @@ def test_wide_table_is_not_cut_in_a_narrow_log(
     callback = PowerLawHessianCallback()
     callback.history.append(Measurement(2, 123456789, "validate", None, None, "failed", 0.25, loss=12345.678))
     monkeypatch.setenv("COLUMNS", "30")
-    cli.print_report(Trainer(logger=False, enable_checkpointing=False, accelerator="cpu", callbacks=[callback]))
+    print_report(Trainer(logger=False, enable_checkpointing=False, accelerator="cpu", callbacks=[callback]))
     text = capsys.readouterr().out
     assert "123456789" in text
     assert "12345.6780" in text
@@ -541,7 +557,7 @@ def test_plain_table_where_rich_is_missing(capsys: pytest.CaptureFixture[str], m
     callback = PowerLawHessianCallback()
     callback.history.append(Measurement(2, 40, "epoch", None, None, "the loss is NaN", 0.25, loss=float("nan")))
     monkeypatch.setitem(sys.modules, "rich", None)
-    cli.print_report(Trainer(logger=False, enable_checkpointing=False, enable_progress_bar=False, callbacks=[callback]))
+    print_report(Trainer(logger=False, enable_checkpointing=False, enable_progress_bar=False, callbacks=[callback]))
     lines = capsys.readouterr().out.splitlines()
     assert "   when  step  loss  slope  fit error  K  HVPs  seconds" in lines
     assert "epoch 2    40   nan      -          -  -     -      0.2" in lines

@@ -87,7 +87,7 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_work(
 ) -> None:
     (tmp_path / "folder.csv").mkdir()
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr("hessian_callback.cli.main.measure_module", lambda *_: pytest.fail("the work began"))
+    monkeypatch.setattr("hessian_callback.cli.training.measure_module", lambda *_: pytest.fail("the work began"))
     model = ("--model", "hessian_callback.demos.DigitsCNN", "--data", "hessian_callback.demos.DigitsData")
     with pytest.raises(SystemExit) as ended:
         run(monkeypatch, "spectrum", *model, "--output", str(tmp_path / name))
