@@ -115,7 +115,7 @@ def products(case: Case, device: torch.device, rounds: int, seconds_a_turn: floa
         began = time.perf_counter()
         try:
             operator = HessianOperator(case.model, case.loss_fn, case.batches, **options)
-        except Exception as error:  # An engine that fails here is a finding, and the others go on.
+        except Exception as error:  # An engine that fails here is a finding, and the others continue.
             found[f"{name}_failed"] = f"{type(error).__name__}: {error}"[:300]
             continue
         synchronise(device)
@@ -207,7 +207,7 @@ def main() -> None:
     }
     for name in names:
         if time.perf_counter() - began > options.limit:
-            result[name] = "not begun, for want of time"
+            result[name] = "not begun: no time left"
             continue
         case = case_of(name, device, scale)
         result[name] = {

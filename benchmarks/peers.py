@@ -67,7 +67,7 @@ def apart(case: Case) -> tuple[nn.Module, nn.Module, list[tuple[Tensor, Tensor]]
 
 
 def gradient(case: Case) -> Product:
-    """The gradient, which ignores the vector: the unit that products are told in."""
+    """The gradient, which ignores the vector: the unit of the products' times."""
     parameters = list(case.model.parameters())
 
     def evaluate(vector: Tensor) -> Tensor:

@@ -494,7 +494,7 @@ class Decomposition:
     def _drop_negligible(self) -> None:
         """Drop the chains whose residual is rounding: they have ended in an invariant subspace.
 
-        A probe goes on through the rounding level, because the error bounds rely on the size of its residuals.
+        A probe continues through the rounding level, because the error bounds rely on the size of its residuals.
         """
         full = self.size == self.operator.partition.size
         level = (self.eps * self.norm) ** 2

@@ -53,7 +53,7 @@ _STEADY, _LATEST = 0.25, 0.1
 _USUAL_RTOL = 0.01
 # Largest number of vectors that a probe stores if the basis is limited.
 _WIDEST_WINDOW = 6
-# Products of a probe after which it is better to go on with the main run.
+# Products of a probe after which it is better to continue with the main run.
 _LONGEST_PROBE = 64
 # What a vain probe has seen is believed until the basis has grown by this part, or at least so many vectors.
 _PATIENCE, _LEAST_PATIENCE = 0.1, 8
@@ -140,20 +140,20 @@ def top_eigenvalues(
         return_eigenvectors: also form the Ritz vectors, this rank's slice of each.
         progress: called after every product.
         max_basis_size: largest number of basis vectors in memory, those of a probe included, at least k + 12; ``None``:
-            one for each product. When the basis is full, the run goes on from its leading Ritz vectors (a thick
+            one for each product. When the basis is full, the run continues from its leading Ritz vectors (a thick
             restart). The bounds stay proven; the smaller the basis, the more products they take. A matrix with fewer
             than ``max_basis_size + 130`` rows ignores the limit.
         basis_device: where to keep the basis; default: the operator's device. On the
             CPU it costs a transfer of three vectors a product, and leaves the device to the products.
         checkpoint: a folder of this run alone, to save it in. Called again with the same arguments after its process
-            was killed, it goes on from the last save, to the result, bit for bit, of a run that was not interrupted
+            was killed, it continues from the last save, to the result, bit for bit, of a run that was not interrupted
             and whose products are the same bit for bit. That the matrix is the same is checked, by one product that
             is not counted, and so are its size and dtype, the number of ranks, ``k``, ``rtol``, ``max_matvecs``,
             ``seed``, ``probe_level`` and ``positive_only``. ``start``, ``criterion``, ``return_eigenvectors`` and
             ``max_basis_size`` are not: the stored run has begun with its own start, and those of this call decide when
             it ends, what comes back, and how many vectors there may be from now on. Each rank saves its own slices. The
             result deletes what was saved. A save that fails, on a full disk, say, is warned of, and the computation
-            goes on without further ones.
+            continues without further ones.
         checkpoint_every: seconds between two saves, and before the first; 0: as often as possible.
 
     Returns:

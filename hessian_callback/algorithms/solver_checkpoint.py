@@ -293,7 +293,7 @@ class SolverCheckpoint:
             if error is not None or self._ranks.rank == 0:
                 why = _reason_of(error) if error is not None else f"see rank {', '.join(map(str, failed))}"
                 warnings.warn(
-                    f"the solver's checkpoint in {self.folder} could not be saved: {why}. The computation goes on "
+                    f"the solver's checkpoint in {self.folder} could not be saved: {why}. The computation continues "
                     "without further saves: if its process is killed, the work since the last save is lost. Correct "
                     "this before the next run",
                     stacklevel=3,

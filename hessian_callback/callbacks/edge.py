@@ -60,7 +60,7 @@ class EdgeOfStabilityMonitor(CallbackBase):
 
     The preconditioner is read from the run's own optimizer between two steps, for each parameter group with its rate,
     momentum, epsilon and weight decay: SGD, Adam, AdamW, NAdam, RAdam, RMSprop, Adagrad and Adamax with all their
-    options; `preconditioners` has the formulas. Training goes on bit for bit as without the callback. It advises and
+    options; `preconditioners` has the formulas. Training continues bit for bit as without the callback. It advises and
     never changes a learning rate. Mini-batch noise lowers the ratio at which a run becomes unstable, see the
     documentation's page "Edge of stability".
 
@@ -87,7 +87,7 @@ class EdgeOfStabilityMonitor(CallbackBase):
         rtol: relative tolerance of the bounds.
         max_hvps: largest number of products for each of the two eigenvalues.
         sharpness: whether to compute ``sharpness`` if it takes an eigenvalue of its own: not for SGD with equal groups.
-        on_error: ``"warn"``: a measurement that fails is noted in ``history`` and training goes on; ``"raise"``.
+        on_error: ``"warn"``: a measurement that fails is noted in ``history`` and training continues; ``"raise"``.
         seed: chooses the samples and starts the eigenvalue solver.
         figures: give a picture to the loggers that show pictures, at the end and after every 20 measurements.
         verbose: print a line if the ratio rises above 1.
@@ -258,7 +258,7 @@ class EdgeOfStabilityMonitor(CallbackBase):
                 ranks,
                 self.failures,
                 stage="measuring the edge of stability",
-                consequence="the edge of stability could not be measured, and training goes on without its ratio",
+                consequence="the edge of stability could not be measured, and training continues without its ratio",
                 raise_permanent=at_start,
             )
         except SigtermReceived:

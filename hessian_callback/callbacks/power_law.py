@@ -69,7 +69,7 @@ class PowerLawHessianCallback(CallbackBase):
     .. math:: H = \frac{1}{N} \sum_{i=1}^{N} \nabla^2_\theta \, \ell_i(\theta)
 
     of the loss on ``num_samples`` fixed samples are computed with error bounds, a power law
-    :math:`\lambda_k = \lambda_1 k^{-s}` is fitted to them, and its slope and fit error are logged. Training goes on
+    :math:`\lambda_k = \lambda_1 k^{-s}` is fitted to them, and its slope and fit error are logged. Training continues
     unchanged: weights after training are the same bit for bit, with and without the callback.
 
     Logged, under ``prefix``: ``slope``, ``fit_error``, ``slope_stderr``, ``density_exponent``, ``lambda_max``,
@@ -121,7 +121,7 @@ class PowerLawHessianCallback(CallbackBase):
         batch_weight: ``callable(batch)`` that returns the number of terms of the batch's mean loss, such as counted
             tokens; the default is the leading dimension, if the batch has only one.
         train_loss: the name of the training loss that the run logs, for the gap between the two losses.
-        on_error: ``"warn"``: a measurement that fails is noted in ``history`` and training goes on; ``"raise"``: it
+        on_error: ``"warn"``: a measurement that fails is noted in ``history`` and training continues; ``"raise"``: it
             ends the run. An error that would recur at every measurement is raised before training, if it shows there.
         seed: chooses samples, fixes their augmentation, and starts the eigenvalue solver.
         figures: give pictures of spectrum, density and eigenspaces, and a layout of the curves, to the loggers that

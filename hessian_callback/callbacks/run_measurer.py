@@ -32,7 +32,7 @@ __all__ = ["RunMeasurer"]
 
 
 class RunMeasurer:
-    """Measures a module in its Trainer's run, which goes on as if it had not been measured.
+    """Measures a module in its Trainer's run, which continues as if it had not been measured.
 
     Args:
         measurer: computes a measurement from a problem.
@@ -132,7 +132,7 @@ class RunMeasurer:
                 ranks,
                 self._failures,
                 stage="measuring the Hessian",
-                consequence="the Hessian could not be measured, and training goes on without its slope",
+                consequence="the Hessian could not be measured, and training continues without its slope",
                 # Nothing is lost if no training is under way.
                 raise_permanent=place.when in ("fit_start", "validate"),
             )

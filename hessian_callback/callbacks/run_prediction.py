@@ -30,7 +30,7 @@ class RunPrediction:
     """
 
     def __init__(self, predict: str | None, train_loss: str | None, *, on_training_data: bool) -> None:
-        # The loss on training samples says nothing of validation.
+        # The loss on training samples is no prediction of validation.
         self.predict = None if on_training_data and predict == HELD_OUT else predict
         self.train_loss = train_loss
         self.live = None if self.predict is None else LivePrediction(self.predict, on_training_data=on_training_data)

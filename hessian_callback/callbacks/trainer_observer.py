@@ -109,7 +109,7 @@ class TrainerObserver(Observer):
             def progress(now: LanczosProgress) -> None:
                 nonlocal begun
                 if not begun and now.num_matvecs > 1 and self._announcements.verbose:
-                    self._announcements.say(self._trainer, f"goes on with product {now.num_matvecs}, by {checkpoint}")
+                    self._announcements.say(self._trainer, f"continues with product {now.num_matvecs}, by {checkpoint}")
                 begun = True
                 show(now)
                 self.between_parts()

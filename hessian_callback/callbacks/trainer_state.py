@@ -1,4 +1,4 @@
-"""What a trainer's state says about the present place of its run."""
+"""The present place of a run, read from the trainer's state."""
 
 from __future__ import annotations
 

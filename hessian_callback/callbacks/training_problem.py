@@ -89,7 +89,7 @@ def run_guarded(
     consequence: str,
     raise_permanent: bool,
 ) -> Outcome[T]:
-    """Run a task in a run that afterwards goes on as if it had not been, whether it fails or not.
+    """Run a task in a run that afterwards continues as if it had not been, whether it fails or not.
 
     Args:
         trainer: the trainer.

@@ -34,7 +34,7 @@ def free_memory(device: torch.device) -> int | None:
     """
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
-        # The allocator's own unused blocks can be had as well.
+        # The allocator's unused blocks are available as well.
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     if device.type != "cpu":
         return None

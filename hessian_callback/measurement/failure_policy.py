@@ -37,7 +37,7 @@ class FailurePolicy:
     """Runs tasks that may fail on some ranks, and raises on all ranks or on none.
 
     Args:
-        on_error: ``"raise"`` raises every error. ``"warn"`` warns once of each and goes on.
+        on_error: ``"raise"`` raises every error. ``"warn"`` warns once of each and continues.
         permanent: types of errors that recur at every try.
         plain: types of errors whose message is a whole sentence and is shown without their name.
 

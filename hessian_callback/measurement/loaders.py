@@ -181,7 +181,7 @@ def _without_workers(loader: Any, depth: int = 0) -> Any:
 
 
 def check_starts_anew(stream: Any, *, shared: bool) -> None:
-    """Refuse a stream that goes on where it was, because reading samples would use up the run's data.
+    """Refuse a stream that continues where it was, because reading samples would use up the run's data.
 
     Args:
         stream: the loader.

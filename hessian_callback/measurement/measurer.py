@@ -377,7 +377,7 @@ class _Run:
         except (RankLostError, SigtermReceived):
             raise
         except Exception:
-            if self.failures.on_error == "warn":  # Training goes on and does not come to this place again.
+            if self.failures.on_error == "warn":  # Training continues and does not come to this place again.
                 with suppress(OSError):
                     delete_files(folder, self.ranks.rank)
             raise

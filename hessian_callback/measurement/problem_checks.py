@@ -83,7 +83,7 @@ def changes_warning(problem: Problem) -> str | None:
     if not changed:
         return None
     return (
-        f"the loss changes {changed}, which belongs to a library's object and cannot be put back, so training goes on "
+        f"the loss changes {changed}, which belongs to a library's object and cannot be restored, so training continues "
         f"from a changed state. {REMEDY}"
     )
 
@@ -93,7 +93,7 @@ def explained_change(problem: Problem, error: NotAFunctionError) -> LossError:
     changed, parameters = _changes(problem), _changed_parameters(problem)
     cause = "An evaluation changes some state that is not put back (a generator of its own, a library's object)"
     if changed:
-        cause = f"It changes {changed}, which belongs to a library's object and cannot be put back"
+        cause = f"It changes {changed}, which belongs to a library's object and cannot be restored"
     elif parameters:
         cause = f"It changes {parameters} in place, which the optimizer trains; freeze parameters that the loss updates"
     return LossError(f"{error.finding}. {cause}. {REMEDY}")

@@ -173,13 +173,13 @@ class Lanczos(Solver):
         slope_rtol: for ``stop_on="slope"``: half the width of the slope's numerical interval, relative to its middle.
         max_hvps: the largest number of Hessian-vector products of a measurement. The default is ``10 K``, at least 300.
         basis_budget: bytes that the Krylov basis may take on each rank, a vector for each product. If more vectors are
-            needed, the run goes on from its leading Ritz vectors, which takes some more products (see
+            needed, the run continues from its leading Ritz vectors, which takes some more products (see
             ``max_basis_size`` of `top_eigenvalues`). At least K + 12 vectors must fit. ``None``: the free memory.
         checkpoint: a folder of this run alone, in which a long measurement saves the solver's state every five minutes,
             the Krylov basis included (a vector for each product). A run that is killed and comes to the same step
-            again with the same weights and samples goes on from there; with other weights it warns and starts over.
+            again with the same weights and samples continues from there; with other weights it warns and starts over.
             The files are deleted at the end of the measurement. If they cannot be written, the measurement warns and
-            goes on without them.
+            continues without them.
         allow_fewer: log a slope even if fewer than K eigenvalues are positive and converged.
         hvp: how products are formed, see `HessianOperator`.
         memory_budget: see `Solver`.

@@ -336,7 +336,7 @@ class RandomGenerator:
 class LateGenerators:
     """Random generators that an object of a library makes at first use: they are removed from it again.
 
-    A collator with a seed, for example, would otherwise go on in training where it stopped in a measurement.
+    A collator with a seed, for example, would otherwise continue in training where it stopped in a measurement.
     """
 
     def __init__(self, owner: dict[str, Any]) -> None:
@@ -630,7 +630,7 @@ def may_be_stream(kind: type) -> bool:
 
 
 def is_stream(value: Any) -> bool:
-    """Whether a value goes on where it was when it is read again, and cannot be rewound in its place."""
+    """Whether a value continues where it was when it is read again, and cannot be rewound in its place."""
     if isinstance(value, io.IOBase):
         return not value.closed and value.readable() and FilePosition.of(value) is None
     return True

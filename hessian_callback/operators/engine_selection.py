@@ -150,7 +150,7 @@ class _Trial:
 
 
 class EngineSelection:
-    """The decision, on all ranks together, to go on with `Linearize` instead of `DoubleBackward`.
+    """The decision, on all ranks together, to continue with `Linearize` instead of `DoubleBackward`.
 
     Args:
         loss: the loss.

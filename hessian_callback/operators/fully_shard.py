@@ -128,7 +128,7 @@ class ShardedFiniteDifference(FiniteDifference):
             gradients = {parameter: parameter.grad for parameter in self.loss.model.parameters()}
             try:
                 for sign in (1.0, -1.0):
-                    # A module that a forward pass left whole would go on with the unmoved parameters.
+                    # A module that a forward pass left whole would continue with the unmoved parameters.
                     reshard(self.loss.model)
                     for parameter in gradients:
                         parameter.grad = None

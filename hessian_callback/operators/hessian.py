@@ -39,7 +39,7 @@ class HessianOperator:
     Autograd records only operations that depend on the chosen parameters.
 
     A batch whose graph alone exceeds the budget is cut into micro-batches along its leading dimension. If memory
-    runs out, on any rank and in any product, all ranks halve their batches and go on. A product along a random
+    runs out, on any rank and in any product, all ranks halve their batches and continue. A product along a random
     direction must agree before and after, so a loss that is no mean over samples is not cut.
 
     A loss that draws random numbers from Python's, NumPy's or PyTorch's global generators is measured with fixed

@@ -41,7 +41,7 @@ class NotAFunctionError(ValueError):
 class BatchLoss:
     """The mean loss of a batch as a function of chosen parameters.
 
-    The value is a function of the parameters and the batch alone, as far as that can be had:
+    The value is a function of the parameters and the batch alone, as far as possible:
 
     - *Random numbers.* Before each evaluation Python's, NumPy's and PyTorch's global generators get a state that
       depends on the batch only. Afterwards they get their former state back.

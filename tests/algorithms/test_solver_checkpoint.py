@@ -260,7 +260,7 @@ def test_after_a_save_that_fails_the_run_goes_on_and_the_save_before_stays(
     solve = partial(top_eigenvalues, operator, 10, checkpoint=folder, checkpoint_every=0)
     with monkeypatch.context() as patch:
         patch.setattr(solver_checkpoint.os, "fsync", partial(full_disk, count(written, -1)))
-        told = pytest.warns(UserWarning, match=r"saved: No space left on device\. The computation goes on")
+        told = pytest.warns(UserWarning, match=r"saved: No space left on device\. The computation continues")
         with told as caught, pytest.raises(Killed):
             solve(progress=dying(15))
     assert len(caught) == 1
@@ -269,7 +269,7 @@ def test_after_a_save_that_fails_the_run_goes_on_and_the_save_before_stays(
     first: list[int] = []
     with monkeypatch.context() as patch:
         patch.setattr(solver_checkpoint.os, "fsync", partial(full_disk, count(written, -1)))
-        with pytest.warns(UserWarning, match="goes on without further saves"):
+        with pytest.warns(UserWarning, match="continues without further saves"):
             assert_same(solve(progress=lambda now: first.append(now.num_matvecs)), whole)
     assert first[0] == 22
     assert not folder.exists()
@@ -693,8 +693,8 @@ def test_ranks_refuse_and_give_up_saving_together(tmp_path: Path) -> None:
     assert "see the error message of rank 1" in first[1]
     assert "rank1.basis is cut off or damaged; delete the folder" in second[1]
     assert len(first) == len(second) == 3
-    assert "could not be saved: see rank 1. The computation goes on without further saves" in first[2]
-    assert "could not be saved: No space left on device. The computation goes on" in second[2]
+    assert "could not be saved: see rank 1. The computation continues without further saves" in first[2]
+    assert "could not be saved: No space left on device. The computation continues" in second[2]
     # The states of the survivor are those of two ranks, and one rank alone holds half of the vectors.
     (alone,) = run_ranks(spectrum_on, 1, tmp_path / "ranks", expect_errors=True)
     assert alone.error == "CheckpointError"

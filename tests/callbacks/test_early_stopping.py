@@ -75,7 +75,7 @@ def test_failed_measurements_do_not_count(tmp_path: Any) -> None:
         return loss * (math.nan if module.trainer.global_step in (6, 18, 24) else 1)
 
     callback, stopper = measure(loss_fn=loss_fn), PowerLawEarlyStopping(mode="max", min_delta=NEVER, patience=2)
-    with pytest.warns(UserWarning, match="goes on without its slope"):
+    with pytest.warns(UserWarning, match="continues without its slope"):
         run(tmp_path, callback, stopper)
     assert [m.logged for m in callback.history[1:]] == [False, True, False, False, True, True]
     assert stopper.stopped_epoch == 5

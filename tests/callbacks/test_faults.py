@@ -1,4 +1,4 @@
-"""Fault drills: what goes wrong in or around a measurement, and the run that goes on, or ends as it would have."""
+"""Fault drills: what goes wrong in or around a measurement, and the run that continues, or ends as it would have."""
 
 from __future__ import annotations
 

@@ -372,7 +372,7 @@ def test_a_failed_measurement_is_noted_and_training_goes_on(kind: str, tmp_path:
             seen[trainer.current_epoch] = None if value is None else float(value)
 
     callback = measure(loss_fn=failing_at({0, 6, 18}, kind))
-    with pytest.warns(UserWarning, match=rf"(?i)training goes on without its slope.*{REASONS[kind]}"):
+    with pytest.warns(UserWarning, match=rf"(?i)training continues without its slope.*{REASONS[kind]}"):
         trainer(tmp_path, callback, Look(), max_epochs=3).fit(seeded(), loader(), loader(seed=1))
     assert [m.logged for m in callback.history] == [False, False, True, False]
     assert [m.spectrum is None for m in callback.history] == [True, True, False, True]
@@ -432,7 +432,7 @@ def test_a_warning_for_each_reason_is_enough(tmp_path: Any) -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         trainer(tmp_path, callback, max_epochs=3).fit(seeded(), loader(), loader(seed=1))
-    assert sum("training goes on" in str(warning.message) for warning in caught) == 1
+    assert sum("training continues" in str(warning.message) for warning in caught) == 1
 
 
 def test_a_figure_that_fails_keeps_the_slope(tmp_path: Any, monkeypatch: Any) -> None:

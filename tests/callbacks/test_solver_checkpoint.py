@@ -55,7 +55,7 @@ def test_a_measurement_whose_process_was_killed_goes_on(
     lines: list[str] = []
     monkeypatch.setattr("hessian_callback.callbacks.trainer_observer.announce", lambda _, line: lines.append(line))
     resumed = fitted(tmp_path / "solver", verbose=True)
-    assert f"hessian: goes on with product 12, by {tmp_path / 'solver' / 'hessian-step=4'}" in lines
+    assert f"hessian: continues with product 12, by {tmp_path / 'solver' / 'hessian-step=4'}" in lines
     assert [resumed.steps.count(step) for step in (0, 4)] == [whole.steps.count(0), whole.steps.count(4) - 11]
     assert without_times(resumed) == without_times(whole)
     assert list((tmp_path / "solver").iterdir()) == []
@@ -105,7 +105,7 @@ def test_a_measurement_that_cannot_be_saved_is_made(
             callback = fitted(tmp_path / "full")
     # The first measurement fails to save; the second finds the disk full before its first product.
     messages = [str(warning.message) for warning in caught]
-    assert sum("goes on without further saves" in message for message in messages) == 1
+    assert sum("continues without further saves" in message for message in messages) == 1
     assert sum("the measurement is not saved: the folder" in message for message in messages) == 1
     assert without_times(callback) == whole
     assert list((tmp_path / "full").iterdir()) == []

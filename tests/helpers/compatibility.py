@@ -42,7 +42,7 @@ SECTIONS = [
     ),
     (
         "Faults",
-        "The run goes on, or ends, as it would have without the callback; what cannot work is said before training. "
+        "The run continues, or ends, as it would have without the callback; what cannot work is reported before training. "
         "The last row is 120 drawn cases of module, precision, hook, fault and its place.",
         "tests/callbacks/test_faults.py",
     ),

@@ -67,7 +67,7 @@ SITUATIONS: list[tuple[str, str, str]] = [
         f"{_CALLBACKS}field_state.py::test_random_generators_of_a_collator_are_restored",
     ),
     (
-        "a stream that goes on where it was: file, generator, queue",
+        "a stream that continues where it was: file, generator, queue",
         "refused: `dataloader=my_loader`",
         f"{_CALLBACKS}field_state.py::test_streams_that_go_on_where_they_were_are_not_read",
     ),
@@ -250,7 +250,7 @@ SITUATIONS: list[tuple[str, str, str]] = [
     ),
     (
         "memory that runs out",
-        "detected; training goes on",
+        "detected; training continues",
         f"{_CALLBACKS}field_losses.py::test_running_out_of_memory_does_not_end_it",
     ),
     (

@@ -493,7 +493,7 @@ def test_a_stream_among_several_loaders_is_refused() -> None:
     assert list(only.batches[0]) == ["a"]
 
 
-# -- streams that go on where they were --------------------------------------------------------------
+# -- streams that continue where they were --------------------------------------------------------------
 
 
 class Holds(IterableDataset):

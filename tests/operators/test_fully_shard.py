@@ -46,7 +46,7 @@ def sharded_and_whole(
         assert torch.equal(parameter.to_local(), before[name][0])
         assert torch.equal(parameter.grad.to_local(), before[name][1])
     expected = reference.matvec(vector)
-    # Training goes on as on a copy that was never measured.
+    # Training continues as on a copy that was never measured.
     untouched = copy.deepcopy(whole.model)
     untouched.zero_grad()
     model.zero_grad()
