@@ -83,8 +83,8 @@ def changes_warning(problem: Problem) -> str | None:
     if not changed:
         return None
     return (
-        f"the loss changes {changed}, which belongs to a library's object and cannot be restored, so training continues "
-        f"from a changed state. {REMEDY}"
+        f"the loss changes {changed}, which belongs to a library's object and cannot be restored, so training "
+        f"continues from a changed state. {REMEDY}"
     )
 
 

@@ -295,8 +295,8 @@ def jackknife(whole: Eigenvalues | float, parts: Eigenvalues, *, fraction: float
 
     removes a bias in proportion to 1/N. With the halves of the extra ``split_half``, f is 1/2. If the parts leave out
     one of B batches, f is (B - 1) / B. A slope is less linear in 1/N than eigenvalues are, so extrapolate the
-    eigenvalues if they are available, and fit the result. Its slope is that of the K largest population eigenvalues, not
-    the exponent of their law.
+    eigenvalues if they are available, and fit the result. Its slope is that of the K largest population eigenvalues,
+    not the exponent of their law.
 
     Measured, not proven: ``python -m benchmarks.statistics_report --only correction`` has bias and variance.
 

@@ -42,8 +42,8 @@ SECTIONS = [
     ),
     (
         "Faults",
-        "The run continues, or ends, as it would have without the callback; what cannot work is reported before training. "
-        "The last row is 120 drawn cases of module, precision, hook, fault and its place.",
+        "The run continues, or ends, as it would have without the callback; what cannot work is reported before "
+        "training. The last row is 120 drawn cases of module, precision, hook, fault and its place.",
         "tests/callbacks/test_faults.py",
     ),
 ]
