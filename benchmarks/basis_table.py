@@ -117,8 +117,8 @@ def report(cells: list[str], rows: list[list[str]]) -> str:
 
 Written by `python -m benchmarks.basis_table --cells {" ".join(cells)}`. {circumstances(1)} *Within 1 %*:
 products until all k Ritz values were, at a check of the solver, compared with eigenvalues in float64 (at k = 1000 with
-the run without a limit). *Proven*: until all error bounds were, probes included. No eigenvalue is outside its bound. Both numbers
-are of one start vector.
+the run without a limit). *Proven*: until all error bounds were, probes included. No eigenvalue is outside its bound.
+Both numbers are of one start vector.
 
 {table(HEAD, rows)}
 """
