@@ -2,16 +2,18 @@
 
     python -m benchmarks --output benchmarks/RESULTS.md
 
-prints every table, and writes the report. Everything runs on one thread a process; contestants take turns within a
-process, and ratios are formed round by round. The default takes about 25 minutes on two idle cores; a cell of the
-eigenvalue tables gets a share of ``--minutes`` and makes as many rounds as fit, one at least. The extra ``benchmarks``
-is needed and, installed without their dependencies, curvlinops-for-pytorch, backpack-for-pytorch
-and hessian-eigenthings.
+prints every table, and writes the report after each of them. With ``--only`` the other tables of an existing report
+stay, so that a report can be made in several runs. Everything runs on one thread a process; contestants take turns
+within a process, and ratios are formed round by round. A cell of the eigenvalue tables gets a share of ``--minutes`` and
+makes as many rounds as fit, one at least. With the defaults most large cells make one round. Three rounds of every cell
+(``--rounds 3 --minutes 400``) take about two hours. The extra ``benchmarks`` is needed and, installed without their
+dependencies, curvlinops-for-pytorch, backpack-for-pytorch and hessian-eigenthings.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 import tempfile
 import time
 from collections.abc import Callable
@@ -52,16 +54,13 @@ def main() -> None:
     if options.quick:
         options.cases, options.rounds = ["tiny"], 2
     pin_threads()
-    text = report(options)
-    print(text)
-    if options.output is not None:
-        options.output.write_text(text, encoding="utf-8")
+    write_report(options)
 
 
-def report(options: argparse.Namespace) -> str:
-    """The whole report."""
-    began = time.perf_counter()
+def write_report(options: argparse.Namespace) -> None:
+    """Make the tables one after another, and write the report after each."""
     names = options.cases
+    sections = {} if options.output is None or not options.output.exists() else sections_of(options.output.read_text())
     with tempfile.TemporaryDirectory() as folder:
         files = {name: Path(folder) / f"{name}.pt" for name in names}
         for name, file in files.items():
@@ -72,19 +71,35 @@ def report(options: argparse.Namespace) -> str:
             "ranks": lambda: _ranks(names, files, options),
             "scaling": lambda: scaling_table.report(min(3, options.rounds), options.quick),
         }
-        sections = []
         for part in options.only:
-            started = time.perf_counter()
+            began = time.perf_counter()
             print(f"{part} ...", flush=True)
-            sections.append(f"## {TITLES[part]}\n\n{parts[part]()}")
-            print(f"{part}: {time.perf_counter() - started:.0f} s", flush=True)
+            made = parts[part]()
+            minutes = (time.perf_counter() - began) / 60
+            sections[TITLES[part]] = f"{circumstances(1)} {minutes:.0f} minutes.\n\n{made}"
+            print(f"## {TITLES[part]}\n\n{sections[TITLES[part]]}\n", flush=True)
+            if options.output is not None:
+                options.output.write_text(joined(sections), encoding="utf-8")
     if options.paper_scale:
-        sections.append(f"## LeNet on MNIST images, a thousand eigenvalues\n\n{paper_scale.last_saved()}")
-    minutes = (time.perf_counter() - began) / 60
-    head = f"{HEAD}\n{circumstances(1)} The run took {minutes:.0f} minutes."
-    return "\n\n".join([head, *sections]) + "\n"
+        sections[PAPER_SCALE] = paper_scale.last_saved()
+        if options.output is not None:
+            options.output.write_text(joined(sections), encoding="utf-8")
 
 
+def sections_of(report: str) -> dict[str, str]:
+    """Split a report into the texts of its sections, by title."""
+    _, *parts = re.split(r"^## ", report, flags=re.MULTILINE)
+    titles_and_texts = (part.partition("\n") for part in parts)
+    return {title: text.strip() for title, _, text in titles_and_texts}
+
+
+def joined(sections: dict[str, str]) -> str:
+    """Join sections to a report, in the order of the titles."""
+    ordered = [title for title in [*TITLES.values(), PAPER_SCALE] if title in sections]
+    return "\n\n".join([HEAD.strip(), *(f"## {title}\n\n{sections[title]}" for title in ordered)]) + "\n"
+
+
+PAPER_SCALE = "LeNet on MNIST images, a thousand eigenvalues"
 TITLES = {
     "products": "Hessian-vector products",
     "top10": "The 10 largest eigenvalues",

@@ -55,7 +55,7 @@ def measure(_: int, rounds: int, quick: bool) -> dict[str, list[tuple[int, float
         for _ in range(rounds):
             for index, (case, wanted, _) in enumerate(points):
                 began = time.perf_counter()
-                products[index] = own_top(case, wanted, hvp="double_backward", max_matvecs=1000).products
+                products[index] = own_top(case, wanted, hvp="double_backward", max_hvps=1000).products
                 seconds[index].append(time.perf_counter() - began)
         values = [value if value is not None else case.num_parameters for case, _, value in points]
         results[axis] = list(zip(values, map(statistics.median, seconds), products, strict=True))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,8 @@ pytestmark = pytest.mark.skipif(
 )
 
 if (ROOT / "benchmarks" / "peers.py").exists():
-    from benchmarks import limit, paper_scale, peers, product_table, references, top_table
+    from benchmarks import __main__ as report
+    from benchmarks import limit, paper_scale, peers, product_table, references, scaling_table, top_table
     from benchmarks.cases import Case, cross_entropy, measured
     from benchmarks.timing import in_turns, ratios, spread
 
@@ -153,3 +155,32 @@ def test_the_large_run_accounts_for_its_time_and_memory() -> None:
     parts = [result[f"seconds_{part}"] for part in ("preparing", "products", "orthogonalisation", "checks")]
     assert sum(parts) == pytest.approx(result["seconds"], abs=0.3)
     assert result["basis_bytes"] == result["products"] * case.num_parameters * 4
+
+
+def test_a_report_can_be_made_in_several_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A table that fails loses none of those made before, and a table that is made again replaces its section alone."""
+    output = tmp_path / "RESULTS.md"
+    arguments = ["benchmarks", "--quick", "--output", str(output), "--only"]
+    monkeypatch.setattr(report.product_table, "report", lambda *_: "first\n\n### More\n\nproducts")
+    monkeypatch.setattr(report.scaling_table, "report", lambda *_: pytest.fail("a rank ended"))
+    monkeypatch.setattr(sys, "argv", [*arguments, "products", "scaling"])
+    with pytest.raises(pytest.fail.Exception):
+        report.main()
+    kept = report.sections_of(output.read_text())
+    assert list(kept) == [report.TITLES["products"]]
+    assert kept[report.TITLES["products"]].endswith("first\n\n### More\n\nproducts")
+    monkeypatch.setattr(report.scaling_table, "report", lambda *_: "growth")
+    monkeypatch.setattr(sys, "argv", [*arguments, "scaling"])
+    report.main()
+    found = report.sections_of(output.read_text())
+    assert list(found) == [report.TITLES["products"], report.TITLES["scaling"]]
+    assert found[report.TITLES["products"]] == kept[report.TITLES["products"]]
+
+
+def test_growth_is_measured_along_each_axis(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scaling_table, "MIDDLE", (8, 32, 3))
+    for name, axis in {"WIDTHS": (8, 12), "SAMPLES": (32, 48), "EIGENVALUES": (3, 4)}.items():
+        monkeypatch.setattr(scaling_table, name, axis)
+    found = scaling_table.measure(0, 1, False)
+    assert [[value for value, _, _ in points] for points in list(found.values())[1:]] == [[32, 48], [3, 4]]
+    assert all(products > 3 for points in found.values() for _, _, products in points)
