@@ -4,10 +4,10 @@
 
 prints every table, and writes the report after each of them. With ``--only`` the other tables of an existing report
 stay, so that a report can be made in several runs. Everything runs on one thread a process; contestants take turns
-within a process, and ratios are formed round by round. A cell of the eigenvalue tables gets a share of ``--minutes`` and
-makes as many rounds as fit, one at least. With the defaults most large cells make one round. Three rounds of every cell
-(``--rounds 3 --minutes 400``) take about two hours. The extra ``benchmarks`` is needed and, installed without their
-dependencies, curvlinops-for-pytorch, backpack-for-pytorch and hessian-eigenthings.
+within a process, and ratios are formed round by round. A cell of the eigenvalue tables gets a share of ``--minutes``
+and makes as many rounds as fit, one at least. With the defaults most large cells make one round. Three
+rounds of every cell (``--rounds 3 --minutes 400``) take about two hours. The extra ``benchmarks`` is needed and,
+installed without their dependencies, curvlinops-for-pytorch, backpack-for-pytorch and hessian-eigenthings.
 """
 
 from __future__ import annotations
