@@ -207,14 +207,7 @@ def _of_package(kind: type, base: str, package: str) -> Any:
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Run a command of LightningCLI; `hessian_callback.cli.main` runs the others.
-
-    Args:
-        args: the arguments behind the program's name; ``None`` for those of the process.
-
-    Raises:
-        SystemExit: with status 2, a sentence and a remedy, if options or files are not usable.
-    """
+    """Run a command of LightningCLI, as `hessian_callback.cli.main.main` does for all of them."""
     given = sys.argv[1:] if args is None else list(args)
     if find_spec("jsonargparse") is None:
         exit_with(
