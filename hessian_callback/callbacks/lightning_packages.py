@@ -25,6 +25,7 @@ __all__ = [
     "base_of",
     "is_a",
     "package_of",
+    "packages_of",
     "sibling",
 ]
 
@@ -144,10 +145,19 @@ def package_of(instance: object) -> str:
         >>> package_of(Trainer(logger=False, barebones=True)) == PACKAGES[0]
         True
     """
-    modules = [base.__module__ for base in type(instance).__mro__]
-    return next(
-        (package for module in modules for package in PACKAGES if f"{module}.".startswith(f"{package}.")), PACKAGES[0]
-    )
+    return next(iter(packages_of(type(instance))), PACKAGES[0])
+
+
+def packages_of(kind: type) -> list[str]:
+    """Return the names of the packages that a class is derived from, the nearest first.
+
+    Example:
+        >>> packages_of(Trainer) == [PACKAGES[0]], set(packages_of(CallbackBase)) == set(PACKAGES), packages_of(int)
+        (True, True, [])
+    """
+    modules = [base.__module__ for base in kind.__mro__]
+    found = (package for module in modules for package in PACKAGES if f"{module}.".startswith(f"{package}."))
+    return list(dict.fromkeys(found))
 
 
 def sibling(instance: object, module: str, name: str, *, fabric: bool = False) -> Any:

@@ -8,7 +8,7 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from hessian_callback.callbacks.lightning_packages import CONFIGURATION_ERRORS, PACKAGES
+from hessian_callback.callbacks.lightning_packages import CONFIGURATION_ERRORS, PACKAGES, packages_of
 from hessian_callback.callbacks.moved_options import MOVED_OPTIONS
 from hessian_callback.measurement.errors import UserCodeError
 
@@ -61,34 +61,34 @@ class ParserError(SystemExit):
 def describe_refusal(refusals: dict[str, str]) -> tuple[str, str | None]:
     """Return the message for arguments that no package accepts, and its remedy if they mix classes of two packages.
 
+    Args:
+        refusals: the message of the parser by package.
+
     Example:
-        >>> describe_refusal({"one": "no subclass. Given value: a.Net", "two": "no subclass. Given value: b.Data"})[0]
-        'a Trainer accepts classes of one package, but a.Net is not one of one and b.Data is not one of two'
+        >>> describe_refusal({"lightning.pytorch": "rtol is not a number. Given value: many"})[0]
+        'rtol is not a number. Given value: many'
     """
-    message, *_ = refusals.values()
-    names = [_refused_class(refusal) for refusal in refusals.values()]
-    if None in names or len(set(names)) == 1:
-        # The same class is refused by all packages, so they are not the reason.
-        return message, None
-    refused = " and ".join(f"{name} is not one of {package}" for package, name in zip(refusals, names, strict=True))
+    foreign = {package: _foreign_class(message, package) for package, message in refusals.items()}
+    for package, name in foreign.items():
+        if name is None:  # Another package would not accept the value either.
+            return refusals[package], None
+    refused = " and ".join(f"{name} is not one of {package}" for package, name in foreign.items())
     return (
         f"a Trainer accepts classes of one package, but {refused}",
         "Take the model, the data module and the callbacks from one package, lightning or pytorch_lightning.",
     )
 
 
-def _refused_class(message: str) -> str | None:
-    """Return the class that a message of the parser is about; ``None`` if it is about another kind of value.
-
-    Example:
-        >>> _refused_class("Given value: Namespace(class_path='a.Net', init_args=Namespace())")
-        'a.Net'
-        >>> _refused_class("Given value: NestedArg(key='0.init_args.seed', val=1)") is None
-        True
-    """
+def _foreign_class(message: str, package: str) -> str | None:
+    """Return the name of the class that the parser of a package refused because it is of another package only."""
     found = re.search(r"Given value: (?:.*?class_path\W+)?([\w.]+)", message, re.S)
-    # jsonargparse's mark of an option inside a value.
-    return None if found is None or found[1] == "NestedArg" else found[1]
+    if found is None:
+        return None
+    module, _, name = found[1].rpartition(".")
+    # The parser has imported it.
+    kind = getattr(sys.modules.get(module), name, None)
+    packages = packages_of(kind) if isinstance(kind, type) else []
+    return found[1] if packages and package not in packages else None
 
 
 def exit_with(message: str, *, remedy: str | None = None) -> NoReturn:
@@ -141,11 +141,12 @@ def _remedy(message: str) -> str:
     refused = re.search(r"Option '(\w+)' is not accepted", message)
     if refused and refused[1] in MOVED_OPTIONS:
         return f"The option {refused[1]} of PowerLawHessianCallback is now {MOVED_OPTIONS[refused[1]]}."
-    numbered = re.search(r"NestedArg\(key='\d+\.([\w.]+)'", message)
+    numbered = re.search(r"Parser key \"([\w.]+)\".*NestedArg\(key='\d+\.([\w.]+)'", message, re.S)
     if numbered:
+        entries, option = numbered.groups()
         return (
-            f"Entries of a list have no numbers on the command line: --trainer.callbacks.{numbered[1]} sets the option "
-            "of the last callback. Set those of others in a file."
+            f"Entries of a list have no numbers on the command line: --{entries}.{option} sets the option of the last "
+            f"{entries.rpartition('.')[2].removesuffix('s')}. Set those of others in a file."
         )
     if "File does not exist" in message:
         return f"Paths count from the current folder, {Path.cwd()}; the examples lie in example_configs/ of a clone."

@@ -512,12 +512,36 @@ sys.exit(any(name.partition('.')[0] in ('lightning', 'pytorch_lightning') for na
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment(), check=True, capture_output=True)
 
 
-def test_a_number_in_a_list_is_refused_with_the_way_to_write_it(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("option", "remedy"),
+    [
+        (
+            "--trainer.callbacks.0.init_args.num_eigenvalues",
+            "--trainer.callbacks.init_args.num_eigenvalues sets the option of the last callback",
+        ),
+        ("--trainer.logger.0.init_args.name", "--trainer.logger.init_args.name sets the option of the last logger"),
+    ],
+)
+def test_a_number_in_a_list_is_refused_with_the_way_to_write_it(
+    option: str, remedy: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit):
-        cli.main([*CNN, "--trainer.callbacks.0.init_args.num_eigenvalues", "20"])
+        cli.main(["fit", "--config", str(CONFIGS / "digits_cnn.yaml"), option, "20"])
     text = capsys.readouterr().err
     assert "of one package" not in text
-    assert "--trainer.callbacks.init_args.num_eigenvalues sets the option of the last callback" in text
+    assert remedy in text
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [(f"{CALLBACK}.solver.rtol", "2"), (f"{CALLBACK}.extras", "{a: 1}"), ("--trainer.callbacks", "{a: 1}")],
+)
+def test_a_value_that_no_package_accepts_is_not_blamed_on_the_packages(
+    option: str, value: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sentence = refused([*CNN, option, value], capsys)
+    assert "of one package" not in sentence
+    assert "trainer.callbacks" in sentence
 
 
 def test_run_without_the_callback_says_how_to_add_it(capsys: pytest.CaptureFixture[str]) -> None:
