@@ -13,14 +13,14 @@ installed without their dependencies, curvlinops-for-pytorch, backpack-for-pytor
 from __future__ import annotations
 
 import argparse
-import re
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from benchmarks import paper_scale, product_table, ranks_table, scaling_table, top_table
 from benchmarks.cases import trained
+from benchmarks.report_sections import with_sections, write_sections
 from benchmarks.timing import circumstances, pin_threads
 
 CASES = ("mlp", "lenet", "resnet", "gpt")
@@ -42,7 +42,7 @@ PARTS = ("products", "top10", "top50", "top200", "ranks", "scaling")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="tables to make")
+    parser.add_argument("--only", nargs="+", choices=PARTS, help="tables to make; the others stay")
     parser.add_argument("--cases", nargs="+", choices=[*CASES, "tiny"], default=list(CASES))
     parser.add_argument("--rounds", type=int, default=7, help="rounds at the most")
     parser.add_argument("--minutes", type=float, default=25, help="what the whole may take, about")
@@ -54,13 +54,15 @@ def main() -> None:
     if options.quick:
         options.cases, options.rounds = ["tiny"], 2
     pin_threads()
-    write_report(options)
+    kept = HEAD
+    if options.only and options.output is not None and options.output.exists():
+        kept = with_sections(options.output.read_text(encoding="utf-8"), [HEAD])
+    write_sections(options.output, kept, sections(options))
 
 
-def write_report(options: argparse.Namespace) -> None:
-    """Make the tables one after another, and write the report after each."""
+def sections(options: argparse.Namespace) -> Iterator[str]:
+    """Make the tables, one after another."""
     names = options.cases
-    sections = {} if options.output is None or not options.output.exists() else sections_of(options.output.read_text())
     with tempfile.TemporaryDirectory() as folder:
         files = {name: Path(folder) / f"{name}.pt" for name in names}
         for name, file in files.items():
@@ -71,35 +73,18 @@ def write_report(options: argparse.Namespace) -> None:
             "ranks": lambda: _ranks(names, files, options),
             "scaling": lambda: scaling_table.report(min(3, options.rounds), options.quick),
         }
-        for part in options.only:
+        for part in options.only or PARTS:
             began = time.perf_counter()
             print(f"{part} ...", flush=True)
             made = parts[part]()
             minutes = (time.perf_counter() - began) / 60
-            sections[TITLES[part]] = f"{circumstances(1)} {minutes:.0f} minutes.\n\n{made}"
-            print(f"## {TITLES[part]}\n\n{sections[TITLES[part]]}\n", flush=True)
-            if options.output is not None:
-                options.output.write_text(joined(sections), encoding="utf-8")
+            section = f"## {TITLES[part]}\n\n{circumstances(1)} The table took {minutes:.0f} minutes.\n\n{made}"
+            print(section, flush=True)
+            yield section
     if options.paper_scale:
-        sections[PAPER_SCALE] = paper_scale.last_saved()
-        if options.output is not None:
-            options.output.write_text(joined(sections), encoding="utf-8")
+        yield f"## LeNet on MNIST images, a thousand eigenvalues\n\n{paper_scale.last_saved()}"
 
 
-def sections_of(report: str) -> dict[str, str]:
-    """Split a report into the texts of its sections, by title."""
-    _, *parts = re.split(r"^## ", report, flags=re.MULTILINE)
-    titles_and_texts = (part.partition("\n") for part in parts)
-    return {title: text.strip() for title, _, text in titles_and_texts}
-
-
-def joined(sections: dict[str, str]) -> str:
-    """Join sections to a report, in the order of the titles."""
-    ordered = [title for title in [*TITLES.values(), PAPER_SCALE] if title in sections]
-    return "\n\n".join([HEAD.strip(), *(f"## {title}\n\n{sections[title]}" for title in ordered)]) + "\n"
-
-
-PAPER_SCALE = "LeNet on MNIST images, a thousand eigenvalues"
 TITLES = {
     "products": "Hessian-vector products",
     "top10": "The 10 largest eigenvalues",
@@ -123,8 +108,7 @@ exact one; the two factors follow each table.
 could not know: the number of Lanczos steps for hessian-eigenthings, which then reorthogonalises each, and scipy's `ncv`
 and `tol`. This project is told k and nothing else. curvlinops has no eigenvalue solver of its own. PyHessian is left
 out: files of its package state another licence than its metadata. Attention is computed by PyTorch's math kernel, the
-only one with second derivatives.
-"""
+only one with second derivatives."""
 
 
 def _top(k: int, names: list[str], files: dict[str, Path], options: argparse.Namespace) -> str:

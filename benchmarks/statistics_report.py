@@ -19,6 +19,7 @@ import numpy.typing as npt
 from scipy import special
 from scipy.linalg import eigh_tridiagonal
 
+from benchmarks.report_sections import write_sections
 from hessian_callback.power_law.alternatives import Alternative, boundary_p, likelihood_ratio_test
 from hessian_callback.power_law.critical_values import critical_distance
 from hessian_callback.power_law.cutoff import check_outliers
@@ -735,13 +736,6 @@ def report(names: list[str], scale: float) -> Iterator[str]:
         print(f"{name}: {time.monotonic() - started:.0f} s", flush=True)
 
 
-def with_sections(text: str, sections: list[str]) -> str:
-    """Replace the sections of a report that have the same headings, and add the others at its end."""
-    found = {part.partition("\n")[0]: part for part in text.strip().split("\n\n## ")}
-    found |= {part.partition("\n")[0]: part for part in (section.removeprefix("## ") for section in sections)}
-    return "\n\n## ".join(found.values()) + "\n"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--scale", type=float, default=1.0, help="factor on the number of draws")
@@ -750,9 +744,10 @@ def main() -> None:
     )
     parser.add_argument("--output", type=Path, default=Path(__file__).with_name("STATISTICS.md"))
     options = parser.parse_args()
-    title, *sections = report(options.only or list(SECTIONS), options.scale)
+    sections = report(options.only or list(SECTIONS), options.scale)
+    title = next(sections)
     kept = options.output.read_text(encoding="utf-8") if options.only and options.output.is_file() else title
-    options.output.write_text(with_sections(kept, sections), encoding="utf-8")
+    write_sections(options.output, kept, sections)
 
 
 if __name__ == "__main__":

@@ -166,15 +166,20 @@ def test_a_report_can_be_made_in_several_runs(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(sys, "argv", [*arguments, "products", "scaling"])
     with pytest.raises(pytest.fail.Exception):
         report.main()
-    kept = report.sections_of(output.read_text())
+    kept = sections_of(output)
     assert list(kept) == [report.TITLES["products"]]
     assert kept[report.TITLES["products"]].endswith("first\n\n### More\n\nproducts")
     monkeypatch.setattr(report.scaling_table, "report", lambda *_: "growth")
     monkeypatch.setattr(sys, "argv", [*arguments, "scaling"])
     report.main()
-    found = report.sections_of(output.read_text())
+    found = sections_of(output)
     assert list(found) == [report.TITLES["products"], report.TITLES["scaling"]]
     assert found[report.TITLES["products"]] == kept[report.TITLES["products"]]
+
+
+def sections_of(output: Path) -> dict[str, str]:
+    _, *parts = output.read_text(encoding="utf-8").strip().split("\n\n## ")
+    return {title: text for title, _, text in (part.partition("\n\n") for part in parts)}
 
 
 def test_growth_is_measured_along_each_axis(monkeypatch: pytest.MonkeyPatch) -> None:

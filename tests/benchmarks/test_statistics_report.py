@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from benchmarks.statistics_report import with_sections
+from benchmarks.report_sections import with_sections, write_sections
 from tests.helpers.report_tables import rows
 
 ROOT = Path(__file__).parents[2]
@@ -94,3 +95,13 @@ def test_sections_are_replaced_by_their_headings() -> None:
     assert with_sections(text, ["## One\n\nnew", "## Three\n\nadded"]) == (
         "# Title\n\n## One\n\nnew\n\n## Two\n\nkept\n\n## Three\n\nadded\n"
     )
+
+
+def test_a_section_that_fails_loses_none_before_it(tmp_path: Path) -> None:
+    def sections() -> Iterator[str]:
+        yield "## One\n\nnew"
+        raise ArithmeticError
+
+    with pytest.raises(ArithmeticError):
+        write_sections(tmp_path / "report.md", "# Title\n\n## One\n\nold\n\n## Two\n\nkept", sections())
+    assert (tmp_path / "report.md").read_text() == "# Title\n\n## One\n\nnew\n\n## Two\n\nkept\n"
