@@ -77,8 +77,8 @@ def test_callback_of_the_readme_runs_in_ten_lines(tmp_path: Path) -> None:
     code, _ = CODE
     assert len([line for line in code.splitlines() if line.strip()]) <= 10
     assert "max_epochs=20" in code
-    # With one of seventy seeds an input of a rectifier has another sign in float64 than in float32, which counts as an error
-    # of the products, and too few eigenvalues are known.
+    # With one of seventy seeds an input of a rectifier has another sign in float64 than in float32, which counts as an
+    # error of the products, and too few eigenvalues are known.
     seeded = "from lightning.pytorch import seed_everything\nseed_everything(0)\n"
     done = run_code(seeded + code.replace("max_epochs=20", "max_epochs=1"), cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
