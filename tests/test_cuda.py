@@ -32,6 +32,7 @@ from hessian_callback.linalg.krylov_basis import row_products
 from hessian_callback.linalg.linear_operator import MatvecOperator
 from hessian_callback.linalg.random_vectors import gaussian_slice, rademacher_slice
 from hessian_callback.linalg.tall_matrices import inner_products, orthonormal_columns
+from hessian_callback.operators.cuda_graphs import RecordedProduct, recorded
 from hessian_callback.operators.memory import free_memory
 from tests.helpers.cases import CASES, Case, classify, dense_hessian, rotated
 from tests.helpers.lightning import EarlyStopping, ModelCheckpoint
@@ -214,6 +215,60 @@ def test_a_lanczos_step_waits_once() -> None:
     waits = sum("synchronizing CUDA operation" in str(warning.message) for warning in caught)
     # One a step; beginnings of chains, and the end, wait some more.
     assert spectrum.num_matvecs <= waits <= 2 * spectrum.num_matvecs + 40, (waits, spectrum.num_matvecs)
+
+
+# -- recorded products --------------------------------------------------------------------------------------------
+
+
+@gpu_only
+@pytest.mark.parametrize("name", ["mlp", "cnn", "attention"])
+def test_a_small_traced_product_is_recorded(name: str) -> None:
+    case = in_single(CASES[name]())
+    operator = operator_of(cast(case, torch.float32), hvp="linearize")
+    assert operator._engine._recorded is not None  # type: ignore[union-attr]
+    vectors = torch.randn(3, operator.num_parameters, device=DEVICE)
+    products = torch.stack([operator.matvec(vector) for vector in vectors])  # each result is the caller's
+    truth = dense_hessian(case) @ vectors.cpu().double().T
+    assert_close_in_norm(products.T, truth, operator.relative_error)
+    with torch.cuda.stream(torch.cuda.Stream()):
+        assert_close_in_norm(operator.matvec(vectors[0]), truth[:, 0], operator.relative_error)
+
+
+@gpu_only
+def test_a_long_product_is_not_recorded() -> None:
+    case = wide("mlp", 2**17)
+    assert operator_of(case, hvp="linearize")._engine._recorded is None  # type: ignore[union-attr]
+
+
+@gpu_only
+def test_a_recording_leaves_the_generators_alone() -> None:
+    case = cast(CASES["mlp"](), torch.float32)
+    before = generators()
+    operator = operator_of(case, hvp="linearize")
+    operator.matvec(ones(operator))
+    assert same(generators(), before)
+    drawn = torch.rand(5, device=DEVICE)
+    torch.cuda.set_rng_state_all(before[3])
+    assert torch.equal(torch.rand(5, device=DEVICE), drawn)
+
+
+@gpu_only
+def test_a_recording_that_fails_leaves_the_allocator_as_it_was() -> None:
+    def waits(vector: Tensor) -> Tensor:
+        return vector * float(vector.sum())
+
+    vector = torch.ones(8, device=DEVICE)
+    with pytest.raises(RuntimeError):
+        RecordedProduct(waits, vector)
+    assert recorded(waits, vector) is None
+    settled()
+    before = torch.cuda.memory_reserved()
+    block = torch.empty(2**28, dtype=torch.uint8, device=DEVICE)
+    assert torch.cuda.memory_reserved() >= before + 2**28
+    del block
+    settled()
+    assert torch.cuda.memory_reserved() == before
+    assert torch.equal(vector + 1, torch.full((8,), 2.0, device=DEVICE))
 
 
 # -- full float32, whatever the run has chosen ---------------------------------------------------------------

@@ -7,11 +7,14 @@ import sys
 import time
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from hessian_callback.linalg.distributed import Ranks
+from hessian_callback.operators.cuda_graphs import launching_dominates, recorded, seconds_of
 from hessian_callback.operators.loss import BatchLoss
 from hessian_callback.operators.memory_plan import MemoryPlan
 from hessian_callback.operators.products import (
@@ -20,6 +23,7 @@ from hessian_callback.operators.products import (
     ProductEngine,
     check_agreement,
     trial_directions,
+    trial_vector,
 )
 from hessian_callback.operators.tracing import TracedProduct, signature
 
@@ -38,6 +42,8 @@ TIMED_PRODUCTS = 4
 # What a traced product of a network with and without convolutions is expected to save before one was timed: 2 to 30 %
 # of ten small networks' with (their double backward forms gradients that nobody asked for), hardly anything without.
 _GAIN_WITH_CONVOLUTIONS, _GAIN = 0.15, 0.05
+# The same on a GPU that waits for launches, which a recorded product makes all at once.
+_GAIN_OF_RECORDING = 0.5
 # Share of the time that a change-over must gain, because measured times are noisy.
 _MARGIN = 0.05
 # Seconds of tracing for each node of the gradient's graph on a slow core, used until a trace was timed. Those of batch
@@ -171,6 +177,7 @@ class EngineSelection:
         self._known = known
         self._undecided = automatic
         self._seconds: list[float] = []
+        self._launching: list[float] = []
         self._device = loss.parameters[0].device
 
     @property
@@ -183,9 +190,11 @@ class EngineSelection:
         """Whether enough products have been timed for a decision."""
         return self._undecided and self.products_left > 0 and len(self._seconds) >= TIMED_PRODUCTS
 
-    def record(self, seconds: float) -> None:
-        """Note the time of a product."""
-        self._seconds.append(seconds)
+    def record(self, began: float) -> None:
+        """Note the time of a product that began at a time `now` and is queued by now."""
+        queued = time.perf_counter()
+        self._launching.append(queued - began)
+        self._seconds.append(self.now() - began)
 
     def now(self) -> float:
         """Return the time in seconds, after all work that was queued on the device is done."""
@@ -201,6 +210,8 @@ class EngineSelection:
         own = statistics.median(self._seconds[1:])
         nodes = engine.nodes
         own_gain = _GAIN_WITH_CONVOLUTIONS if _any("Convolution", nodes) else _GAIN
+        if self._device.type == "cuda" and launching_dominates(statistics.median(self._launching[1:]), own):
+            own_gain = _GAIN_OF_RECORDING
         product, trace, steady, gain = largest_over_ranks(
             self._ranks, own, known.expected_trace_seconds(nodes), _num_traces(plan.parts.batches), own_gain
         )
@@ -255,11 +266,21 @@ class EngineSelection:
                     engine.part(index, directions)
                     times[0].append(between - began)
                     times[1].append(self.now() - between)
+                vector = trial_vector(self._loss)
+                faster = recorded(partial(self._product_of_part, traced, constants), vector)
+                if faster is not None:
+                    times[0].append(seconds_of(faster, vector)[1])
             size = traced.size(batch, constants) * len(engine.batches)
             first = (signature(batch), traced) if shared else None
             return _Trial(seconds, min(times[0]) / min(times[1]), size, first)
         except Exception as error:
             return _Trial(failure=f"tracing failed ({type(error).__name__}: {_beginning(error)})")
+
+    def _product_of_part(self, traced: TracedProduct, constants: Sequence[Tensor], vector: Tensor) -> Tensor:
+        with self._loss.differentiable():
+            total = torch.zeros_like(vector)
+            self._loss.accumulate(total, traced.product(constants, self._loss.split(vector)), 1.0)
+        return total
 
     def _change_over(self, engine: DoubleBackward, trial: _Trial | None) -> ProductEngine | None:
         """Replace double backward batch by batch; if that fails on any rank, on none."""

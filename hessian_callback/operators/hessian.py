@@ -368,7 +368,7 @@ class HessianOperator:
                 began = self._selection.now() if timing else 0.0
                 product = self._running.product(self._without_padding(vector))
                 if timing:
-                    self._selection.record(self._selection.now() - began)
+                    self._selection.record(began)
             except Exception as exception:
                 error = exception
             try:

@@ -15,7 +15,7 @@ from hessian_callback.operators.derivatives import DoubleBackwardError
 from hessian_callback.operators.loss import BatchLoss
 from hessian_callback.operators.memory import is_out_of_memory, readable_size
 from hessian_callback.operators.micro_batches import MicroBatches
-from hessian_callback.operators.products import DoubleBackward, FiniteDifference, trial_directions
+from hessian_callback.operators.products import DoubleBackward, FiniteDifference, trial_vector
 
 __all__ = ["MemoryPlan"]
 
@@ -205,7 +205,7 @@ class MemoryPlan:
 
     def _response(self, parts: MicroBatches) -> Tensor:
         """Return a quantity that is linear in the loss and sees all of it: a product along a random direction."""
-        direction = torch.cat([_real(part).flatten() for part in trial_directions(self._loss)])
+        direction = trial_vector(self._loss)
         if self._exact:
             return DoubleBackward(self._loss, parts.batches, parts.weights, num_cached=0).product(direction)
         return FiniteDifference(self._loss, parts.batches, parts.weights).displaced_gradient(direction)

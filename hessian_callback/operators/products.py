@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from hessian_callback.operators.batches import tensors
+from hessian_callback.operators.cuda_graphs import RecordedProduct, recorded
 from hessian_callback.operators.derivatives import (
     DoubleBackwardError,
     check_twice_differentiable,
@@ -37,6 +38,7 @@ __all__ = [
     "check_agreement",
     "displaced",
     "trial_directions",
+    "trial_vector",
 ]
 
 
@@ -202,6 +204,9 @@ class Linearize(ProductEngine):
                 check_agreement(self.name, traced.product(constants, trial_directions(loss)), reference, index)
                 self._traced.append((traced, constants))
                 reference.release(index)
+        self._recorded: RecordedProduct | None = None
+        if self._traced:
+            self._recorded = recorded(self._evaluate, trial_vector(loss))
 
     @staticmethod
     def trace(loss: BatchLoss, batch: Any) -> tuple[TracedProduct, bool]:
@@ -235,6 +240,9 @@ class Linearize(ProductEngine):
 
     def product(self, vector: Tensor) -> Tensor:
         """Evaluate the traced linear maps."""
+        return self._evaluate(vector) if self._recorded is None else self._recorded(vector)
+
+    def _evaluate(self, vector: Tensor) -> Tensor:
         with self.loss.differentiable():
             total, directions = torch.zeros_like(vector), self.loss.split(vector)
             for (traced, constants), weight in zip(self._traced, self.weights, strict=True):
@@ -244,6 +252,7 @@ class Linearize(ProductEngine):
     def close(self) -> None:
         """Release the traced functions and their constants."""
         self._traced = []
+        self._recorded = None
 
 
 def _computes_complex(loss: BatchLoss, batch: Any) -> bool:
@@ -262,10 +271,14 @@ def _beginning(error: Exception) -> str:
 
 def trial_directions(loss: BatchLoss) -> list[Tensor]:
     """Return the random direction along which engines are compared, in the parameters' shapes."""
+    return loss.split(trial_vector(loss))
+
+
+def trial_vector(loss: BatchLoss) -> Tensor:
+    """Return the random direction along which engines are compared, ``(P,)``."""
     first = loss.parameters[0]
     generator = torch.Generator().manual_seed(0)
-    flat = torch.randn(sum(loss.sizes), generator=generator)
-    return loss.split(flat.to(first.device, first.real.dtype))
+    return torch.randn(sum(loss.sizes), generator=generator).to(first.device, first.real.dtype)
 
 
 def check_agreement(name: str, found: Sequence[Tensor | None], reference: DoubleBackward, index: int) -> None:
