@@ -14,7 +14,8 @@ import os
 import random
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,7 @@ from hessian_callback.linalg.krylov_basis import row_products
 from hessian_callback.linalg.linear_operator import MatvecOperator
 from hessian_callback.linalg.random_vectors import gaussian_slice, rademacher_slice
 from hessian_callback.linalg.tall_matrices import inner_products, orthonormal_columns
+from hessian_callback.measurement.solvers import Lanczos, PublishedProtocol
 from hessian_callback.operators.cuda_graphs import RecordedProduct, recorded
 from hessian_callback.operators.memory import free_memory
 from tests.helpers.cases import CASES, Case, classify, dense_hessian, rotated
@@ -234,18 +236,60 @@ def test_a_small_traced_product_is_recorded(name: str) -> None:
         assert_close_in_norm(operator.matvec(vectors[0]), truth[:, 0], operator.relative_error)
 
 
+def recorded_operator(case: Case, **options: Any) -> HessianOperator:
+    operator = operator_of(case, **options)
+    operator.expect_products(100)
+    for _ in range(6):
+        operator.matvec(ones(operator))
+    return operator
+
+
 @gpu_only
-def test_a_long_product_is_not_recorded() -> None:
-    case = wide("mlp", 2**17)
-    assert operator_of(case, hvp="linearize")._engine._recorded is None  # type: ignore[union-attr]
+@pytest.mark.parametrize("hvp", ["auto", "double_backward"])
+@pytest.mark.parametrize("name", ["mlp", "cnn", "attention"])
+def test_double_backward_of_a_small_network_is_recorded(name: str, hvp: str) -> None:
+    case = in_single(CASES[name]())
+    here = cast(case, torch.float32)
+    # As DistributedDataParallel does; they belong to the default stream.
+    accumulators = [p.expand_as(p).grad_fn.next_functions[0][0] for p in here.model.parameters()]  # type: ignore[union-attr]
+    operator = recorded_operator(here, hvp=hvp)
+    assert "recorded as a CUDA graph" in operator.engine_reason, operator.engine_reason
+    assert operator.num_cached_graphs == len(case.batches)
+    assert_close_in_norm(dense(operator), dense_hessian(case), operator.relative_error)
+    assert all(p.requires_grad for p in here.model.parameters())
+    assert len(accumulators) > 1
+    operator.close()
+
+
+@gpu_only
+@pytest.mark.parametrize("name", ["checkpointing (use_reentrant=False)", "LSTM, padding_idx"])
+def test_whatever_is_recorded_is_right(name: str) -> None:
+    kind = KINDS[name]
+    model = seeded(kind.build).double().eval()
+    model.log = model.log_dict = lambda *_, **__: None
+    batches = tree_map(
+        lambda leaf: leaf.double() if torch.is_tensor(leaf) and leaf.is_floating_point() else leaf,
+        [next(iter(kind.loaders()[1]))],
+    )
+    case = Case(model, resolve_loss(model), batches, [1.0])
+    operator = recorded_operator(cast(case, torch.float64))
+    vector = torch.randn(operator.num_parameters, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    assert_close_in_norm(operator.matvec(vector), operator_of(case).matvec(vector), 1e-10)
+
+
+@gpu_only
+@pytest.mark.parametrize("hvp", ["linearize", "double_backward"])
+def test_a_long_product_is_not_recorded(hvp: str) -> None:
+    operator = recorded_operator(wide("mlp", 2**18), hvp=hvp)
+    assert operator._engine._recorded is None  # type: ignore[union-attr]
 
 
 @gpu_only
 def test_a_recording_leaves_the_generators_alone() -> None:
     case = cast(CASES["mlp"](), torch.float32)
     before = generators()
-    operator = operator_of(case, hvp="linearize")
-    operator.matvec(ones(operator))
+    for hvp in ("linearize", "double_backward"):
+        recorded_operator(case, hvp=hvp)
     assert same(generators(), before)
     drawn = torch.rand(5, device=DEVICE)
     torch.cuda.set_rng_state_all(before[3])
@@ -253,15 +297,23 @@ def test_a_recording_leaves_the_generators_alone() -> None:
 
 
 @gpu_only
-def test_a_recording_that_fails_leaves_the_allocator_as_it_was() -> None:
+@pytest.mark.parametrize("found", [True, False], ids=["found beforehand", "not found"])
+def test_a_recording_that_fails_does_no_damage(found: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     def waits(vector: Tensor) -> Tensor:
         return vector * float(vector.sum())
 
     vector = torch.ones(8, device=DEVICE)
-    with pytest.raises(RuntimeError):
+    settled()
+    torch.empty(2**20, device=DEVICE)
+    settled()
+    before = torch.cuda.memory_reserved()
+    if not found:
+        monkeypatch.setattr("hessian_callback.operators.cuda_graphs._waits_counted", partial(nullcontext, []))
+    with pytest.raises(RuntimeError, match="waits for the GPU" if found else ""):
         RecordedProduct(waits, vector)
     assert recorded(waits, vector) is None
     settled()
+    assert torch.cuda.memory_reserved() <= before + 2**26  # The workspace of the stream of recordings.
     before = torch.cuda.memory_reserved()
     block = torch.empty(2**28, dtype=torch.uint8, device=DEVICE)
     assert torch.cuda.memory_reserved() >= before + 2**28
@@ -269,6 +321,11 @@ def test_a_recording_that_fails_leaves_the_allocator_as_it_was() -> None:
     settled()
     assert torch.cuda.memory_reserved() == before
     assert torch.equal(vector + 1, torch.full((8,), 2.0, device=DEVICE))
+    torch.cuda.manual_seed(0)
+    first = torch.rand(8, device=DEVICE)
+    torch.cuda.manual_seed(0)
+    assert torch.equal(torch.rand(8, device=DEVICE), first)
+    assert torch.cuda.get_sync_debug_mode() == 0
 
 
 # -- full float32, whatever the run has chosen ---------------------------------------------------------------
@@ -433,7 +490,12 @@ def test_eigenvalues_against_the_dense_hessian(name: str, dtype: torch.dtype, ba
     truth = torch.linalg.eigvalsh(hessian).flip(0)[:4]
     operator = operator_of(cast(case, dtype))
     spectrum = top_eigenvalues(
-        operator, 4, rtol=1e-4, return_eigenvectors=True, basis_device=None if basis == "device" else "cpu"
+        operator,
+        4,
+        rtol=1e-4,
+        max_matvecs=200,
+        return_eigenvectors=True,
+        basis_device=None if basis == "device" else "cpu",
     )
     assert spectrum.eigenvalues.device.type == "cpu"
     assert spectrum.all_converged
@@ -541,10 +603,11 @@ def test_a_budget_holds(kind: str) -> None:
         num_kept = operator.num_cached_graphs
         kept = torch.cuda.memory_allocated() - before
         assert num_kept == 3, f"{num_kept} graphs are kept, in {kept} bytes; {size} were expected of each"
-        assert 0.5 * 3 * size <= kept <= 1.5 * 3 * size, f"3 graphs take {kept} bytes; {size} were expected of each"
+        assert 0.5 * 3 * size <= kept <= budget, f"3 graphs take {kept} bytes; {size} were expected of each"
         operator.matvec(ones(operator))
-    peak = torch.cuda.max_memory_allocated() - before
-    assert peak <= 1.5 * budget, f"{peak} bytes at the peak, {kept} kept; the budget was {budget}, 4 graphs of {size}"
+    beside = torch.cuda.max_memory_allocated() - before - kept
+    # A product takes up to four times a batch's graph for its temporaries; cuDNN's workspaces vary.
+    assert beside <= 4.5 * size, f"{beside} bytes beside {kept} kept; {size} were expected of each graph"
 
 
 @contextmanager
@@ -679,7 +742,7 @@ def trained(name: str, tmp_path: Any, *callbacks: Any, **options: Any) -> dict[s
     model = seeded(kind.build)
     run = trainer(tmp_path, *callbacks, **{**kind.options, **ACCELERATOR, **options})
     run.fit(model, *kind.loaders())
-    if callbacks:
+    if callbacks and callbacks[0].history[-1].logged:
         value = run.callback_metrics["hessian/slope"]
         assert float(value) == pytest.approx(callbacks[0].history[-1].slope)
     return {
@@ -803,9 +866,9 @@ def test_all_comparisons_agree_with_the_cpus(tmp_path: Any) -> None:
     assert here[0].loss == pytest.approx(there[0].loss)
 
 
-@pytest.mark.parametrize("protocol", [{"stop_on": "slope"}, {"mode": "paper"}], ids=str)
-def test_each_protocol(protocol: dict[str, Any], tmp_path: Any) -> None:
-    callback = measure(**protocol, on_error="raise", memory_budget=10**6)
+@pytest.mark.parametrize("solver", [Lanczos(stop_on="slope", memory_budget=10**6), PublishedProtocol()], ids=str)
+def test_each_protocol(solver: Any, tmp_path: Any) -> None:
+    callback = measure(solver=solver, on_error="raise")
     run = trainer(tmp_path, callback, max_epochs=1, **ACCELERATOR)
     run.fit(seeded(), plain_loader(), plain_loader(seed=1))
     assert all(m.spectrum is not None for m in callback.history)

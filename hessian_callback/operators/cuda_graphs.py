@@ -7,8 +7,10 @@ longer than they do.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from contextlib import suppress
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -49,7 +51,8 @@ class RecordedProduct:
     What the product reads beside its vector must stay where it is. The temporary tensors keep their memory.
 
     Args:
-        product: ``(P,) -> (P,)``, without waiting for the GPU and without random numbers.
+        product: ``(P,) -> (P,)``, without random numbers. If it differentiates graphs, they must have been built on the
+            stream of recordings, see `recorded`.
         example: a vector of the shape, dtype and device of those to come.
 
     Raises:
@@ -57,21 +60,27 @@ class RecordedProduct:
     """
 
     def __init__(self, product: Product, example: Tensor) -> None:
-        self._vector = example.clone()
-        self._graph = torch.cuda.CUDAGraph()
         device = example.device
-        side = torch.cuda.Stream(device)
-        side.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(side):
+        with torch.inference_mode(False):
+            self._vector = example.clone()
+        self._product = product  # Holds what the kernels read.
+        with _on_side_stream(device):
             for _ in range(_WARM_UPS):
                 product(self._vector)
-        torch.cuda.current_stream(device).wait_stream(side)
+            # A recording that fails does damage (see `_recover`), and a product that waits would fail.
+            with _waits_counted() as waits:
+                product(self._vector)
+        if waits:
+            raise RuntimeError("the product waits for the GPU, so it cannot be recorded")
+        self._graph = torch.cuda.CUDAGraph()
+        pool = torch.cuda.graph_pool_handle()
+        stream = _side_stream(device)
         try:
             # Only this thread is watched: another one may copy batches to the GPU.
-            with torch.cuda.device(device), torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+            with torch.cuda.graph(self._graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
                 self._result = product(self._vector)
         except BaseException:
-            _end_recording(self._graph, device)
+            _recover(self._vector, pool)
             raise
 
     def __call__(self, vector: Tensor) -> Tensor:
@@ -81,11 +90,16 @@ class RecordedProduct:
         return self._result.clone()
 
 
-def recorded(product: Product, example: Tensor) -> RecordedProduct | None:
+def recorded(product: Product, example: Tensor, build: Callable[[], Product] | None = None) -> RecordedProduct | None:
     """Record a product if that makes it faster; return ``None`` if not, and on a CPU.
 
-    A recording is not used if its result differs from the product's by more than rounding, or if its temporary tensors
-    would take more than a quarter of the free memory.
+    A recording is not used if its result differs from the product's by more than rounding, or if it would take more
+    than a quarter of the free memory.
+
+    Args:
+        product: the product.
+        example: a vector.
+        build: returns the product to record, if it must be built on the stream of recordings.
     """
     device = example.device
     if device.type != "cuda":
@@ -97,6 +111,9 @@ def recorded(product: Product, example: Tensor) -> RecordedProduct | None:
     torch.cuda.empty_cache()
     before, room = torch.cuda.memory_reserved(device), free_memory(device)
     try:
+        if build is not None:
+            with _on_side_stream(device):
+                product = build()
         faster = RecordedProduct(product, example)
         found = faster(example)
     except Exception:  # Whatever cannot be recorded is computed as before.
@@ -119,7 +136,45 @@ def seconds_of(product: Product, vector: Tensor) -> tuple[float, float]:
     return queued - began, time.perf_counter() - began
 
 
-def _end_recording(graph: torch.cuda.CUDAGraph, device: torch.device) -> None:
-    """Let the allocator release memory again: torch leaves it waiting for the end of a recording that has failed."""
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """Return the stream of recordings: one, because cuBLAS keeps a workspace of 32 MB for each."""
+    return torch.cuda.Stream(device)
+
+
+@contextmanager
+def _on_side_stream(device: torch.device) -> Iterator[None]:
+    side, current = _side_stream(device), torch.cuda.current_stream(device)
+    side.wait_stream(current)
+    with torch.cuda.stream(side):
+        yield
+    current.wait_stream(side)
+
+
+@contextmanager
+def _waits_counted() -> Iterator[list[str]]:
+    """Collect torch's warnings of operations that wait for the GPU."""
+    waits: list[str] = []
+    mode = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield waits
+        finally:
+            torch.cuda.set_sync_debug_mode(mode)
+    texts = [str(warning.message) for warning in caught]
+    waits += [text for text in texts if "called a synchronizing" in text]
+
+
+def _recover(vector: Tensor, pool: tuple[int, int]) -> None:
+    """Undo what torch leaves behind a failed recording: an allocator and a generator that wait for its end."""
+    device = vector.device
     with suppress(Exception):
-        torch._C._cuda_endAllocateToPool(device.index or 0, graph.pool())
+        index = torch.cuda.current_device() if device.index is None else device.index
+        torch._C._cuda_endAllocateToPool(index, pool)
+        torch._C._cuda_releasePool(index, pool)
+    with suppress(Exception):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=_side_stream(device), capture_error_mode="thread_local"):
+            vector + 1  # Anything that ends well.

@@ -7,14 +7,12 @@ import sys
 import time
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from hessian_callback.linalg.distributed import Ranks
-from hessian_callback.operators.cuda_graphs import launching_dominates, recorded, seconds_of
+from hessian_callback.operators.cuda_graphs import launching_dominates
 from hessian_callback.operators.loss import BatchLoss
 from hessian_callback.operators.memory_plan import MemoryPlan
 from hessian_callback.operators.products import (
@@ -23,7 +21,6 @@ from hessian_callback.operators.products import (
     ProductEngine,
     check_agreement,
     trial_directions,
-    trial_vector,
 )
 from hessian_callback.operators.tracing import TracedProduct, signature
 
@@ -42,8 +39,6 @@ TIMED_PRODUCTS = 4
 # What a traced product of a network with and without convolutions is expected to save before one was timed: 2 to 30 %
 # of ten small networks' with (their double backward forms gradients that nobody asked for), hardly anything without.
 _GAIN_WITH_CONVOLUTIONS, _GAIN = 0.15, 0.05
-# The same on a GPU that waits for launches, which a recorded product makes all at once.
-_GAIN_OF_RECORDING = 0.5
 # Share of the time that a change-over must gain, because measured times are noisy.
 _MARGIN = 0.05
 # Seconds of tracing for each node of the gradient's graph on a slow core, used until a trace was timed. Those of batch
@@ -156,29 +151,37 @@ class _Trial:
 
 
 class EngineSelection:
-    """The decision, on all ranks together, to continue with `Linearize` instead of `DoubleBackward`.
+    """The decision to continue with a recorded product or, on all ranks together, with `Linearize`.
+
+    On a GPU that waits for launches, double backward is recorded as a CUDA graph, which takes as long as some ten
+    products. Tracing is considered where that was not possible or would gain nothing.
 
     Args:
         loss: the loss.
         ranks: the processes that share the products.
         known: times of earlier traces of the model; updated.
         automatic: whether the engine may be changed.
+        recording: whether the products may be recorded.
 
     Attributes:
         reason: why the engine in use was chosen.
         products_left: number of products that are expected.
     """
 
-    def __init__(self, loss: BatchLoss, ranks: Ranks, known: TracingStatistics, *, automatic: bool) -> None:
+    def __init__(
+        self, loss: BatchLoss, ranks: Ranks, known: TracingStatistics, *, automatic: bool, recording: bool = False
+    ) -> None:
         self.reason = "no change-over was considered" if automatic else "asked for by name"
         self.products_left = 0
         self._loss = loss
         self._ranks = ranks
         self._known = known
-        self._undecided = automatic
+        self._device = loss.parameters[0].device
+        self._automatic = automatic
+        self._recording = recording and self._device.type == "cuda"
+        self._undecided = self._automatic or self._recording
         self._seconds: list[float] = []
         self._launching: list[float] = []
-        self._device = loss.parameters[0].device
 
     @property
     def timing(self) -> bool:
@@ -192,8 +195,7 @@ class EngineSelection:
 
     def record(self, began: float) -> None:
         """Note the time of a product that began at a time `now` and is queued by now."""
-        queued = time.perf_counter()
-        self._launching.append(queued - began)
+        self._launching.append(time.perf_counter() - began)
         self._seconds.append(self.now() - began)
 
     def now(self) -> float:
@@ -206,12 +208,19 @@ class EngineSelection:
         """Return the engine for the remaining products; ``None`` if it must be built again. A collective."""
         self._undecided = False
         left, known = self.products_left, self._known
-        draws = bool(self._ranks.failed_ranks(self._loss.draws))
         own = statistics.median(self._seconds[1:])
+        is_recorded = (
+            self._recording and launching_dominates(statistics.median(self._launching[1:]), own) and engine.record()
+        )
+        if not self._automatic:
+            self.reason += ", recorded as a CUDA graph" * is_recorded
+            return engine
+        if self._ranks.failed_ranks(is_recorded):
+            self.reason = "launches take most of a product's time, so it is recorded as a CUDA graph"
+            return engine
+        draws = bool(self._ranks.failed_ranks(self._loss.draws))
         nodes = engine.nodes
         own_gain = _GAIN_WITH_CONVOLUTIONS if _any("Convolution", nodes) else _GAIN
-        if self._device.type == "cuda" and launching_dominates(statistics.median(self._launching[1:]), own):
-            own_gain = _GAIN_OF_RECORDING
         product, trace, steady, gain = largest_over_ranks(
             self._ranks, own, known.expected_trace_seconds(nodes), _num_traces(plan.parts.batches), own_gain
         )
@@ -266,21 +275,11 @@ class EngineSelection:
                     engine.part(index, directions)
                     times[0].append(between - began)
                     times[1].append(self.now() - between)
-                vector = trial_vector(self._loss)
-                faster = recorded(partial(self._product_of_part, traced, constants), vector)
-                if faster is not None:
-                    times[0].append(seconds_of(faster, vector)[1])
             size = traced.size(batch, constants) * len(engine.batches)
             first = (signature(batch), traced) if shared else None
             return _Trial(seconds, min(times[0]) / min(times[1]), size, first)
         except Exception as error:
             return _Trial(failure=f"tracing failed ({type(error).__name__}: {_beginning(error)})")
-
-    def _product_of_part(self, traced: TracedProduct, constants: Sequence[Tensor], vector: Tensor) -> Tensor:
-        with self._loss.differentiable():
-            total = torch.zeros_like(vector)
-            self._loss.accumulate(total, traced.product(constants, self._loss.split(vector)), 1.0)
-        return total
 
     def _change_over(self, engine: DoubleBackward, trial: _Trial | None) -> ProductEngine | None:
         """Replace double backward batch by batch; if that fails on any rank, on none."""

@@ -66,8 +66,9 @@ class HessianOperator:
         hvp: ``"double_backward"``, ``"linearize"`` or ``"finite_difference"``; ``"auto"`` begins with double
             backward and changes to linearize if that, measured on this model, saves time: see
             `expect_products`. All but differences are exact.
-        memory_budget: bytes that gradient graphs may take on this rank; ``None``: a quarter of the free memory. With 0
-            none are kept and no batch is cut.
+        memory_budget: bytes that gradient graphs may take on this rank between products; ``None``: a quarter of the
+            free memory. With 0 none are kept and no batch is cut. A product itself takes up to four times the largest
+            batch's graph, for as long as it is computed.
         tracing_statistics: times of earlier traces of this model for ``"auto"``; updated.
         restore_state: called after every evaluation of the loss, to put back what it changes (queues, counters,
             hidden states). The evaluation must then be a function of parameters and batch.
@@ -144,7 +145,11 @@ class HessianOperator:
             self.partition = self.ranks.partition(self.num_parameters)
             parts = self._weighed(list(batches), weights, batch_weight)
             self._selection = EngineSelection(
-                self._loss, self.ranks, tracing_statistics or TracingStatistics(), automatic=hvp == "auto"
+                self._loss,
+                self.ranks,
+                tracing_statistics or TracingStatistics(),
+                automatic=hvp == "auto",
+                recording=hvp in ("auto", DoubleBackward.name),
             )
             self._plan = MemoryPlan(
                 self._loss, parts, self.ranks, budget=memory_budget, exact=hvp != FiniteDifference.name

@@ -22,7 +22,8 @@ __all__ = ["MemoryPlan"]
 # Share of the free memory that cached graphs may take if no budget is given. The rest is for the training
 # run's own peak, which may come later than the measurement.
 _BUDGET_SHARE = 0.25
-# Temporaries of about the size of a graph exist while it is built.
+# Temporaries of about the size of a graph exist while it is built. The products' own, up to four times a graph, are not
+# counted: they are released after each product.
 _BUILD_FACTOR = 2.0
 # Cutting batches further gains little if most of a graph is as large as the parameters.
 _WORTH_CUTTING = 0.75

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -28,6 +29,7 @@ from hessian_callback.operators.functional_loss import FunctionalLoss
 from hessian_callback.operators.loss import BatchLoss, LossModule
 from hessian_callback.operators.memory import count_saved_tensors, is_out_of_memory
 from hessian_callback.operators.parameters import constant_padding
+from hessian_callback.operators.substitution import substituted
 from hessian_callback.operators.tracing import TracedProduct, signature
 
 __all__ = [
@@ -88,6 +90,7 @@ class DoubleBackward(ProductEngine):
     ) -> None:
         super().__init__(loss, batches, weights)
         keep = self.batches if num_cached is None else self.batches[:num_cached]
+        self._recorded: RecordedProduct | None = None
         self._searched: set[int] = set()
         with loss.differentiable():
             self._graphs: list[list[Tensor] | None] = [self._gradient(index) for index in range(len(keep))]
@@ -101,6 +104,8 @@ class DoubleBackward(ProductEngine):
     @property
     def num_cached(self) -> int:
         """Batches whose gradient graph is kept."""
+        if self._recorded is not None:
+            return len(self.batches)
         return sum(graph is not None for graph in self._graphs)
 
     @staticmethod
@@ -120,11 +125,49 @@ class DoubleBackward(ProductEngine):
 
     def product(self, vector: Tensor) -> Tensor:
         """Differentiate ``g . v``: one backward pass a batch, and the gradient first if it was not kept."""
+        if self._recorded is not None:
+            return self._recorded(vector)
         with self.loss.differentiable():
             total, directions = torch.zeros_like(vector), self.loss.split(vector)
             for index, weight in enumerate(self.weights):
                 self.loss.accumulate(total, self._part(index, directions), weight)
         return total
+
+    def record(self) -> bool:
+        """Record the product as a CUDA graph where that makes it faster; return whether it is recorded now.
+
+        All graphs must be kept. They are built again on the stream of recordings and take the place of the former ones.
+        They end in aliases of the parameters, because autograd would wait for the streams of whoever else
+        differentiates the parameters, as ``DistributedDataParallel`` does.
+        """
+        if self._recorded is None and self.batches and self.num_cached == len(self.batches) and not self.loss.draws:
+            self._recorded = recorded(self.product, trial_vector(self.loss), self._recordable)
+            if self._recorded is not None:
+                self._graphs = []
+        return self._recorded is not None
+
+    def _recordable(self) -> Callable[[Tensor], Tensor]:
+        loss, weights = self.loss, self.weights
+        names = {id(parameter): name for name, parameter in loss.model.named_parameters()}
+        chosen = [names[id(parameter)] for parameter in loss.parameters]
+        with loss.differentiable():
+            aliases = [parameter.detach().requires_grad_() for parameter in loss.parameters]
+        values = dict(zip(chosen, aliases, strict=True))
+        with loss.differentiable(), substituted(loss.model, values):
+            graphs = [
+                torch.autograd.grad(loss.value(batch), aliases, create_graph=True, materialize_grads=True)
+                for batch in self.batches
+            ]
+
+        def product(vector: Tensor) -> Tensor:
+            # Activation checkpointing evaluates modules in backward passes.
+            with loss.differentiable(), substituted(loss.model, values):
+                total, directions = torch.zeros_like(vector), loss.split(vector)
+                for graph, weight in zip(graphs, weights, strict=True):
+                    loss.accumulate(total, differentiate(graph, aliases, directions, keep=True), weight)
+            return total
+
+        return product
 
     def part(self, index: int, directions: list[Tensor]) -> Sequence[Tensor]:
         """Multiply with the Hessian of one batch, unweighted, in the parameters' shapes."""
@@ -155,6 +198,7 @@ class DoubleBackward(ProductEngine):
     def close(self) -> None:
         """Release the graphs."""
         self._graphs = []
+        self._recorded = None
 
 
 class Linearize(ProductEngine):
@@ -206,7 +250,7 @@ class Linearize(ProductEngine):
                 reference.release(index)
         self._recorded: RecordedProduct | None = None
         if self._traced:
-            self._recorded = recorded(self._evaluate, trial_vector(loss))
+            self._recorded = recorded(partial(_traced_sum, loss, self._traced, self.weights), trial_vector(loss))
 
     @staticmethod
     def trace(loss: BatchLoss, batch: Any) -> tuple[TracedProduct, bool]:
@@ -240,19 +284,24 @@ class Linearize(ProductEngine):
 
     def product(self, vector: Tensor) -> Tensor:
         """Evaluate the traced linear maps."""
-        return self._evaluate(vector) if self._recorded is None else self._recorded(vector)
-
-    def _evaluate(self, vector: Tensor) -> Tensor:
-        with self.loss.differentiable():
-            total, directions = torch.zeros_like(vector), self.loss.split(vector)
-            for (traced, constants), weight in zip(self._traced, self.weights, strict=True):
-                self.loss.accumulate(total, traced.product(constants, directions), weight)
-        return total
+        if self._recorded is not None:
+            return self._recorded(vector)
+        return _traced_sum(self.loss, self._traced, self.weights, vector)
 
     def close(self) -> None:
         """Release the traced functions and their constants."""
         self._traced = []
         self._recorded = None
+
+
+def _traced_sum(
+    loss: BatchLoss, parts: Sequence[tuple[TracedProduct, list[Tensor]]], weights: Sequence[float], vector: Tensor
+) -> Tensor:
+    with loss.differentiable():
+        total, directions = torch.zeros_like(vector), loss.split(vector)
+        for (traced, constants), weight in zip(parts, weights, strict=True):
+            loss.accumulate(total, traced.product(constants, directions), weight)
+    return total
 
 
 def _computes_complex(loss: BatchLoss, batch: Any) -> bool:
