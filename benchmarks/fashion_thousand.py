@@ -21,7 +21,7 @@ import math
 import os
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from decimal import ROUND_CEILING, Context
@@ -242,7 +242,8 @@ class Steps:
             # writes them anew instead of adding to them.
             self._optimizer.zero_grad(set_to_none=True)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            # On the stream of the training: graphs of one stream share a workspace, so they could not run at once.
+            with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
                 self._step(self._chosen)
             if self._agrees(graph):
                 return graph
@@ -254,20 +255,16 @@ class Steps:
         return None
 
     def _warm_up(self) -> None:
-        """Take three steps on a side stream, as PyTorch asks for before a capture, and undo them.
+        """Take three steps, as PyTorch asks for before a capture, and undo them.
 
         They make the momentum buffers as well, which a graph could not make. A buffer of zeros gives the same first
         step as none.
         """
         before = [parameter.detach().clone() for parameter in self._model.parameters()]
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
         try:
-            with torch.cuda.stream(side):
-                for _ in range(3):
-                    self._eager_step(self._chosen)
+            for _ in range(3):
+                self._eager_step(self._chosen)
         finally:
-            torch.cuda.current_stream().wait_stream(side)
             self._restore(before, [torch.zeros_like(buffer) for buffer in self._buffers()])
         self._is_warm = True
 
@@ -307,8 +304,10 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def fit_network(name: str, model: nn.Module, data: Images, run: Run, epochs: int, device: str) -> tuple[int, bool]:
-    """Train, and return the number of steps and whether CUDA graphs were used."""
+def fit_network(
+    name: str, model: nn.Module, data: Images, run: Run, epochs: int, device: str
+) -> Generator[None, None, tuple[int, bool]]:
+    """Train, step by step, and return the number of steps and whether CUDA graphs were used."""
     count = len(data.labels)
     total = epochs * math.ceil(count / run.batch_size)
     # Shares of the steps, as in hessian_callback.demos.ImageClassifier.
@@ -325,6 +324,7 @@ def fit_network(name: str, model: nn.Module, data: Images, run: Run, epochs: int
                 steps.set_rate(rate)
             steps.take(chosen)
             taken += 1
+            yield
         if time.perf_counter() > shown + SECONDS_BETWEEN_LINES:
             synchronize(device)
             shown = time.perf_counter()
@@ -332,8 +332,10 @@ def fit_network(name: str, model: nn.Module, data: Images, run: Run, epochs: int
     return taken, bool(taken) and steps.is_graphed
 
 
-def train(name: str, folder: Path, data_folder: str, device: str, epochs: int | None, num_images: int | None) -> None:
-    """Train a run and save its weights, and its losses beside them; skip it if they are there."""
+def train(
+    name: str, folder: Path, data_folder: str, device: str, epochs: int | None, num_images: int | None
+) -> Iterator[None]:
+    """Train a run, step by step, and save its weights, and its losses beside them; skip it if they are there."""
     weights, results = folder / f"{name}.pt", folder / f"{name}.json"
     if weights.exists() and results.exists():
         print(f"{name}: trained already", flush=True)
@@ -344,15 +346,14 @@ def train(name: str, folder: Path, data_folder: str, device: str, epochs: int | 
     torch.manual_seed(run.seed)
     model = run.network().to(device)
     training, test = (part.on(device) for part in read_images(data_folder, run.label_noise, num_images))
-    with full_float32():
-        synchronize(device)
-        began = time.perf_counter()
-        taken, graphed = fit_network(name, model, training, run, epochs, device)
-        synchronize(device)
-        seconds = time.perf_counter() - began
-        model.eval()
-        train_loss, train_error = loss_and_error(model, training)
-        test_loss, test_error = loss_and_error(model, test)
+    synchronize(device)
+    began = time.perf_counter()
+    taken, graphed = yield from fit_network(name, model, training, run, epochs, device)
+    synchronize(device)
+    seconds = time.perf_counter() - began
+    model.eval()
+    train_loss, train_error = loss_and_error(model, training)
+    test_loss, test_error = loss_and_error(model, test)
     found = {
         "name": name,
         "epochs": epochs,
@@ -380,6 +381,26 @@ def train(name: str, folder: Path, data_folder: str, device: str, epochs: int | 
         f"test loss {test_loss:.4g}, error {test_error:.4f}",
         flush=True,
     )
+
+
+def train_in_turns(trainings: Sequence[Iterator[None]], device: str) -> None:
+    """Take a step of each training in turn.
+
+    On a GPU each has a stream of its own: the kernels of one are too small to fill it, so those of several run at once.
+    """
+    on_gpu = torch.device(device).type == "cuda"
+    pending = [(training, torch.cuda.Stream() if on_gpu else None) for training in trainings]
+    with full_float32():
+        while pending:
+            ended = []
+            for training, stream in pending:
+                with torch.cuda.stream(stream):
+                    if next(training, _ENDED) is _ENDED:
+                        ended.append(training)
+            pending = [pair for pair in pending if pair[0] not in ended]
+
+
+_ENDED = object()
 
 
 # -- fits --------------------------------------------------------------------------------------------
@@ -670,8 +691,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     options.folder.mkdir(parents=True, exist_ok=True)
     if options.command == "train":
-        for name in options.names:
-            train(name, options.folder, options.data, options.device, options.epochs, options.images)
+        arguments_of_all = options.folder, options.data, options.device, options.epochs, options.images
+        train_in_turns([train(name, *arguments_of_all) for name in options.names], options.device)
         return
     deadline = time.perf_counter() + options.max_seconds
     for name in options.names:

@@ -56,9 +56,6 @@ GROUPS: dict[str, Group] = {
             "the_same_product_twice",
             "the_same_product_twice_without_being_asked_to",
             "a_product_does_not_wait_for_the_gpu",
-            "a_small_traced_product_is_recorded",
-            "a_long_product_is_not_recorded",
-            "a_recording_leaves_the_generators_alone",
         ),
         seconds=150,
         processes=4,
@@ -101,9 +98,11 @@ GROUPS: dict[str, Group] = {
     "recorded": Group(
         (
             "a_small_traced_product_is_recorded",
+            "double_backward_of_a_small_network_is_recorded",
+            "whatever_is_recorded_is_right",
             "a_long_product_is_not_recorded",
             "a_recording_leaves_the_generators_alone",
-            "a_recording_that_fails_leaves_the_allocator_as_it_was",
+            "a_recording_that_fails_does_no_damage",  # last, in case it does
         ),
         seconds=60,
         alone=True,
@@ -111,7 +110,6 @@ GROUPS: dict[str, Group] = {
     "memory": Group(
         (
             "a_budget_holds",
-            "a_recording_that_fails_leaves_the_allocator_as_it_was",
             "when_memory_runs_out_batches_are_halved",
             "a_run_goes_on_when_memory_runs_out",
             "free_memory_counts_what_the_allocator_holds_unused",
