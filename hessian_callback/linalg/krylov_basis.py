@@ -17,6 +17,8 @@ __all__ = ["KrylovBasis", "row_products"]
 # enough to allocate little in advance.
 _FIRST_BLOCK = 32
 _GROWTH = 16
+# Short vectors are allocated in larger blocks of up to so many bytes and vectors, because each block costs a call.
+_CHEAP_BYTES, _CHEAP_ROWS = 2**26, 256
 # So few inner products are formed faster without BLAS.
 _FEW_ROWS = 2
 # Numbers in float64 that a change of basis holds at a time.
@@ -57,7 +59,8 @@ class KrylovBasis:
             IndexError: if the basis is full.
         """
         if self.size == self._capacity:
-            rows = max(_FIRST_BLOCK, self.size // _GROWTH)
+            cheap = _CHEAP_BYTES // max(1, self._length * self._like.element_size())
+            rows = max(_FIRST_BLOCK, self.size // _GROWTH, min(cheap, _CHEAP_ROWS))
             if self.most is not None:
                 rows = min(rows, self.most - self.size)
             if rows <= 0:

@@ -77,6 +77,7 @@ from hessian_callback.measurement.state_records import (
     path_text,
     slot_names,
 )
+from hessian_callback.operators.cuda_generators import own_cuda_states
 
 __all__ = [
     "Snapshot",
@@ -173,23 +174,16 @@ def preserve_random_state() -> Iterator[None]:
         True
     """
     python, of_numpy, of_torch = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    # A call to a device that is not in use would initialise it, which a forked process must not do.
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and _cuda_in_use() else None
     mps = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None
     try:
-        yield
+        with own_cuda_states():
+            yield
     finally:
         random.setstate(python)
         np.random.set_state(of_numpy)
         torch.set_rng_state(of_torch)
-        if cuda is not None:
-            torch.cuda.set_rng_state_all(cuda)
         if mps is not None:
             torch.mps.set_rng_state(mps)
-
-
-def _cuda_in_use() -> bool:
-    return bool(torch.cuda.is_initialized())
 
 
 @contextmanager

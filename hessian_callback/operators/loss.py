@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from hessian_callback.operators.batches import map_tensors, tensors
+from hessian_callback.operators.cuda_generators import own_cuda_state
 from hessian_callback.operators.derivatives import (
     check_parameters_visible,
     exact_derivatives,
@@ -180,16 +181,15 @@ class BatchLoss:
     @contextmanager
     def fixed(self, batch: Any) -> Iterator[None]:
         """Give the random generators the state that belongs to a batch; afterwards put generators and state back."""
+        seed = self._seeds.setdefault(id(batch), (batch, self._first_seed + len(self._seeds)))[1]
         generators = _Generators(self.parameters[0].device)
-        before = generators.states()
         try:
-            generators.seed(self._seeds.setdefault(id(batch), (batch, self._first_seed + len(self._seeds)))[1])
-            start = None if self.draws else generators.states()
-            yield
-            if start is not None and generators.states() != start:
-                self.draws = True
+            with generators.seeded(seed):
+                start = None if self.draws else generators.states()
+                yield
+                if start is not None and generators.states() != start:
+                    self.draws = True
         finally:
-            generators.restore(before)
             self.restore()
 
     def restore(self) -> None:
@@ -299,18 +299,22 @@ class _Generators:
         name, keys, position, has_gauss, cached = np.random.get_state()
         return [random.getstate(), (name, np.asarray(keys).tobytes(), position, has_gauss, cached), *torch_states]
 
-    def seed(self, seed: int) -> None:
-        random.seed(seed)
-        np.random.seed(seed)
-        for generator in self._generators:
-            generator.manual_seed(seed)
-
-    def restore(self, states: list[Any]) -> None:
-        python, (name, keys, position, has_gauss, cached), *torch_states = states
-        random.setstate(python)
-        np.random.set_state((name, np.frombuffer(keys, dtype=np.uint32), position, has_gauss, cached))
-        for generator, state in zip(self._generators, torch_states, strict=True):
-            generator.set_state(torch.frombuffer(bytearray(state), dtype=torch.uint8))
+    @contextmanager
+    def seeded(self, seed: int) -> Iterator[None]:
+        """Seed all of them; afterwards give them their former states back."""
+        python, numpy, on_cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+        try:
+            random.seed(seed)
+            np.random.seed(seed)
+            torch.default_generator.manual_seed(seed)
+            with ExitStack() as stack:
+                for generator in self._generators[1:]:
+                    stack.enter_context(own_cuda_state(generator, seed))
+                yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
+            torch.set_rng_state(on_cpu)
 
 
 def _itself(tensor: Tensor) -> Tensor:
