@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -15,7 +16,9 @@ from hessian_callback.linalg.free_memory import free_memory
 from hessian_callback.operators.batches import map_tensors
 from hessian_callback.operators.derivatives import check_twice_differentiable, differentiate, graph_nodes
 from hessian_callback.operators.loss import BatchLoss, LossModule
+from hessian_callback.operators.memory import is_out_of_memory
 from hessian_callback.operators.parameters import constant_padding
+from hessian_callback.operators.pieces import Decision, FollowedPieces, RecordedPieces
 from hessian_callback.operators.substitution import substituted
 
 __all__ = ["FunctionalLoss"]
@@ -38,7 +41,8 @@ class FunctionalLoss:
     """The loss of a batch as a function of parameter values.
 
     The module is not copied. Other tensors take the place of its parameters and buffers during an evaluation. In
-    float64, batches are converted, and casts to lower precision inside of the loss become casts to float64.
+    float64, batches are converted, and casts to lower precision inside of the loss become casts to float64. At the
+    parameters themselves, it is then evaluated on the piece (see `pieces`) of the evaluation in lower precision.
 
     Args:
         loss: the loss, in the precision of its parameters.
@@ -100,8 +104,8 @@ class FunctionalLoss:
             TypeError: if the loss is not computed in float64 throughout.
         """
 
-        def compute(leaves: list[Tensor], own: Any) -> list[Tensor]:
-            value = self._value(batch, own)
+        def compute(leaves: list[Tensor], own: Any, decisions: Sequence[Decision]) -> list[Tensor]:
+            value = self._value(batch, own, decisions)
             with self._precision():
                 return list(torch.autograd.grad(value, leaves, materialize_grads=True))
 
@@ -112,8 +116,8 @@ class FunctionalLoss:
     ) -> list[list[Tensor]]:
         """Multiply the Hessian of one batch with several directions, each in the parameters' shapes."""
 
-        def compute(leaves: list[Tensor], own: Any) -> list[list[Tensor]]:
-            value = self._value(batch, own)
+        def compute(leaves: list[Tensor], own: Any, decisions: Sequence[Decision]) -> list[list[Tensor]]:
+            value = self._value(batch, own, decisions)
             with self._precision():
                 gradients = torch.autograd.grad(value, leaves, create_graph=True, materialize_grads=True)
             check_twice_differentiable(gradients)
@@ -127,8 +131,8 @@ class FunctionalLoss:
 
         return self._substituted(compute, batch, displacement)
 
-    def _value(self, batch: Any, own: Any) -> Tensor:
-        with self.loss.fixed(batch), self._precision():
+    def _value(self, batch: Any, own: Any, decisions: Sequence[Decision]) -> Tensor:
+        with self.loss.fixed(batch), self._precision(), FollowedPieces(decisions) if decisions else nullcontext():
             loss: Tensor = self._module(own)
         if self._float64:
             _check_precision(loss)
@@ -139,12 +143,35 @@ class FunctionalLoss:
         return _InFloat64() if self._float64 else nullcontext()
 
     def _substituted(
-        self, compute: Callable[[list[Tensor], Any], _Result], batch: Any, displacement: Sequence[Tensor] | None
+        self,
+        compute: Callable[..., _Result],
+        batch: Any,
+        displacement: Sequence[Tensor] | None,
     ) -> _Result:
         """Call a function while other tensors are in the place of the parameters, buffers and the batch.
 
         Backward passes belong inside, because activation checkpointing evaluates modules in them.
         """
+        # Displaced parameters may lie on other pieces.
+        decisions = self._decisions(batch) if self._float64 and displacement is None else []
+        if decisions:
+            try:
+                return self._evaluated(partial(compute, decisions=decisions), batch, displacement)
+            except Exception as error:  # The two evaluations take different paths.
+                if is_out_of_memory(error):
+                    raise
+        return self._evaluated(partial(compute, decisions=[]), batch, displacement)
+
+    def _decisions(self, batch: Any) -> list[Decision]:
+        """Return on which sides of its kinks the loss is evaluated in lower precision; see `pieces`."""
+        buffers = {name: buffer.detach().clone() for name, buffer in self._module.named_buffers()}
+        own = map_tensors(batch, torch.clone)
+        recorded = RecordedPieces()
+        with self.loss.differentiable(), substituted(self._module, buffers), self.loss.fixed(batch), recorded:
+            self._module(own)
+        return recorded.decisions
+
+    def _evaluated(self, compute: Callable[..., _Result], batch: Any, displacement: Sequence[Tensor] | None) -> _Result:
         points = [self._point[name] for name in self._chosen]
         if displacement is not None:
             points = [point + part.to(point.dtype) for point, part in zip(points, displacement, strict=True)]

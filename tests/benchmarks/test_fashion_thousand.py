@@ -177,11 +177,13 @@ def test_steps_are_those_of_the_recipe(tmp_path: Path, data: Path) -> None:
     model = run.network()
     expected = LeNet()
     expected.load_state_dict(model.state_dict())
-    with pytest.raises(StopIteration) as ended:
-        steps = study.fit_network("run", model, training, run, epochs=3, device="cpu")
-        while True:
-            next(steps)
-    assert ended.value.value == (9, False)
+    outcome = []
+
+    def steps() -> Iterator[None]:
+        outcome.append((yield from study.fit_network("run", model, training, run, epochs=3, device="cpu")))
+
+    assert len(list(steps())) == 9
+    assert outcome == [(9, False)]
     optimizer = ImageClassifier(expected).optimizer(expected.parameters())
     assert isinstance(optimizer, torch.optim.SGD)
     scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, [round(0.4 * 9), round(0.8 * 9)], 0.1)
