@@ -66,8 +66,9 @@ class FunctionalLoss:
         self._float64 = float64
         names = {id(parameter): name for name, parameter in self._module.named_parameters()}
         self._chosen = [names[id(parameter)] for parameter in loss.parameters]
-        self._point = {name: self._converted(parameter) for name, parameter in self._module.named_parameters()}
-        self._buffers = {name: self._converted(buffer) for name, buffer in self._module.named_buffers()}
+        with torch.inference_mode(False):
+            self._point = {name: self._converted(parameter) for name, parameter in self._module.named_parameters()}
+            self._buffers = {name: self._converted(buffer) for name, buffer in self._module.named_buffers()}
         norms = [float(torch.linalg.vector_norm(self._point[name])) for name in self._chosen]
         self.parameter_norm = math.hypot(*norms)
         self.dtype = self._point[self._chosen[0]].real.dtype
@@ -132,8 +133,11 @@ class FunctionalLoss:
         return self._substituted(compute, batch, displacement)
 
     def _value(self, batch: Any, own: Any, decisions: Sequence[Decision]) -> Tensor:
-        with self.loss.fixed(batch), self._precision(), FollowedPieces(decisions) if decisions else nullcontext():
+        followed = FollowedPieces(decisions) if decisions else None
+        with self.loss.fixed(batch), self._precision(), followed or nullcontext():
             loss: Tensor = self._module(own)
+        if followed is not None:
+            followed.check_all_followed()
         if self._float64:
             _check_precision(loss)
         return loss
@@ -164,24 +168,31 @@ class FunctionalLoss:
 
     def _decisions(self, batch: Any) -> list[Decision]:
         """Return on which sides of its kinks the loss is evaluated in lower precision; see `pieces`."""
-        buffers = {name: buffer.detach().clone() for name, buffer in self._module.named_buffers()}
-        own = map_tensors(batch, torch.clone)
         recorded = RecordedPieces()
-        with self.loss.differentiable(), substituted(self._module, buffers), self.loss.fixed(batch), recorded:
-            self._module(own)
+        try:
+            with self.loss.differentiable():
+                buffers = {name: buffer.detach().clone() for name, buffer in self._module.named_buffers()}
+                own = map_tensors(batch, torch.clone)
+                with substituted(self._module, buffers), self.loss.fixed(batch), recorded:
+                    self._module(own)
+        except Exception as error:  # Without decisions it is evaluated as it is.
+            if is_out_of_memory(error):
+                raise
+            return []
         return recorded.decisions
 
     def _evaluated(self, compute: Callable[..., _Result], batch: Any, displacement: Sequence[Tensor] | None) -> _Result:
-        points = [self._point[name] for name in self._chosen]
-        if displacement is not None:
-            points = [point + part.to(point.dtype) for point, part in zip(points, displacement, strict=True)]
-        leaves = [point.detach().requires_grad_() for point in points]
-        values = {
-            **self._point,
-            **dict(zip(self._chosen, leaves, strict=True)),
-            **{name: buffer.clone() for name, buffer in self._buffers.items()},
-        }
-        own = map_tensors(batch, lambda tensor: self._converted(tensor).clone())
+        with torch.inference_mode(False):
+            points = [self._point[name] for name in self._chosen]
+            if displacement is not None:
+                points = [point + part.to(point.dtype) for point, part in zip(points, displacement, strict=True)]
+            leaves = [point.detach().requires_grad_() for point in points]
+            values = {
+                **self._point,
+                **dict(zip(self._chosen, leaves, strict=True)),
+                **{name: buffer.clone() for name, buffer in self._buffers.items()},
+            }
+            own = map_tensors(batch, lambda tensor: self._converted(tensor).clone())
         # The padding rows of the module's own parameters, which are not displaced.
         with self.loss.differentiable(), constant_padding(self.loss.model), substituted(self._module, values):
             return compute(leaves, own)

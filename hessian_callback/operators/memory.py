@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -79,14 +79,15 @@ class SavedTensors:
 
     def __init__(self, exclude: Iterable[Tensor]) -> None:
         """Tensors in ``exclude`` exist without the graph and are not counted."""
-        self._excluded = {_storage(tensor) for tensor in exclude}
+        self._excluded = {_storage(part) for tensor in exclude for part in _dense_parts(tensor)}
         self._sizes: dict[int, int] = {}
 
     def add(self, tensor: Tensor) -> None:
-        """Count a tensor's storage."""
-        storage = _storage(tensor)
-        if storage not in self._excluded:
-            self._sizes[storage] = tensor.untyped_storage().nbytes()
+        """Count a tensor's storage, and all of a sparse tensor's."""
+        for part in _dense_parts(tensor):
+            storage = _storage(part)
+            if storage not in self._excluded:
+                self._sizes[storage] = part.untyped_storage().nbytes()
 
     @property
     def num_bytes(self) -> int:
@@ -114,6 +115,17 @@ def count_saved_tensors(exclude: Iterable[Tensor]) -> Iterator[SavedTensors]:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         yield saved
+
+
+def _dense_parts(tensor: Tensor) -> Sequence[Tensor]:
+    """Return the tensors that hold a tensor's numbers: itself, or the indices and values of a sparse one."""
+    if tensor.layout == torch.sparse_coo:
+        return tensor._indices(), tensor._values()
+    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return tensor.crow_indices(), tensor.col_indices(), tensor.values()
+    if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return tensor.ccol_indices(), tensor.row_indices(), tensor.values()
+    return (tensor,) if tensor.layout == torch.strided else ()
 
 
 def _storage(tensor: Tensor) -> int:

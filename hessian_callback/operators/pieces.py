@@ -92,6 +92,11 @@ class FollowedPieces(TorchFunctionMode):
             return func(*args, **kwargs)
         return _KINKED[func].follow(func, args, kwargs, wanted, decision)
 
+    def check_all_followed(self) -> None:
+        """Raise if the evaluation took fewer decisions than were recorded: then it may have followed wrong ones."""
+        if next(self._decisions, None) is not None:
+            raise ValueError("the loss takes other operations than in its former evaluation")
+
     def _next(self, func: Any, own: Tensor) -> Tensor:
         expected, decision = next(self._decisions, (None, own))
         if expected is not func or decision.shape != own.shape:
@@ -110,16 +115,25 @@ def _decide(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor
 
 
 class _Breakpoints:
-    """A function of each number, smooth between breakpoints; a decision is the number of breakpoints below."""
+    """A function of each number, smooth between breakpoints; a decision is the number of breakpoints below.
 
-    def __init__(self, breakpoints: Callable[[Mapping[str, Any]], Sequence[Any]], *names: str) -> None:
+    A number on a breakpoint has the derivative of one side: of the upper side for those in ``closed``.
+    """
+
+    def __init__(
+        self, breakpoints: Callable[[Mapping[str, Any]], Sequence[Any]], *names: str, closed: Sequence[bool] = ()
+    ) -> None:
         self._breakpoints = breakpoints
+        self._closed = closed
         self._names = names
 
-    def _points(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[float] | None:
+    def _points(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[tuple[float, bool]] | None:
         given = {**_defaults(func), **dict(zip(self._names, args[1:], strict=False)), **kwargs}
-        points = [point for point in self._breakpoints(given) if point is not None]
-        return None if any(isinstance(point, Tensor) for point in points) else sorted(map(float, points))
+        points = self._breakpoints(given)
+        if any(isinstance(point, Tensor) for point in points):
+            return None
+        closed = self._closed or [False] * len(points)
+        return sorted((float(p), c) for p, c in zip(points, closed, strict=True) if p is not None)
 
     def decide(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
         points = self._points(func, args, kwargs)
@@ -128,17 +142,25 @@ class _Breakpoints:
     def follow(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], wanted: Tensor, own: Tensor) -> Any:
         points = self._points(func, args, kwargs)
         assert points is not None
-        between = args[0].detach().new_tensor(points)[torch.minimum(wanted, own).long().clamp(max=len(points) - 1)]
-        shift = torch.where(wanted != own, 2 * (between - args[0].detach()), 0.0)
+        between = (
+            args[0]
+            .detach()
+            .new_tensor([point for point, _ in points])[torch.minimum(wanted, own).long().clamp(max=len(points) - 1)]
+        )
+        numbers = args[0].detach()
+        # A number on the breakpoint itself leaves it by a rounding error.
+        least = torch.finfo(numbers.dtype).eps * between.abs().clamp(min=torch.finfo(numbers.dtype).eps)
+        distance = torch.maximum((between - numbers).abs(), least)
+        shift = torch.where(wanted != own, between - numbers + torch.where(wanted > own, distance, -distance), 0.0)
         works_in_place = getattr(func, "__name__", "").endswith("_") or _defaults(func, args, kwargs).get("inplace")
         shifted = args[0].add_(shift) if works_in_place else args[0] + shift
         return func(shifted, *args[1:], **kwargs)
 
 
-def _below(numbers: Tensor, points: Sequence[float]) -> Tensor:
+def _below(numbers: Tensor, points: Sequence[tuple[float, bool]]) -> Tensor:
     count = torch.zeros_like(numbers, dtype=torch.int8)
-    for point in points:
-        count += numbers > point
+    for point, closed in points:
+        count += numbers >= point if closed else numbers > point
     return count
 
 
@@ -147,13 +169,15 @@ class _LargerOfTwo:
 
     def decide(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
         other = _other(args, kwargs)
-        return None if other is None else args[0] > other
+        return None if other is None else (args[0] > other).char() + (args[0] >= other)
 
     def follow(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], wanted: Tensor, own: Tensor) -> Any:
         other = _other(args, kwargs)
         assert other is not None
-        shift = torch.where(wanted != own, 2 * (other - args[0]).detach(), 0.0)
-        return func(args[0] + shift, other)
+        # Equal numbers share the derivative.
+        first = 2 if "max" in func.__name__ else 0
+        chosen = torch.where(wanted == first, args[0], torch.where(wanted == 1, (args[0] + other) / 2, other))
+        return torch.where(wanted == own, func(args[0], other), chosen)
 
 
 def _other(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
@@ -180,9 +204,41 @@ class _LargestAlong:
     def follow(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], wanted: Tensor, own: Tensor) -> Any:
         dimension = self._dimension(args, kwargs)
         assert dimension is not None
-        # The wanted number is moved beyond the one that would be found by as much as it falls short of it.
-        shift = 2 * (args[0].gather(dimension, own) - args[0].gather(dimension, wanted)).detach()
-        return func(args[0].scatter_add(dimension, wanted, shift), *args[1:], **kwargs)
+        found = func(*args, **kwargs)
+        values, *places = [found] if isinstance(found, Tensor) else found
+        chosen, differs = args[0].gather(dimension, wanted), wanted != own
+        if chosen.shape != values.shape:  # without keepdim
+            chosen, differs, wanted = (t.squeeze(dimension) for t in (chosen, differs, wanted))
+        # The number itself, so that comparisons with the result find it.
+        values = torch.where(differs, chosen, values)
+        return type(found)((values, torch.where(differs, wanted, places[0]))) if places else values
+
+
+class _Largest:
+    """The largest or smallest number: of two tensors, along a dimension, or of all."""
+
+    def _kind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        if _other(args, kwargs) is not None:
+            return _LargerOfTwo()
+        return _LargestAlong() if len(args) > 1 or "dim" in kwargs else _LargestOfAll()
+
+    def decide(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
+        decision: Tensor | None = self._kind(args, kwargs).decide(func, args, kwargs)
+        return decision
+
+    def follow(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], wanted: Tensor, own: Tensor) -> Any:
+        return self._kind(args, kwargs).follow(func, args, kwargs, wanted, own)
+
+
+class _LargestOfAll:
+    """The largest or smallest of all numbers; a decision is its place."""
+
+    def decide(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
+        numbers: Tensor = args[0]
+        return numbers.argmin() if "min" in func.__name__ else numbers.argmax()
+
+    def follow(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], wanted: Tensor, own: Tensor) -> Any:
+        return args[0].flatten()[wanted]
 
 
 class _LargestInWindow:
@@ -221,14 +277,16 @@ def _defaults(func: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | N
 
 
 _ZERO = _Breakpoints(lambda _: (0.0,))
-_CLAMP = _Breakpoints(lambda given: (given.get("min"), given.get("max")), "min", "max")
-_CLAMP_MIN = _Breakpoints(lambda given: (given["min"],), "min")
+_CLAMP = _Breakpoints(lambda given: (given.get("min"), given.get("max")), "min", "max", closed=(True, False))
+_CLAMP_MIN = _Breakpoints(lambda given: (given["min"],), "min", closed=(True,))
 _CLAMP_MAX = _Breakpoints(lambda given: (given["max"],), "max")
-_HARDTANH = _Breakpoints(lambda given: (given["min_val"], given["max_val"]), "min_val", "max_val")
+_HARDTANH = _Breakpoints(
+    lambda given: (given.get("min_val", -1.0), given.get("max_val", 1.0)), "min_val", "max_val", closed=(False, True)
+)
 _THRESHOLD = _Breakpoints(lambda given: (given["threshold"],), "threshold")
-_SHRINK = _Breakpoints(lambda given: (-given.get("lambd", 0.5), given.get("lambd", 0.5)), "lambd")
-_THREE = _Breakpoints(lambda _: (-3.0, 3.0))
-_SIX = _Breakpoints(lambda _: (0.0, 6.0))
+_SHRINK = _Breakpoints(lambda given: (-given.get("lambd", 0.5), given.get("lambd", 0.5)), "lambd", closed=(True, False))
+_THREE = _Breakpoints(lambda _: (-3.0, 3.0), closed=(False, True))
+_SIX = _Breakpoints(lambda _: (0.0, 6.0), closed=(False, True))
 
 
 def _all(kind: Any, *functions: Any) -> dict[Any, Any]:
@@ -250,8 +308,7 @@ _KINKED: dict[Any, Any] = {
     **_all(_CLAMP_MIN, torch.clamp_min, torch.clamp_min_, Tensor.clamp_min, Tensor.clamp_min_),
     **_all(_CLAMP_MAX, torch.clamp_max, torch.clamp_max_, Tensor.clamp_max, Tensor.clamp_max_),
     **_all(_LargerOfTwo(), torch.maximum, torch.minimum, Tensor.maximum, Tensor.minimum, torch.fmax, torch.fmin),
-    **_all(_LargestAlong(), torch.max, torch.min, Tensor.max, Tensor.min),
-    **_all(_LargestAlong(), torch.amax, torch.amin, Tensor.amax, Tensor.amin),
+    **_all(_Largest(), torch.max, torch.min, Tensor.max, Tensor.min, torch.amax, torch.amin, Tensor.amax, Tensor.amin),
     **_all(_LargestInWindow(1), F.max_pool1d, F.adaptive_max_pool1d),
     **_all(_LargestInWindow(2), F.max_pool2d, F.adaptive_max_pool2d),
     **_all(_LargestInWindow(3), F.max_pool3d, F.adaptive_max_pool3d),

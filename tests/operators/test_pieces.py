@@ -48,6 +48,11 @@ def in_place(function: Callable[[Tensor], Any]) -> Callable[[Tensor], Tensor]:
     return call
 
 
+def _masked_by_largest(x: Tensor) -> Tensor:
+    mask = x == x.max(dim=0, keepdim=True)[0]
+    return (mask * x).sum() / mask.sum()
+
+
 KINKS: dict[str, Callable[[TwoNumbers], Tensor]] = {
     "F.relu": by_difference(F.relu),
     "nn.ReLU(inplace=True)": by_difference(in_place(nn.ReLU(inplace=True))),
@@ -76,6 +81,10 @@ KINKS: dict[str, Callable[[TwoNumbers], Tensor]] = {
     "min along": lambda model: torch.min(torch.stack(near_zero(model)), 0)[0],
     "amax": lambda model: torch.stack(near_zero(model)).amax(0),
     "amin": lambda model: torch.stack(near_zero(model)).amin(dim=(0,)),
+    "max of two": lambda model: torch.max(*near_zero(model)),
+    "Tensor.min of two": lambda model: Tensor.min(*near_zero(model)),
+    "max of all": lambda model: torch.stack(near_zero(model)).max(),
+    "a mask of the largest": lambda model: _masked_by_largest(torch.stack(near_zero(model))),
     "argmax": lambda model: (stacked := torch.stack(near_zero(model)))[stacked.argmax()],
     "max_pool1d": lambda model: F.max_pool1d(torch.stack(near_zero(model)).view(1, 1, 2), 2),
     "max_pool2d": lambda model: F.max_pool2d(torch.stack(near_zero(model)).view(1, 1, 1, 2), (1, 2)),
@@ -143,6 +152,85 @@ def test_eigenvalues_are_known_although_units_are_at_kinks() -> None:
     spectrum = top_eigenvalues(HessianOperator(model, loss, batches), 5, rtol=1e-3)
     assert spectrum.rounding_basis == "measured"
     assert spectrum.all_converged
+
+
+ON_THE_KINK: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "leaky_relu": lambda x: F.leaky_relu(x, 0.2),
+    "clamp, below": lambda x: x.clamp(0.0, 3.0),
+    "clamp_min": lambda x: x.clamp_min(0.0),
+    "clamp_max": lambda x: (x + 1).clamp_max(1.0),
+    "hardtanh, below": lambda x: F.hardtanh(x, 0.0, 3.0),
+    "hardtanh, above": lambda x: F.hardtanh(x - 1, -3.0, -1.0),
+    "relu6, above": lambda x: F.relu6(x + 6),
+    "hardswish, above": lambda x: F.hardswish(x + 3),
+    "threshold": lambda x: F.threshold(x, 0.0, 0.0),
+    "softshrink, above": lambda x: F.softshrink(x + 0.5),
+    "hardshrink, below": lambda x: F.hardshrink(x - 0.5),
+    "maximum": lambda x: torch.maximum(x, torch.zeros_like(x)),
+    "minimum": lambda x: torch.minimum(2 * x, torch.zeros_like(x)),
+}
+
+
+@pytest.mark.parametrize("name", ON_THE_KINK)
+@pytest.mark.parametrize("exact", ["float32", "float64"])
+def test_numbers_that_lie_exactly_on_a_kink(name: str, exact: str) -> None:
+    """The side is the one whose derivative autograd takes there."""
+
+    def loss(model: TwoNumbers, _: Any) -> Tensor:
+        one, other = model.numbers
+        if exact == "float32":  # In float64 the difference is half an eps, of either sign.
+            x = torch.stack([(one + EPS / 4) - other, (one - EPS / 8) - other])
+        else:  # In float32 it is half an eps or an eps, of either sign.
+            shift = 0.0 if one.dtype == torch.float64 else EPS
+            x = torch.stack([(one + shift) - other, (one - shift) - other])
+        value = ON_THE_KINK[name](x) * x.new_tensor([1.0, 3.0])
+        return (value.sum() - 3.0).square() + 0.1 * model.numbers.square().sum()
+
+    operator = HessianOperator(TwoNumbers(), loss, [0], weights=[1.0])
+    identity = torch.eye(2)
+    own = torch.stack([operator.matvec(row) for row in identity], dim=1).double()
+    precise = operator.precise_products(identity)
+    torch.testing.assert_close(precise, own, rtol=1e-5, atol=1e-5)
+
+
+def test_decisions_that_belong_to_other_operations_are_not_followed() -> None:
+    """A layer that iterates until a tolerance, which float32 never meets, and then a head of the same shape."""
+
+    def loss(model: TwoNumbers, _: Any) -> Tensor:
+        x = model.numbers
+        for _ in range(60):
+            following = F.relu(0.5 * x + torch.tensor([0.7, 0.3], dtype=x.dtype))
+            if float((following - x).abs().max()) < 1e-9 and x.dtype == torch.float64:
+                break
+            x = following
+        return (F.relu(x - 1.0) + x).pow(2).sum() + (x[0] * model.numbers[1]).square()
+
+    operator = HessianOperator(TwoNumbers(), loss, [0], weights=[1.0])
+    own = torch.stack([operator.matvec(row) for row in torch.eye(2)], dim=1).double()
+    torch.testing.assert_close(operator.precise_products(torch.eye(2)), own, rtol=1e-4, atol=1e-4)
+
+
+def test_pieces_are_followed_in_inference_mode_as_well() -> None:
+    model, loss, batches = at_kinks(9)
+    operator = HessianOperator(model, loss, batches)
+    vector = torch.ones(operator.num_parameters, 1)
+    own = operator.matvec(vector[:, 0]).double()
+    with torch.inference_mode():
+        precise = operator.precise_products(vector)
+    assert precise is not None
+    assert float((own - precise[:, 0]).norm() / precise.norm()) < 20 * EPS
+
+
+def test_a_recording_that_raises_is_no_obstacle() -> None:
+    def loss(model: TwoNumbers, _: Any) -> Tensor:
+        if torch.overrides._get_current_function_mode() is not None and model.numbers.dtype == torch.float32:
+            raise RuntimeError("no modes here")
+        return F.relu(model.numbers).pow(2).sum()
+
+    operator = HessianOperator(TwoNumbers(), loss, [0], weights=[1.0])
+    precise = operator.precise_products(torch.eye(2))
+    torch.testing.assert_close(precise, 2 * torch.eye(2, dtype=torch.float64))
 
 
 def test_a_loss_that_takes_other_paths_in_float64_is_evaluated_as_it_is() -> None:
