@@ -401,5 +401,7 @@ def test_the_default_is_smollm2_and_predicts_text() -> None:
     with torch.no_grad():
         logits = model.eval()(tokens.unsqueeze(0))[0]
         loss = model.hessian_loss([tokens[None, :-1], tokens[None, 1:]])
+        # PyTorch's own loss over 49,152 classes is off by 1e-5 in float32.
+        precise = F.cross_entropy(model(tokens[None, :-1])[0].double(), tokens[1:])
     assert text.decode([int(logits[-1].argmax())]) == " Rome"
-    torch.testing.assert_close(loss, F.cross_entropy(logits[:-1], tokens[1:]))
+    torch.testing.assert_close(loss.double(), precise, rtol=4 * torch.finfo(torch.float32).eps, atol=0)
