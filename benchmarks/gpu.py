@@ -19,10 +19,7 @@ import argparse
 import contextlib
 import gc
 import json
-import os
-import signal
 import statistics
-import subprocess
 import sys
 import time
 import warnings
@@ -39,6 +36,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks import cases, peers
 from benchmarks.cases import GPT, Case, Residual, cross_entropy, next_token
+from benchmarks.limited_processes import run_limited
 from benchmarks.paper_scale import Clock
 from benchmarks.timing import circumstances, in_turns
 from hessian_callback import HessianOperator, measure, top_eigenvalues
@@ -668,15 +666,7 @@ def run_apart(bench: Bench, limit: float) -> None:
     log = bench.output / f"{bench.part.replace(':', '_')}.log"
     root = Path(__file__).parents[1]
     with log.open("w", encoding="utf-8") as stderr:
-        process = subprocess.Popen(command, cwd=root, stderr=stderr, start_new_session=True)
-        try:
-            status: int | None = process.wait(limit)
-        except subprocess.TimeoutExpired:
-            status = None
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        status = run_limited(command, limit, cwd=root, stderr=stderr)
     if status is None:
         bench.write(failed=f"ended by its limit of {limit:g} seconds")
     elif status not in (0, REPORTED):

@@ -13,11 +13,9 @@ pytest prints is in FOLDER/GROUP_NUMBER.log.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -28,6 +26,8 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+from benchmarks.limited_processes import run_limited
 
 ROOT = Path(__file__).parents[1]
 FILE = ROOT / "tests" / "test_cuda.py"
@@ -180,17 +180,7 @@ def run_tests(group: str, tests: Sequence[str], output: Path, limit: float, shar
     environment = {"OMP_NUM_THREADS": "1", **os.environ, SHARE: share, RESULTS: str(results), "PYTHONUNBUFFERED": "1"}
     began = time.perf_counter()
     with log.open("w", encoding="utf-8") as file:
-        process = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
-        )
-        try:
-            status: int | None = process.wait(limit)
-        except subprocess.TimeoutExpired:
-            status = None
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        status = run_limited(command, limit, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT)
     lines = map(json.loads, results.read_text().splitlines())
     found = {line["test"]: line for line in lines}
     ending = f"ended by its limit of {limit:g} s" if status is None else f"status {status}"

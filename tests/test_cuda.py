@@ -141,9 +141,8 @@ def test_auto_changes_over_and_stays_right(name: str) -> None:
 LAYERS = [name for name in KINDS if "asks the trainer" not in name and "Hugging Face" not in name]
 
 
-@pytest.mark.parametrize("name", LAYERS)
-def test_products_of_models_as_people_train_them(name: str) -> None:
-    """Against the CPU's, which other tests hold against differences; recurrent layers among them."""
+def in_double(name: str) -> Case:
+    """A model of the zoo with its loss and a batch, in float64 on the CPU."""
     kind = KINDS[name]
     model = seeded(kind.build).double().eval()
     model.log = model.log_dict = lambda *_, **__: None
@@ -151,7 +150,13 @@ def test_products_of_models_as_people_train_them(name: str) -> None:
         lambda leaf: leaf.double() if torch.is_tensor(leaf) and leaf.is_floating_point() else leaf,
         [next(iter(kind.loaders()[1]))],
     )
-    case = Case(model, resolve_loss(model), batches, [1.0])
+    return Case(model, resolve_loss(model), batches, [1.0])
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_products_of_models_as_people_train_them(name: str) -> None:
+    """Against the CPU's, which other tests hold against differences; recurrent layers among them."""
+    case = in_double(name)
     here = operator_of(cast(case, torch.float64))
     vector = torch.randn(here.num_parameters, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     flags = settings()
@@ -264,14 +269,7 @@ def test_double_backward_of_a_small_network_is_recorded(name: str, hvp: str) -> 
 @gpu_only
 @pytest.mark.parametrize("name", ["checkpointing (use_reentrant=False)", "LSTM, padding_idx"])
 def test_whatever_is_recorded_is_right(name: str) -> None:
-    kind = KINDS[name]
-    model = seeded(kind.build).double().eval()
-    model.log = model.log_dict = lambda *_, **__: None
-    batches = tree_map(
-        lambda leaf: leaf.double() if torch.is_tensor(leaf) and leaf.is_floating_point() else leaf,
-        [next(iter(kind.loaders()[1]))],
-    )
-    case = Case(model, resolve_loss(model), batches, [1.0])
+    case = in_double(name)
     operator = recorded_operator(cast(case, torch.float64))
     vector = torch.randn(operator.num_parameters, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     assert_close_in_norm(operator.matvec(vector), operator_of(case).matvec(vector), 1e-10)
