@@ -22,7 +22,6 @@ import json
 import statistics
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -43,6 +42,7 @@ from hessian_callback import HessianOperator, measure, top_eigenvalues
 from hessian_callback.algorithms.lanczos import LanczosProgress
 from hessian_callback.linalg.full_float32 import full_float32
 from hessian_callback.linalg.krylov_basis import row_products
+from hessian_callback.operators.cuda_graphs import waits_counted
 
 MEMORY = 30 * 10**9
 # Beside a basis of 75 vectors of 0.5 GB each.
@@ -444,23 +444,9 @@ def waits_of(operator: HessianOperator, bench: Bench) -> dict[str, Any]:
     with waits_counted() as in_solve:
         found = top_eigenvalues(operator, 10)
     return {
-        "waits_in_a_product": in_product[0],
-        "waits_in_a_step": round(in_solve[0] / found.num_matvecs, 2),
+        "waits_in_a_product": len(in_product),
+        "waits_in_a_step": round(len(in_solve) / found.num_matvecs, 2),
     }
-
-
-@contextlib.contextmanager
-def waits_counted() -> Iterator[list[int]]:
-    """Count the warnings of operations that wait for the GPU."""
-    count = [0]
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            yield count
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-    count[0] = sum("synchronizing CUDA operation" in str(warning.message) for warning in caught)
 
 
 def top50(bench: Bench, name: str) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hessian_callback.linalg.free_memory import free_memory
 
-__all__ = ["Product", "RecordedProduct", "launching_dominates", "recorded", "seconds_of"]
+__all__ = ["Product", "RecordedProduct", "launching_dominates", "recorded", "seconds_of", "waits_counted"]
 
 Product = Callable[[Tensor], Tensor]
 
@@ -68,7 +68,7 @@ class RecordedProduct:
             for _ in range(_WARM_UPS):
                 product(self._vector)
             # A recording that fails does damage (see `_recover`), and a product that waits would fail.
-            with _waits_counted() as waits:
+            with waits_counted() as waits:
                 product(self._vector)
         if waits:
             raise RuntimeError("the product waits for the GPU, so it cannot be recorded")
@@ -152,7 +152,7 @@ def _on_side_stream(device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
-def _waits_counted() -> Iterator[list[str]]:
+def waits_counted() -> Iterator[list[str]]:
     """Collect torch's warnings of operations that wait for the GPU."""
     waits: list[str] = []
     mode = torch.cuda.get_sync_debug_mode()

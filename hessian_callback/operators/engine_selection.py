@@ -213,7 +213,8 @@ class EngineSelection:
             self._recording and launching_dominates(statistics.median(self._launching[1:]), own) and engine.record()
         )
         if not self._automatic:
-            self.reason += ", recorded as a CUDA graph" * is_recorded
+            if is_recorded:
+                self.reason += ", recorded as a CUDA graph"
             return engine
         if self._ranks.failed_ranks(is_recorded):
             self.reason = "launches take most of a product's time, so it is recorded as a CUDA graph"

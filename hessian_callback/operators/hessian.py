@@ -65,7 +65,8 @@ class HessianOperator:
             ``torch.distributed.group.WORLD`` for all ranks, or a group of one for a Hessian of this rank alone.
         hvp: ``"double_backward"``, ``"linearize"`` or ``"finite_difference"``; ``"auto"`` begins with double
             backward and changes to linearize if that, measured on this model, saves time: see
-            `expect_products`. All but differences are exact.
+            `expect_products`. All but differences are exact. On a GPU, small networks' products are recorded as CUDA
+            graphs.
         memory_budget: bytes that gradient graphs may take on this rank between products; ``None``: a quarter of the
             free memory. With 0 none are kept and no batch is cut. A product itself takes up to four times the largest
             batch's graph, for as long as it is computed.

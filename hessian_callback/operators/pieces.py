@@ -142,19 +142,35 @@ class _Breakpoints:
     def follow(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], wanted: Tensor, own: Tensor) -> Any:
         points = self._points(func, args, kwargs)
         assert points is not None
-        between = (
-            args[0]
-            .detach()
-            .new_tensor([point for point, _ in points])[torch.minimum(wanted, own).long().clamp(max=len(points) - 1)]
-        )
-        numbers = args[0].detach()
-        # A number on the breakpoint itself leaves it by a rounding error.
-        least = torch.finfo(numbers.dtype).eps * between.abs().clamp(min=torch.finfo(numbers.dtype).eps)
-        distance = torch.maximum((between - numbers).abs(), least)
-        shift = torch.where(wanted != own, between - numbers + torch.where(wanted > own, distance, -distance), 0.0)
+        shift = _reflection(args[0].detach(), points, wanted, own)
         works_in_place = getattr(func, "__name__", "").endswith("_") or _defaults(func, args, kwargs).get("inplace")
         shifted = args[0].add_(shift) if works_in_place else args[0] + shift
         return func(shifted, *args[1:], **kwargs)
+
+
+class _BreakpointsOfDifference(_Breakpoints):
+    """A loss of each difference of two numbers, smooth between breakpoints."""
+
+    def decide(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
+        if len(args) < 2:
+            return None
+        return super().decide(func, (args[0] - args[1],), kwargs)
+
+    def follow(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], wanted: Tensor, own: Tensor) -> Any:
+        points = self._points(func, (), kwargs)
+        assert points is not None
+        shift = _reflection((args[0] - args[1]).detach(), points, wanted, own)
+        return func(args[0] + shift, *args[1:], **kwargs)
+
+
+def _reflection(numbers: Tensor, points: Sequence[tuple[float, bool]], wanted: Tensor, own: Tensor) -> Tensor:
+    """Return what moves each number to the wanted side of the breakpoint that lies between."""
+    nearest = torch.minimum(wanted, own).long().clamp(max=len(points) - 1)
+    between = numbers.new_tensor([point for point, _ in points])[nearest]
+    # A number on the breakpoint itself leaves it by a rounding error.
+    eps = torch.finfo(numbers.dtype).eps
+    distance = torch.maximum((between - numbers).abs(), eps * between.abs().clamp(min=eps))
+    return torch.where(wanted != own, between - numbers + torch.where(wanted > own, distance, -distance), 0.0)
 
 
 def _below(numbers: Tensor, points: Sequence[tuple[float, bool]]) -> Tensor:
@@ -288,6 +304,10 @@ _SHRINK = _Breakpoints(lambda given: (-given.get("lambd", 0.5), given.get("lambd
 _THREE = _Breakpoints(lambda _: (-3.0, 3.0), closed=(False, True))
 _SIX = _Breakpoints(lambda _: (0.0, 6.0), closed=(False, True))
 
+_L1 = _BreakpointsOfDifference(lambda _: (0.0,))
+_SMOOTH_L1 = _BreakpointsOfDifference(lambda given: (-given["beta"], given["beta"]), closed=(False, True))
+_HUBER = _BreakpointsOfDifference(lambda given: (-given["delta"], given["delta"]), closed=(True, False))
+
 
 def _all(kind: Any, *functions: Any) -> dict[Any, Any]:
     return dict.fromkeys(functions, kind)
@@ -303,6 +323,9 @@ _KINKED: dict[Any, Any] = {
     **_all(_THRESHOLD, F.threshold, torch.threshold, torch.threshold_),
     **_all(_THREE, F.hardswish),
     **_all(_SHRINK, F.softshrink, F.hardshrink, torch.hardshrink, Tensor.hardshrink),
+    F.l1_loss: _L1,
+    F.smooth_l1_loss: _SMOOTH_L1,
+    F.huber_loss: _HUBER,
     **_all(_CLAMP, torch.clamp, torch.clamp_, Tensor.clamp, Tensor.clamp_, torch.clip, torch.clip_),
     **_all(_CLAMP, Tensor.clip, Tensor.clip_),
     **_all(_CLAMP_MIN, torch.clamp_min, torch.clamp_min_, Tensor.clamp_min, Tensor.clamp_min_),
