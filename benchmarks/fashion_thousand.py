@@ -6,7 +6,8 @@
 
 The device is a GPU if there is one. The first command saves the weights of each run in FOLDER/NAME.pt, and its losses
 in FOLDER/NAME.json. The second appends a line for each spectrum to FOLDER/spectra.jsonl. The third prints a table of
-both. What is there already is skipped, so a command that was interrupted can be given again. The recipe is that of
+both. What is there already is skipped, and a spectrum that was interrupted continues from its last checkpoint, so a
+command that was interrupted can be given again. The recipe is that of
 example_configs/lenet_fashion_mnist.yaml. The first two commands do not import Lightning.
 
 A slope is given with the interval that the eigenvalues' error bounds allow, and the law is accepted or rejected if all
@@ -572,7 +573,11 @@ def measure_run(name: str, folder: Path, sample: Sample, options: argparse.Names
             cross_entropy,
             batches,
             num_eigenvalues=options.k,
-            solver=Lanczos(rtol=options.rtol, max_hvps=options.max_hvps),
+            solver=Lanczos(
+                rtol=options.rtol,
+                max_hvps=options.max_hvps,
+                checkpoint=folder / "checkpoints" / f"{name}_{sample}_{options.k}",
+            ),
             observer=Watch(f"{name}, {sample}", deadline),
         )
     except OutOfTimeError as error:

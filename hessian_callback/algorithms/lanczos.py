@@ -55,6 +55,8 @@ _USUAL_RTOL = 0.01
 _WIDEST_WINDOW = 6
 # Products of a probe after which it is better to continue with the main run.
 _LONGEST_PROBE = 64
+# With a limited basis: part of the products spent before that a probe may take, if that is more.
+_LONGEST_SHARE = 0.25
 # What a vain probe has seen is believed until the basis has grown by this part, or at least so many vectors.
 _PATIENCE, _LEAST_PATIENCE = 0.1, 8
 # A probe is sent when the complement is believed to lie below the provable limit by this part of the smallest wanted
@@ -450,7 +452,7 @@ class _Solver:
         apart = self._capacity is not None or self._first_of_tail(projection) is not None
         if apart:
             branch = decomposition.branch(first, self._window)
-            probe, ruled_out = self._probe(branch, limit, _LONGEST_PROBE)
+            probe, ruled_out = self._probe(branch, limit, self._longest_probe)
             decomposition.absorb(branch)
             link = float(np.sqrt(np.trace(projection.gram))) if first is None else projection.link(first)
             self._bound_norm(projection, link, probe)
@@ -480,6 +482,17 @@ class _Solver:
         if not ruled_out:
             projection = decomposition.projection()
         return self._proof(projection, None, self._border(probe, limit if ruled_out else None)), ruled_out
+
+    @property
+    def _longest_probe(self) -> int:
+        """Products of a probe after which it is better to continue with the main run.
+
+        The complement of a limited basis hardly changes any more, so only a longer probe proves more.
+        """
+        if self._capacity is None:
+            return _LONGEST_PROBE
+        outside = self._dimensions - self._capacity
+        return max(_LONGEST_PROBE, min(int(_LONGEST_SHARE * self._decomposition.num_matvecs), outside // 2))
 
     def _proof(self, projection: Projection, first: int | None, border: float) -> _Proof:
         return _Proof(projection, first, border, self._decomposition.rounding, self._k)

@@ -175,6 +175,15 @@ def test_products_stay_near_those_of_an_unlimited_basis() -> None:
     assert limited.num_matvecs <= 1.25 * free.num_matvecs
 
 
+@pytest.mark.parametrize("width", [1.0, 2.0])
+def test_a_small_basis_suffices_where_the_lower_end_is_wide(width: float) -> None:
+    """A probe needs hundreds of products, and the complement of a full basis does not get any smaller."""
+    values = torch.cat([ranks(1000) ** -1.0, -width * torch.linspace(0, 1, 1000)]).double()
+    spectrum = top_eigenvalues(diagonal_operator(values), 30, max_basis_size=42, max_matvecs=1200)
+    assert spectrum.all_converged
+    assert holds(spectrum, values)
+
+
 def test_eigenvectors_and_the_criterion_are_those_of_the_limited_run() -> None:
     values = ranks(500) ** -1.0
     calls = []
