@@ -53,15 +53,18 @@ _STEADY, _LATEST = 0.25, 0.1
 _USUAL_RTOL = 0.01
 # Largest number of vectors that a probe stores if the basis is limited.
 _WIDEST_WINDOW = 6
-# Products of a probe after which it is better to continue with the main run.
+# Products that a probe may take, however small the basis is.
 _LONGEST_PROBE = 64
-# With a limited basis: part of the products spent before that a probe may take, if that is more.
-_LONGEST_SHARE = 0.25
+# A probe is given up if it is expected to take longer than it may by this factor, after so many products.
+_HOPELESS, _LEAST_TRIED = 1.5, 16
 # What a vain probe has seen is believed until the basis has grown by this part, or at least so many vectors.
 _PATIENCE, _LEAST_PATIENCE = 0.1, 8
 # A probe is sent when the complement is believed to lie below the provable limit by this part of the smallest wanted
 # eigenvalue. A narrower margin takes longer probes, and more of them fail.
 _MARGIN = 0.02
+# The latest vectors of a basis of fewer show little of its complement. A probe that must rule out eigenvalues below the
+# smallest wanted Ritz value is mostly sent in vain then.
+_SMALL = 32
 # A repeated product of the same matrix differs from the stored one by at most so many rounding levels.
 _REPEATED = 2
 # Probability of overlooking an eigenvalue at which a probe ends that is sent to find one.
@@ -311,7 +314,7 @@ class _Solver:
         self._num_converged = 0
         self._leading: Tensor | None = None
         self._seen: tuple[int, float] | None = None  # vectors appended at the last vain probe, and what that saw
-        # The smallest wanted Ritz value when the last probe found an eigenvalue above it.
+        # The smallest wanted Ritz value when the last probe found an eigenvalue above its limit.
         self._found: float | None = None
         # Vectors appended and the k largest Ritz values at the latest restarts.
         self._earlier: list[tuple[int, list[float]]] = []
@@ -456,13 +459,16 @@ class _Solver:
             decomposition.absorb(branch)
             link = float(np.sqrt(np.trace(projection.gram))) if first is None else projection.link(first)
             self._bound_norm(projection, link, probe)
-            self._seen = (decomposition.num_appended, probe.largest_seen)
+            # A probe that was given up has shown nothing above its limit, and the next one would not either.
+            seen = probe.largest_seen if limit is None or ruled_out else max(limit, probe.largest_seen)
+            self._seen = (decomposition.num_appended, seen)
             border = self._border(probe, limit if ruled_out else None)
             if first is not None and not ruled_out:  # The basis may show more than the probe did.
                 shown = float(projection.tail(first).ritz_values[0])
                 border = max(border, shown + 1e-6 * abs(shown) + decomposition.rounding)
             smallest = projection.ritz_values[min(self._needed(projection.ritz_values), projection.size) - 1]
-            found = bool(self._agreed(float(probe.largest_seen > smallest)))
+            harmful = smallest if limit is None else max(limit, smallest)
+            found = bool(self._agreed(float(probe.largest_seen > harmful)))
             # The main run finds most of these eigenvalues later, and several chains have no recurrence whose moments
             # sharpen the bounds.
             steady = self._found is not None and self._steady_since(self._found, projection)
@@ -485,14 +491,10 @@ class _Solver:
 
     @property
     def _longest_probe(self) -> int:
-        """Products of a probe after which it is better to continue with the main run.
-
-        The complement of a limited basis hardly changes any more, so only a longer probe proves more.
-        """
-        if self._capacity is None:
-            return _LONGEST_PROBE
-        outside = self._dimensions - self._capacity
-        return max(_LONGEST_PROBE, min(int(_LONGEST_SHARE * self._decomposition.num_matvecs), outside // 2))
+        """Products after which a probe is given up: as many as the main run has taken, and at least 64."""
+        decomposition = self._decomposition
+        outside = self._dimensions - decomposition.size
+        return max(_LONGEST_PROBE, min(decomposition.num_appended, outside // 2))
 
     def _proof(self, projection: Projection, first: int | None, border: float) -> _Proof:
         return _Proof(projection, first, border, self._decomposition.rounding, self._k)
@@ -589,6 +591,8 @@ class _Solver:
                 limit = middle
             else:
                 high = middle
+        if projection.size < _SMALL and last < len(ritz) and self._agreed(float(limit < ritz[last])):
+            return None
         return self._agreed(limit)
 
     def _steady_since(self, earlier: float, projection: Projection) -> bool:
@@ -660,8 +664,9 @@ class _Solver:
         """Look for eigenvalues above ``limit`` in the complement of a basis.
 
         Returns the probe, and whether it ruled them out. It ends when it did, when it found one, after ``longest``
-        products, or when all are spent. Without a limit it ends only then. Its vectors stay in the basis. If it only
-        explores, nothing is concluded from the exclusion, and a lax level ends it.
+        products, or when all are spent. Without a limit it ends only then. On a branch it ends as well when it is
+        expected to take much longer. Its vectors stay in the basis. If it only explores, nothing is concluded from the
+        exclusion, and a lax level ends it.
         """
         first = decomposition.size
         probe = Probe()
@@ -686,6 +691,13 @@ class _Solver:
                     if self._agreed(float(unseen)):
                         return probe, True
                     if self._agreed(probe.largest_seen) > limit or size - first >= longest:
+                        return probe, False
+                    hopeless = (
+                        decomposition is not self._decomposition
+                        and size - first >= _LEAST_TRIED
+                        and probe.expected_products(limit) > _HOPELESS * longest
+                    )
+                    if self._agreed(float(hopeless)):
                         return probe, False
                 if (
                     decomposition.num_matvecs >= self._task.max_matvecs

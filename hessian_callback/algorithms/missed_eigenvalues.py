@@ -81,6 +81,24 @@ class Probe:
         """Return whether the runs exclude an eigenvalue above ``bound`` at the probe's level."""
         return self.missed_probability(bound) <= _UPPER_END * self.level
 
+    def expected_products(self, bound: float) -> float:
+        r"""Estimate the products after which the latest run excludes an eigenvalue above ``bound`` by itself.
+
+        The sum of :math:`p_j(x)^2` grows slowly at first and then geometrically. The rate is that of the latest quarter
+        of the run. It falls when the run sees larger eigenvalues, so the estimate grows then.
+
+        Returns:
+            The products of the run in all, infinite while the run has seen an eigenvalue above ``bound``.
+        """
+        if bound <= self.largest_seen:
+            return np.inf
+        diagonal, off_diagonal, dimensions, _ = self._runs[-1]
+        sums = np.cumsum(_squares(diagonal, off_diagonal, bound))
+        mass = scipy.special.betaincinv(0.5, (dimensions - 1) / 2, _UPPER_END * self.level)
+        latest = -(-len(sums) // 4)
+        rate = np.log(sums[-1] / sums[-1 - latest]) / latest
+        return float(len(sums) - 1 + np.log(1 / (mass * sums[-1])) / rate)
+
     def confident_bound(self) -> float:
         """Return the smallest upper bound of the eigenvalues that the runs prove, to three digits of its excess."""
         return self.largest_seen + self._excess(self.largest_seen, 1, _UPPER_END * self.level)
@@ -127,15 +145,21 @@ def _point_mass_bound(diagonal: _Array, off_diagonal: _Array, point: float, wind
 
     The sum runs over all j, or over the ``window + 1`` successive ones for which it is largest.
     """
+    squares = _squares(diagonal, off_diagonal, point)
+    if window is None or len(squares) <= window + 1:
+        return float(1 / squares.sum())
+    return float(1 / np.lib.stride_tricks.sliding_window_view(squares, window + 1).sum(axis=1).max())
+
+
+def _squares(diagonal: _Array, off_diagonal: _Array, point: float) -> _Array:
+    r"""Compute :math:`p_0(x)^2, p_1(x)^2, \dots`, up to the first that is beyond any probability of interest."""
     before, current = 0.0, 1.0
     squares = [1.0]
     link = 0.0
     for centre, following in zip(diagonal, off_diagonal, strict=True):
         before, current = current, ((point - centre) * current - link * before) / following
         link = following
-        if abs(current) > 1e100:  # far beyond any probability of interest
-            return 0.0
-        squares.append(current**2)
-    if window is None or len(squares) <= window + 1:
-        return 1 / sum(squares)
-    return float(1 / np.lib.stride_tricks.sliding_window_view(squares, window + 1).sum(axis=1).max())
+        squares.append(min(abs(current), 1e100) ** 2)
+        if squares[-1] >= 1e200:
+            break
+    return np.array(squares)

@@ -158,6 +158,18 @@ def test_duplicated_units_and_a_start_of_equal_signs() -> None:
     torch.testing.assert_close(spectrum.eigenvalues, truth_of(matrix)[:4], rtol=1e-8, atol=0)
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_many_eigenvalues_near_the_last_one_and_a_wide_lower_end(seed: int) -> None:
+    """The gap that a probe must prove is a few thousandths of the spectrum's width, so it takes about 90 products."""
+    outliers = np.concatenate([np.geomspace(28, 3, 9), np.linspace(1.5, 1.06, 10)])
+    rest = np.concatenate([np.linspace(1.057, 0.5, 200), np.linspace(0, 0.1, 600), -np.linspace(0, 2, 300)])
+    eigenvalues = torch.from_numpy(np.concatenate([outliers, rest])).sort(descending=True).values
+    operator = MatvecOperator(eigenvalues.mul, len(eigenvalues), dtype=torch.float64)
+    spectrum = top_eigenvalues(operator, 20, seed=seed, max_matvecs=450)
+    assert spectrum.all_converged
+    assert_bounds_hold(spectrum, eigenvalues)
+
+
 @pytest.mark.parametrize("copies", [2, 4])
 @pytest.mark.parametrize("value", [1e-2, 1e-4, 3e-5])
 def test_copies_near_the_rounding_level_are_found(value: float, copies: int) -> None:

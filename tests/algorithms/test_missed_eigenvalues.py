@@ -92,3 +92,26 @@ def test_the_levels_of_all_runs_sum_to_the_level() -> None:
     spent = np.cumsum([level_of_run(number, 1e-3) for number in range(1, 20_000)])
     assert (spent < 1e-3).all()
     assert spent[-1] == pytest.approx(1e-3, rel=1e-4)
+
+
+@pytest.mark.parametrize(("bound", "least", "most"), [(1.05, 28, 36), (1.01, 60, 75), (1.003, 95, 125)])
+def test_a_run_is_expected_to_end_where_it_does(bound: float, least: int, most: int) -> None:
+    """Beside the edge of a uniform spectrum."""
+    operator = operator_of(torch.diag(torch.linspace(-1, 1, 2000).double()))
+    run, probe = Decomposition(operator, 0), Probe(1e-3)
+    expected = []
+    run.begin()
+    while not expected or not probe.rules_out(bound):
+        probe.update(run.projection(), dimensions=2000, smallest_link=1e-16, new=not expected)
+        expected.append(probe.expected_products(bound))
+        run.expand(run.chains[0])
+    assert least < len(expected) < most
+    assert np.array(expected[16:]) == pytest.approx(len(expected), rel=0.4)
+    assert np.array(expected[3 * len(expected) // 4 :]) == pytest.approx(len(expected), rel=0.15)
+
+
+def test_a_run_that_has_seen_a_larger_eigenvalue_never_excludes_it() -> None:
+    run, probe = Decomposition(operator_of(torch.diag(torch.linspace(-1, 1, 100).double())), 0), Probe(1e-3)
+    run.begin()
+    probe.update(run.projection(), dimensions=100, smallest_link=1e-16, new=True)
+    assert probe.expected_products(probe.largest_seen) == math.inf
