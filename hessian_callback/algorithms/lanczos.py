@@ -690,14 +690,12 @@ class _Solver:
                     )
                     if self._agreed(float(unseen)):
                         return probe, True
-                    if self._agreed(probe.largest_seen) > limit or size - first >= longest:
-                        return probe, False
                     hopeless = (
                         decomposition is not self._decomposition
                         and size - first >= _LEAST_TRIED
                         and probe.expected_products(limit) > _HOPELESS * longest
                     )
-                    if self._agreed(float(hopeless)):
+                    if self._agreed(float(probe.largest_seen > limit or size - first >= longest or hopeless)):
                         return probe, False
                 if (
                     decomposition.num_matvecs >= self._task.max_matvecs
