@@ -591,7 +591,7 @@ class _Solver:
                 limit = middle
             else:
                 high = middle
-        if projection.size < _SMALL and last < len(ritz) and self._agreed(float(limit < ritz[last])):
+        if self._decomposition.num_appended < _SMALL and last < len(ritz) and self._agreed(float(limit < ritz[last])):
             return None
         return self._agreed(limit)
 
