@@ -55,7 +55,8 @@ _USUAL_RTOL = 0.01
 _WIDEST_WINDOW = 6
 # Products that a probe may take, however small the basis is.
 _LONGEST_PROBE = 64
-# A probe is given up if it is expected to take longer than it may by this factor, after so many products.
+# A probe is given up if it is expected to take longer than it may by this factor, after so many products. With a limited
+# basis there is nothing to wait for.
 _HOPELESS, _LEAST_TRIED = 1.5, 16
 # What a vain probe has seen is believed until the basis has grown by this part, or at least so many vectors.
 _PATIENCE, _LEAST_PATIENCE = 0.1, 8
@@ -664,9 +665,9 @@ class _Solver:
         """Look for eigenvalues above ``limit`` in the complement of a basis.
 
         Returns the probe, and whether it ruled them out. It ends when it did, when it found one, after ``longest``
-        products, or when all are spent. Without a limit it ends only then. On a branch it ends as well when it is
-        expected to take much longer. Its vectors stay in the basis. If it only explores, nothing is concluded from the
-        exclusion, and a lax level ends it.
+        products, or when all are spent. Without a limit it ends only then. A branch of a growing basis ends as well
+        when it is expected to take much longer. Its vectors stay in the basis. If it only explores, nothing is
+        concluded from the exclusion, and a lax level ends it.
         """
         first = decomposition.size
         probe = Probe()
@@ -691,7 +692,8 @@ class _Solver:
                     if self._agreed(float(unseen)):
                         return probe, True
                     hopeless = (
-                        decomposition is not self._decomposition
+                        self._capacity is None
+                        and decomposition is not self._decomposition
                         and size - first >= _LEAST_TRIED
                         and probe.expected_products(limit) > _HOPELESS * longest
                     )
