@@ -55,8 +55,8 @@ _USUAL_RTOL = 0.01
 _WIDEST_WINDOW = 6
 # Products that a probe may take, however small the basis is.
 _LONGEST_PROBE = 64
-# A probe is given up if it is expected to take longer than it may by this factor, after so many products. With a limited
-# basis there is nothing to wait for.
+# A probe is given up if it is expected to take longer than it may by this factor, after so many products. That of a
+# limited basis is not, because the complement stays as it is.
 _HOPELESS, _LEAST_TRIED = 1.5, 16
 # What a vain probe has seen is believed until the basis has grown by this part, or at least so many vectors.
 _PATIENCE, _LEAST_PATIENCE = 0.1, 8
