@@ -63,6 +63,9 @@ _PATIENCE, _LEAST_PATIENCE = 0.1, 8
 # A probe is sent when the complement is believed to lie below the provable limit by this part of the smallest wanted
 # eigenvalue. A narrower margin takes longer probes, and more of them fail.
 _MARGIN = 0.02
+# The latest vectors of a basis of fewer show little of its complement. A probe that must rule out eigenvalues below the
+# smallest wanted Ritz value is mostly sent in vain then.
+_SMALL = 32
 # A repeated product of the same matrix differs from the stored one by at most so many rounding levels.
 _REPEATED = 2
 # Probability of overlooking an eigenvalue at which a probe ends that is sent to find one.
@@ -589,6 +592,8 @@ class _Solver:
                 limit = middle
             else:
                 high = middle
+        if self._decomposition.num_appended < _SMALL and last < len(ritz) and self._agreed(float(limit < ritz[last])):
+            return None
         return self._agreed(limit)
 
     def _steady_since(self, earlier: float, projection: Projection) -> bool:
