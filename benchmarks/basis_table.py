@@ -31,9 +31,9 @@ HEAD = ["case", "k", "vectors at most", "memory", "within 1 %", "proven", "resta
 
 def limits(k: int) -> list[int | None]:
     """Return the limits that are compared."""
-    limits = [None, 2 * k, int(1.5 * k)]
-    # At k = 1000 the basis would be rewritten after every fifth product, for hours.
-    return [*limits, k + 12] if k <= LARGEST_REFERENCE else limits
+    larger = [None, 2 * k, int(1.5 * k)]
+    # At k = 1000 a basis of k + 12 vectors would be rewritten after every fifth product, for hours.
+    return [*larger, k + 12] if k <= LARGEST_REFERENCE else larger
 
 
 class Watch:

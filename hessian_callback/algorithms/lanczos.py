@@ -55,16 +55,16 @@ _USUAL_RTOL = 0.01
 _WIDEST_WINDOW = 6
 # Products that a probe may take, however small the basis is.
 _LONGEST_PROBE = 64
-# A probe is given up if it is expected to take longer than it may by this factor, after so many products. That of a
-# limited basis is not, because the complement stays as it is.
+# A probe is given up if it is expected to take this factor longer than it may, once it has taken so many products. One
+# beside a limited basis never is, because the complement stays as it is.
 _HOPELESS, _LEAST_TRIED = 1.5, 16
 # What a vain probe has seen is believed until the basis has grown by this part, or at least so many vectors.
 _PATIENCE, _LEAST_PATIENCE = 0.1, 8
 # A probe is sent when the complement is believed to lie below the provable limit by this part of the smallest wanted
 # eigenvalue. A narrower margin takes longer probes, and more of them fail.
 _MARGIN = 0.02
-# The latest vectors of a basis of fewer show little of its complement. A probe that must rule out eigenvalues below the
-# smallest wanted Ritz value is mostly sent in vain then.
+# The latest vectors of a basis with fewer show little of its complement. A probe is mostly sent in vain then if its
+# limit is below the smallest wanted Ritz value.
 _SMALL = 32
 # A repeated product of the same matrix differs from the stored one by at most so many rounding levels.
 _REPEATED = 2
@@ -460,16 +460,16 @@ class _Solver:
             decomposition.absorb(branch)
             link = float(np.sqrt(np.trace(projection.gram))) if first is None else projection.link(first)
             self._bound_norm(projection, link, probe)
-            # A probe that was given up has shown nothing above its limit, and the next one would not either.
-            seen = probe.largest_seen if limit is None or ruled_out else max(limit, probe.largest_seen)
+            # A probe that was given up could not exclude its limit, and the next one could not either.
+            reached = -np.inf if limit is None else limit
+            seen = probe.largest_seen if ruled_out else max(reached, probe.largest_seen)
             self._seen = (decomposition.num_appended, seen)
             border = self._border(probe, limit if ruled_out else None)
             if first is not None and not ruled_out:  # The basis may show more than the probe did.
                 shown = float(projection.tail(first).ritz_values[0])
                 border = max(border, shown + 1e-6 * abs(shown) + decomposition.rounding)
             smallest = projection.ritz_values[min(self._needed(projection.ritz_values), projection.size) - 1]
-            harmful = smallest if limit is None else max(limit, smallest)
-            found = bool(self._agreed(float(probe.largest_seen > harmful)))
+            found = bool(self._agreed(float(probe.largest_seen > max(reached, smallest))))
             # The main run finds most of these eigenvalues later, and several chains have no recurrence whose moments
             # sharpen the bounds.
             steady = self._found is not None and self._steady_since(self._found, projection)
@@ -685,6 +685,11 @@ class _Solver:
                     new=size == start + 1,
                     window=decomposition.window,
                 )
+                spent = (
+                    decomposition.num_matvecs >= self._task.max_matvecs
+                    or size == self._dimensions
+                    or size - first >= longest
+                )
                 if limit is not None:
                     unseen = (
                         probe.missed_probability(limit) <= _EXPLORING_LEVEL if exploring else probe.rules_out(limit)
@@ -697,13 +702,8 @@ class _Solver:
                         and size - first >= _LEAST_TRIED
                         and probe.expected_products(limit) > _HOPELESS * longest
                     )
-                    if self._agreed(float(probe.largest_seen > limit or size - first >= longest or hopeless)):
-                        return probe, False
-                if (
-                    decomposition.num_matvecs >= self._task.max_matvecs
-                    or size == self._dimensions
-                    or size - first >= longest
-                ):
+                    spent = bool(self._agreed(float(spent or hopeless or probe.largest_seen > limit)))
+                if spent:
                     return probe, False
                 own = [chain for chain in decomposition.chains if chain.column == size - 1]
                 if not own or not decomposition.expand(own[0]):
