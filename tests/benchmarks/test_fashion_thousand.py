@@ -23,6 +23,7 @@ if not (ROOT / "benchmarks" / "fashion_thousand.py").exists():
     pytest.skip("the benchmarks are not part of an installed package", allow_module_level=True)
 
 from benchmarks import fashion_thousand as study  # noqa: E402
+from benchmarks.reproduction import PAGE, SAVED  # noqa: E402
 from hessian_callback.demos import ImageClassifier, ImageData, LeNet  # noqa: E402
 from hessian_callback.power_law.eigengaps import fit_eigengaps  # noqa: E402
 from hessian_callback.power_law.fit import fit_power_law  # noqa: E402
@@ -81,6 +82,10 @@ def dense_eigenvalues(folder: Path, name: str, images: Tensor, labels: Tensor) -
     matrix = hessian(loss)(torch.cat([weight.flatten(), bias]))
     assert isinstance(matrix, Tensor)
     return torch.linalg.eigvalsh(matrix).flip(0)
+
+
+def test_the_page_has_the_table_of_the_saved_spectra() -> None:
+    assert study.report(SAVED / "fashion_thousand") in PAGE.read_text(encoding="utf-8")
 
 
 @pytest.mark.usefixtures("runs")
