@@ -159,6 +159,28 @@ def test_measurement_out_of_time_has_no_bounds_and_is_made_again(
     assert study.report(tmp_path).count("tiny_s0") == 1
 
 
+@pytest.mark.parametrize("options", [{}, {"stride": (2, 1)}, {"padding": (2, 1)}, {"bias": False}], ids=str)
+def test_a_convolution_by_patches_is_a_convolution(options: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 3, (3, 2), **options), nn.Tanh(), nn.Flatten()).double()
+    images, weights = torch.randn(4, 2, 6, 5).double(), dict(model.named_parameters())
+
+    def loss(parameters: dict[str, Tensor]) -> Tensor:
+        return functional_call(model, parameters, images).square().sum()
+
+    expected = model(images), hessian(loss)(weights)
+    study.PatchConvolution.replace_in(model)
+    assert isinstance(model[0], study.PatchConvolution)
+    torch.testing.assert_close((model(images), hessian(loss)(weights)), expected)
+
+
+@pytest.mark.parametrize("options", [{"groups": 2}, {"dilation": 2}, {"padding": "same"}, {"padding_mode": "circular"}])
+def test_other_convolutions_stay_as_they_are(options: dict[str, Any]) -> None:
+    model = nn.Conv2d(2, 2, 3, **{"padding": 1, **options})
+    study.PatchConvolution.replace_in(model)
+    assert type(model) is nn.Conv2d
+
+
 def test_images_and_noise_are_those_of_the_data_module(data: Path) -> None:
     clean, _ = study.read_images(str(data), 0.0, 1000)
     for share in (0.4, 0.8):
