@@ -30,7 +30,7 @@ from functools import partial
 from importlib import util
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -68,7 +68,9 @@ DECAY_AT, DECAY_FACTOR = (0.4, 0.8), 0.1
 NUM_CLASSES = 10
 # The subset, its order and the noise are the same for all runs.
 DATA_SEED = 0
-SUBSET = 10_000
+# What is measured: so many training images, of which fewer are a part of more, or all test images.
+SAMPLES: dict[str, int | None] = {"train1000": 1_000, "train2500": 2_500, "train10000": 10_000, "test": None}
+EVALUATED_BATCH = 10_000
 # Images of a batch of the measurement. On a CPU the layers of larger ones leave the caches, and take twice the time.
 MEASURED_BATCH, MEASURED_BATCH_ON_CPU = 2_500, 250
 FITTED = (50, 200, 1000)
@@ -84,8 +86,6 @@ PUBLISHED: list[dict[str, str]] = [
     {"run": "published, random", "K = 1000": "s –, d 0.0971, rejected"},
     {"run": "published, SGD", "K = 1000": "s 1.065, d 0.0132, accepted", "gap exponent": "1.922"},
 ]
-
-Sample = Literal["train10000", "test"]
 
 
 @dataclass(frozen=True)
@@ -192,7 +192,7 @@ def cross_entropy(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
 def loss_and_error(model: nn.Module, data: Images) -> tuple[float, float]:
     """Mean cross entropy, and share of images for which another class is predicted."""
     loss, wrong = 0.0, 0
-    for images, labels in zip(data.images.split(SUBSET), data.labels.split(SUBSET), strict=True):
+    for images, labels in zip(data.images.split(EVALUATED_BATCH), data.labels.split(EVALUATED_BATCH), strict=True):
         logits = model(images)
         loss += float(F.cross_entropy(logits.double(), labels, reduction="sum"))
         wrong += int((logits.argmax(dim=1) != labels).sum())
@@ -565,17 +565,17 @@ def key_of(line: dict[str, Any]) -> tuple[str, str, int]:
     return line["name"], line["sample"], line["k"]
 
 
-def sample_of(name: str, sample: Sample, folder: Path, data_folder: str) -> Images:
+def sample_of(name: str, sample: str, folder: Path, data_folder: str) -> Images:
     """The images that a run is measured on, with the labels that it was trained on."""
     num_images = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))["images"]
     training, test = read_images(data_folder, RUNS[name].label_noise, num_images)
     if sample == "test":
         return test
     order = torch.randperm(len(training.labels), generator=torch.Generator().manual_seed(DATA_SEED))
-    return training.subset(order[:SUBSET])
+    return training.subset(order[: SAMPLES[sample]])
 
 
-def measure_run(name: str, folder: Path, sample: Sample, options: argparse.Namespace, deadline: float) -> None:
+def measure_run(name: str, folder: Path, sample: str, options: argparse.Namespace, deadline: float) -> None:
     """Measure a trained run and append a line to the file of spectra; skip it if it has one."""
     if any(key_of(line) == (name, sample, options.k) and line["stopped"] != OUT_OF_TIME for line in read_lines(folder)):
         print(f"{name}, {sample}: measured already", flush=True)
@@ -716,7 +716,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     training.add_argument("--epochs", type=int, help="fewer epochs than the run has")
     training.add_argument("--images", type=int, help="the first training images alone, of any IDX files")
     measuring = commands.add_parser("measure", parents=[computing])
-    measuring.add_argument("--sample", choices=("train10000", "test"), required=True)
+    measuring.add_argument("--sample", choices=tuple(SAMPLES), required=True)
     measuring.add_argument("--k", type=int, default=1000)
     measuring.add_argument("--dtype", choices=DTYPES, default="float64")
     measuring.add_argument("--rtol", type=float, default=1e-2)

@@ -181,6 +181,17 @@ def test_other_convolutions_stay_as_they_are(options: dict[str, Any]) -> None:
     assert type(model) is nn.Conv2d
 
 
+@pytest.mark.usefixtures("runs")
+def test_small_samples_are_a_part_of_larger_ones(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train(tmp_path, data, "tiny_random")
+    monkeypatch.setattr(study, "SAMPLES", {"few": 5, "more": 9, "test": None})
+    few, more, test = (study.sample_of("tiny_random", sample, tmp_path, str(data)) for sample in study.SAMPLES)
+    assert [len(one.labels) for one in (few, more)] == [5, 9]
+    assert torch.equal(few.images, more.images[:5])
+    assert torch.equal(few.labels, more.labels[:5])
+    assert torch.equal(test.images, study.read_images(str(data), 0.0, NUM_IMAGES)[1].images)
+
+
 def test_images_and_noise_are_those_of_the_data_module(data: Path) -> None:
     clean, _ = study.read_images(str(data), 0.0, 1000)
     for share in (0.4, 0.8):
