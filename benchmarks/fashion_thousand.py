@@ -68,8 +68,8 @@ DECAY_AT, DECAY_FACTOR = (0.4, 0.8), 0.1
 NUM_CLASSES = 10
 # The subset, its order and the noise are the same for all runs.
 DATA_SEED = 0
-# What is measured: so many training images, of which fewer are a part of more, or all test images.
-SAMPLES: dict[str, int | None] = {"train1000": 1_000, "train2500": 2_500, "train10000": 10_000, "test": None}
+# How many training images are measured, the first ones in the same order. All test images are.
+SAMPLES: dict[str, int | None] = {"train1000": 1_000, "train10000": 10_000, "test": None}
 EVALUATED_BATCH = 10_000
 # Images of a batch of the measurement. On a CPU the layers of larger ones leave the caches, and take twice the time.
 MEASURED_BATCH, MEASURED_BATCH_ON_CPU = 2_500, 250
@@ -162,7 +162,7 @@ class PatchConvolution(nn.Conv2d):
     """A convolution as one product of matrices: patches times weights.
 
     On a GPU cuDNN takes much longer for convolutions in float64 than for those in float32, and products of matrices do
-    not. Patches take as many times the memory of the images as the kernel has pixels.
+    not. The patches of a kernel of k by k pixels take k² times the memory of the images.
     """
 
     def _conv_forward(self, images: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -176,12 +176,11 @@ class PatchConvolution(nn.Conv2d):
 
     @classmethod
     def replace_in(cls, model: nn.Module) -> None:
-        """Let the convolutions of a model be computed so; their parameters stay theirs."""
-        for layer in model.modules():
-            if type(layer) is nn.Conv2d:
-                plain = layer.groups == 1 and layer.dilation == (1, 1) and layer.padding_mode == "zeros"
-                if plain and not isinstance(layer.padding, str):
-                    layer.__class__ = cls
+        """Compute those convolutions of a model so that have one group, no dilation, and zeros as a padding."""
+        for layer in (layer for layer in model.modules() if type(layer) is nn.Conv2d):
+            plain = layer.groups == 1 and layer.dilation == (1, 1) and layer.padding_mode == "zeros"
+            if plain and not isinstance(layer.padding, str):
+                layer.__class__ = cls
 
 
 def cross_entropy(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
