@@ -760,6 +760,7 @@ PRECISIONS = ["32-true", "16-mixed", "bf16-mixed", "bf16-true", "64-true"]
         ("attention (SDPA), tied embedding", "32-true"),
         ("attention (SDPA), tied embedding", "bf16-mixed"),
         ("LSTM, padding_idx", "32-true"),
+        ("GRU, padding_idx", "32-true"),
         ("compiled network", "32-true"),
         ("Hugging Face GPT-2", "bf16-true"),
     ],
