@@ -16,6 +16,7 @@ import argparse
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 from benchmarks import paper_scale, product_table, ranks_table, scaling_table, top_table
@@ -69,7 +70,7 @@ def sections(options: argparse.Namespace) -> Iterator[str]:
             trained(name, weights=file)
         parts: dict[str, Callable[[], str]] = {
             "products": lambda: product_table.report(names, files, options.rounds),
-            **{f"top{k}": lambda k=k: _top(k, names, files, options) for k in (10, 50, 200)},
+            **{f"top{k}": partial(_top, k, names, files, options) for k in (10, 50, 200)},
             "ranks": lambda: _ranks(names, files, options),
             "scaling": lambda: scaling_table.report(min(3, options.rounds), options.quick),
         }

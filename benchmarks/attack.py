@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import secrets
 import subprocess
 import time
 import traceback
@@ -68,7 +69,7 @@ def size_of(rng: Generator, low: int = 12) -> int:
 
 def power_law(rng: Generator) -> Array:
     n = size_of(rng)
-    values = np.arange(1, n + 1) ** -rng.uniform(0.2, 4)
+    values = np.arange(1.0, n + 1) ** -rng.uniform(0.2, 4)
     signs = np.where(rng.random(n) < rng.choice([0, 0.1, 0.5]), -rng.uniform(0, 1), 1)
     return values * signs
 
@@ -124,7 +125,7 @@ def hidden_copy(rng: Generator) -> Array:
 
 def steep(rng: Generator) -> Array:
     """Return the spectrum of a long diagonal matrix whose eigenvectors sit on few coordinates."""
-    return np.arange(1, int(rng.integers(2000, 20000)) + 1) ** -rng.uniform(1, 3)
+    return np.arange(1.0, int(rng.integers(2000, 20000)) + 1) ** -rng.uniform(1, 3)
 
 
 def restarted(rng: Generator) -> Array:
@@ -164,7 +165,7 @@ def matrix_problem(name: str, dtype: torch.dtype, rng: Generator) -> Problem:
     """Return a diagonal or rotated matrix with the family's spectrum, rounded to the dtype."""
     values = MATRICES[name](rng)
     n = len(values)
-    arguments = {"k": int(rng.integers(1, 7)), "seed": int(rng.integers(2**31))}
+    arguments: dict[str, Any] = {"k": int(rng.integers(1, 7)), "seed": int(rng.integers(2**31))}
     precise = [1e-4, 1e-8] if dtype == torch.float64 else [1e-1, 1e-3]
     arguments["rtol"] = float(rng.choice([1e-2, 1e-2, *precise]))
     if rng.random() < 0.2:
@@ -479,7 +480,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.seed is None:
         lines = options.record.read_text(encoding="utf-8").splitlines() if options.record.exists() else []
-        options.seed = json.loads(lines[-1])["seed"] if lines else int(np.random.SeedSequence().entropy) % 2**31
+        options.seed = json.loads(lines[-1])["seed"] if lines else secrets.randbits(31)
     torch.set_num_threads(1)
     if not options.report_only:
         attack(options)

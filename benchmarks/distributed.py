@@ -57,7 +57,7 @@ def launch(world_size: int, function: Any, *args: Any) -> list[Any]:
 
 def _main(rank: int, world_size: int, folder: str, queue: Any, function: Any, args: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
-    store = dist.FileStore(str(Path(folder) / "store"), world_size)
+    store = dist.FileStore(str(Path(folder) / "store"), world_size)  # type: ignore[attr-defined]
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
     queue.put((rank, function(rank, *args)))
     dist.barrier()

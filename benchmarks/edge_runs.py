@@ -68,7 +68,8 @@ def squared_error(model: Any, batch: Any) -> Tensor:
 def digits(loss: Loss, seed: int, *, width: int = 32, num_samples: int = NUM_SAMPLES) -> Task:
     data = DigitsData()
     data.setup("fit")
-    images, labels = map(torch.stack, zip(*data.train_dataloader().dataset, strict=True))
+    dataset: Any = data.train_dataloader().dataset
+    images, labels = map(torch.stack, zip(*dataset, strict=True))
     inputs = images.flatten(1)
     inputs = (inputs - inputs.mean()) / inputs.std()
     torch.manual_seed(seed)
@@ -108,7 +109,7 @@ class Fleet:
             return (weights * terms(torch.func.functional_call(model, parameters, (inputs,)), targets)).sum()
 
         self._losses = torch.func.vmap(loss, randomness="different")
-        self.fixed = tuple(torch.stack([task.fixed[part] for task in tasks]) for part in (0, 1))
+        self.fixed = torch.stack([task.fixed[0] for task in tasks]), torch.stack([task.fixed[1] for task in tasks])
         self.mean = torch.full(self.fixed[0].shape[:2], 1 / self.fixed[0].shape[1])
         self._starts: Tensor | None = None
 
@@ -129,7 +130,8 @@ class Fleet:
             optimizer.zero_grad()
         losses = self.losses(inputs, targets, weights)
         losses.sum().backward()
-        squares = [sum(p.grad.square().sum() for p in some.values()) for some in self.parameters]
+        gradients = [[p.grad for p in some.values() if p.grad is not None] for some in self.parameters]
+        squares = [sum((g.square().sum() for g in some), torch.zeros(())) for some in gradients]
         for optimizer in self.optimizers:
             optimizer.step()
         return losses.tolist(), torch.stack(squares).sqrt().tolist()

@@ -171,6 +171,7 @@ class PatchConvolution(nn.Conv2d):
     """
 
     def _conv_forward(self, images: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        assert not isinstance(self.padding, str)
         (rows, columns), (down, right) = self.padding, self.stride
         padded = F.pad(images, (columns, columns, rows, rows))
         patches = padded.unfold(2, weight.shape[2], down).unfold(3, weight.shape[3], right)
@@ -380,7 +381,7 @@ def train(
     model = run.network().to(device)
     if torch.device(device).type == "cpu":
         # A step of LeNet takes .6 to .8 of the time in this format.
-        model = model.to(memory_format=torch.channels_last)
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     training, test = (part.on(device) for part in read_images(data_folder, run.label_noise, num_images))
     synchronize(device)
     began = time.perf_counter()

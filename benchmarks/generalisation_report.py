@@ -197,7 +197,7 @@ class Pairs:
         kept = [factors for factors, one in zip(self.factors, mask, strict=True) if one]
         return Pairs(self.num_runs, self.first[mask], self.second[mask], self.scores[mask], kept)
 
-    def accuracies(self, counts: FloatArray | None = None) -> FloatArray:
+    def accuracies(self, counts: npt.NDArray[np.floating] | None = None) -> FloatArray:
         """Return the mean score of each statistic, if each run occurs so many times."""
         weights = np.ones(len(self)) if counts is None else counts[self.first] * counts[self.second]
         total = weights.sum()

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks import peers
@@ -33,12 +36,12 @@ def measure(_: int, name: str, weights: Path, rounds: int) -> dict[str, Any]:
         peers.expect(automatic, 50)
         for _ in range(SETTLING):
             automatic.matvec(vector)
-        products = {AUTO: automatic.matvec}
+        products: dict[str, Callable[[Tensor], Tensor]] = {AUTO: automatic.matvec}
         products |= {label: make(case) for label, make in {**peers.OWN_PRODUCTS, **peers.PEER_PRODUCTS}.items()}
         right = products["double backward, graphs kept"](vector)
         errors = {label: float((product(vector) - right).norm() / right.norm()) for label, product in products.items()}
         calls = {"gradient": peers.gradient(case), **products}
-        seconds = in_turns({label: lambda call=call: call(vector) for label, call in calls.items()}, rounds)
+        seconds = in_turns({label: partial(call, vector) for label, call in calls.items()}, rounds)
     return {
         "parameters": case.num_parameters,
         "samples": sum(len(batch[0]) for batch in case.batches),

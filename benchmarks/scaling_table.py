@@ -43,7 +43,7 @@ def measure(_: int, rounds: int, quick: bool) -> dict[str, list[tuple[int, float
     pin_threads()
     width, num_samples, k = MIDDLE
     widths, samples, counts = (axis[:2] if quick else axis for axis in (WIDTHS, SAMPLES, EIGENVALUES))
-    axes = {
+    axes: dict[str, list[tuple[Case, int, int | None]]] = {
         "parameters": [(network(one, num_samples), k, None) for one in widths],
         "samples": [(network(width, one), k, one) for one in samples],
         "k": [(network(width, num_samples), one, one) for one in counts],
@@ -53,7 +53,7 @@ def measure(_: int, rounds: int, quick: bool) -> dict[str, list[tuple[int, float
         seconds: list[list[float]] = [[] for _ in points]
         products = [0] * len(points)
         for _ in range(rounds):
-            for index, (case, wanted, _) in enumerate(points):
+            for index, (case, wanted, _varied) in enumerate(points):
                 began = time.perf_counter()
                 products[index] = own_top(case, wanted, hvp="double_backward", max_hvps=1000).products
                 seconds[index].append(time.perf_counter() - began)

@@ -328,7 +328,7 @@ def covariance_section(scale: float) -> str:
     )
 
 
-def _network_hessian_spectra() -> tuple[FloatArray, Callable[[FloatArray], FloatArray], int]:
+def _network_hessian_spectra() -> tuple[FloatArray, Callable[[npt.NDArray[np.int64]], FloatArray], int]:
     """Train a small network on digits and return spectra of its Hessian.
 
     Returns:
@@ -365,7 +365,7 @@ def _network_hessian_spectra() -> tuple[FloatArray, Callable[[FloatArray], Float
     flat = parameters.detach()
     hessian = torch.func.hessian(loss)
 
-    def spectrum(indices: FloatArray) -> FloatArray:
+    def spectrum(indices: npt.NDArray[np.int64]) -> FloatArray:
         # Rows are drawn with replacement, so repeated rows have a weight.
         chosen, counts = held_out[torch.from_numpy(indices)].unique(return_counts=True)
         matrix = hessian(flat, inputs[chosen], labels[chosen], counts.float()).double()
@@ -623,7 +623,7 @@ def correction_section(scale: float) -> str:
             found.append([*_slopes(whole, halves, batches) / target, fit.slope / slope])
         rows.append([kind, str(num), str(num_samples), str(num_parameters), f"{slope:g}", *_corrected(np.array(found))])
         print(*rows[-1], flush=True)
-    whole_spectrum, spectrum, size = _network_hessian_spectra()
+    whole_spectrum, spectrum, network_size = _network_hessian_spectra()
     rng = np.random.default_rng([SEED, 11])
     for num, ratio in ((20, 10), (50, 10), (20, 3)):
         if scale < 0.1 and num > 20:
@@ -635,7 +635,9 @@ def correction_section(scale: float) -> str:
             batches = [spectrum(np.delete(indices, some))[:num] for some in np.split(np.arange(ratio * num), BATCHES)]
             halves = [spectrum(some)[:num] for some in np.split(indices, 2)]
             found.append([*_slopes(spectrum(indices)[:num], halves, batches) / target, math.nan])
-        rows.append(["digits network", str(num), str(ratio * num), str(size), "-", *_corrected(np.array(found))])
+        rows.append(
+            ["digits network", str(num), str(ratio * num), str(network_size), "-", *_corrected(np.array(found))]
+        )
         print(*rows[-1], flush=True)
     head = [
         "samples",

@@ -6,7 +6,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -41,7 +41,7 @@ def timed(function: Callable[[], Any], repeats: int = 1) -> float:
 
 
 def in_turns(
-    contestants: dict[str, Callable[[], Any]], rounds: int, *, seconds_a_turn: float = 0.2
+    contestants: Mapping[str, Callable[[], Any]], rounds: int, *, seconds_a_turn: float = 0.2
 ) -> dict[str, list[float]]:
     """Seconds a call of each contestant, round by round; who begins changes from round to round.
 

@@ -23,7 +23,7 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 NAMES = ("state", "history", "csv", "events", "report", "study", "options")
 
 
-def decorated(inputs: Any, run: Callable[[Any], None], number: int, max_examples: int) -> Any:
+def decorated(inputs: Any, run: Callable[[Any], object], number: int, max_examples: int) -> Any:
     """Make a hypothesis test of a function that takes one input."""
     quiet = settings(
         max_examples=max_examples,
@@ -34,7 +34,7 @@ def decorated(inputs: Any, run: Callable[[Any], None], number: int, max_examples
         print_blob=False,
         report_multiple_bugs=False,
     )
-    return seed(number)(quiet(given(inputs)(run)))
+    return seed(number)(quiet(given(inputs)(run)))  # type: ignore[no-untyped-call]
 
 
 def fuzz(target: Any, seconds: float, first_seed: int = 0, rounds: int | None = None) -> tuple[Counter[str], list[str]]:

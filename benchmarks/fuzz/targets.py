@@ -219,9 +219,11 @@ def run_study(data: bytes) -> str:
 
 
 #: Classes whose constructors check their options.
-CONSTRUCTORS = ("PowerLawHessianCallback", "PowerLawEarlyStopping", "Lanczos", "PublishedProtocol", "Density", "Trace")
-CONSTRUCTORS += ("FrobeniusNorm", "Norms", "NumericalInterval", "OutlierRatio", "SplitHalf", "Subspace")
-CONSTRUCTORS += ("PowerLawSlope", "PowerLawFitError")
+CONSTRUCTORS = [
+    *("PowerLawHessianCallback", "PowerLawEarlyStopping", "Lanczos", "PublishedProtocol", "Density", "Trace"),
+    *("FrobeniusNorm", "Norms", "NumericalInterval", "OutlierRatio", "SplitHalf", "Subspace"),
+    *("PowerLawSlope", "PowerLawFitError"),
+]
 #: Options that they require.
 REQUIRED: dict[str, dict[str, Any]] = {"OutlierRatio": {"num_classes": 3}, "PowerLawEarlyStopping": {"mode": "min"}}
 #: Values that one option or another takes, so that several options are read together.

@@ -22,7 +22,7 @@ class _Classifier(nn.Module):
 
     def forward(self, graphs: Any) -> Tensor:
         hidden = self.layers(graphs.x, graphs.edge_index, batch=graphs.batch)
-        return self.head(global_mean_pool(hidden, graphs.batch))  # type: ignore[no-any-return]
+        return self.head(global_mean_pool(hidden, graphs.batch))
 
 
 def _loss(model: Any, batch: Any) -> Tensor:

@@ -17,7 +17,7 @@ _SPECIAL = {"pad_token": "[PAD]", "mask_token": "[MASK]", "unk_token": "[UNK]"}
 
 
 def _loss(model: Any, batch: Any) -> Tensor:
-    return model(**batch).loss  # type: ignore[no-any-return]
+    return model(**batch).loss
 
 
 def module_and_data() -> tuple[Wrapped, Any, Any]:
@@ -26,7 +26,7 @@ def module_and_data() -> tuple[Wrapped, Any, Any]:
     model = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="[UNK]"))
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=model, **_SPECIAL)
     collate = transformers.DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.3, seed=5)
-    rows = [{"input_ids": torch.randint(3, 64, (12,)).tolist()} for _ in range(192)]
+    rows: Any = [{"input_ids": torch.randint(3, 64, (12,)).tolist()} for _ in range(192)]
     config = transformers.BertConfig(
         vocab_size=64,
         hidden_size=16,
@@ -35,8 +35,8 @@ def module_and_data() -> tuple[Wrapped, Any, Any]:
         intermediate_size=32,
         max_position_embeddings=16,
     )
-    train = DataLoader(rows[:128], batch_size=16, shuffle=True, collate_fn=collate)  # type: ignore[arg-type]
-    val = DataLoader(rows[128:], batch_size=16, collate_fn=collate)  # type: ignore[arg-type]
+    train = DataLoader(rows[:128], batch_size=16, shuffle=True, collate_fn=collate)
+    val = DataLoader(rows[128:], batch_size=16, collate_fn=collate)
     return Wrapped(transformers.BertForMaskedLM(config), _loss), train, val
 
 

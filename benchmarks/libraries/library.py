@@ -58,7 +58,7 @@ class Library:
 
 def library(name: str) -> Library:
     """Import the module of a library, which imports the library."""
-    return import_module(f"benchmarks.libraries.{MODULES[name]}").LIBRARY  # type: ignore[no-any-return]
+    return import_module(f"benchmarks.libraries.{MODULES[name]}").LIBRARY
 
 
 def version(name: str) -> str | None:

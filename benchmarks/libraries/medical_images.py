@@ -18,7 +18,7 @@ _CRITERION = DiceCELoss(to_onehot_y=True, softmax=True)
 
 
 def _loss(model: Any, batch: Any) -> Tensor:
-    return _CRITERION(model(batch["image"]), batch["label"])  # type: ignore[no-any-return]
+    return _CRITERION(model(batch["image"]), batch["label"])
 
 
 def _records(number: int) -> list[dict[str, Tensor]]:

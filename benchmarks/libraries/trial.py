@@ -186,7 +186,7 @@ def _with_callback(case: Library, plain: EndState, source: str, remedy: str | No
     run.warned = [text for text in end.warned if text not in plain.warned]
     run.slopes = [None if one.fit is None else one.fit.slope for one in history]
     run.reasons = list(dict.fromkeys(one.reason for one in history if one.reason))
-    spent = [one.num_hvps for one in history if one.spectrum is not None]
+    spent = [one.spectrum.num_matvecs for one in history if one.spectrum is not None]
     run.num_hvps = statistics.median(spent) if spent else None
     run.seconds = statistics.median(one.seconds for one in history) * end.share if history else None
     return run
@@ -200,7 +200,8 @@ def run_trial(name: str) -> Trial:
     _train(case, plain)
     trial.trainer, trial.plain_seconds = plain.trainer, plain.seconds
     for source in SOURCES:
-        for remedy, options in {None: {}, **case.remedies}.items():
+        remedies: list[tuple[str | None, Mapping[str, Any]]] = [(None, {}), *case.remedies.items()]
+        for remedy, options in remedies:
             run = _with_callback(case, plain, source, remedy, options)
             if run.differs and not trial.irreproducible:
                 # The first run of a process may leave caches, or the library's runs may differ by themselves.

@@ -18,7 +18,7 @@ sizes N is unknown, and a wrong N biases the slope for N below 10 K.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -288,7 +288,9 @@ def effective_num_samples(sizes: Eigenvalues) -> float:
     return float(relative.sum() ** 2 / (relative @ relative))
 
 
-def jackknife(whole: Eigenvalues | float, parts: Eigenvalues, *, fraction: float = 0.5) -> FloatArray:
+def jackknife(
+    whole: Eigenvalues | float, parts: Eigenvalues | Sequence[Eigenvalues], *, fraction: float = 0.5
+) -> FloatArray:
     r"""Extrapolate slopes or eigenvalues to infinitely many samples, from parts of the samples.
 
     .. math:: \hat x_\infty = \frac{\hat x - f \, \bar x_f}{1 - f}
