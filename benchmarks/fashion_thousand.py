@@ -69,7 +69,7 @@ NUM_CLASSES = 10
 # The subset, its order and the noise are the same for all runs.
 DATA_SEED = 0
 # How many training images are measured, the first ones in the same order. All test images are.
-SAMPLES: dict[str, int | None] = {"train1000": 1_000, "train10000": 10_000, "test": None}
+SAMPLES: dict[str, int | None] = {"train1000": 1_000, "train5000": 5_000, "train10000": 10_000, "test": None}
 EVALUATED_BATCH = 10_000
 # Images of a batch of the measurement. On a CPU the layers of larger ones leave the caches, and take twice the time.
 MEASURED_BATCH, MEASURED_BATCH_ON_CPU = 2_500, 250
