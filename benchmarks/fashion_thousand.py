@@ -182,7 +182,7 @@ class PatchConvolution(nn.Conv2d):
 
     @classmethod
     def replace_in(cls, model: nn.Module) -> None:
-        """Compute those convolutions of a model so that have one group, no dilation, and zeros as a padding."""
+        """Compute convolutions of a model in this way if they have one group, no dilation, and zeros as a padding."""
         for layer in (layer for layer in model.modules() if type(layer) is nn.Conv2d):
             plain = layer.groups == 1 and layer.dilation == (1, 1) and layer.padding_mode == "zeros"
             if plain and not isinstance(layer.padding, str):

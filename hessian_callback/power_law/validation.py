@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from typing import Any, TypeAlias
+from typing import Any, SupportsIndex, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -35,7 +35,7 @@ Eigenvalues: TypeAlias = Tensor | npt.NDArray[Any] | Sequence[float]
 MIN_EIGENVALUES = 3
 
 
-def checked_integer(value: int, name: str, *, minimum: int, remedy: str) -> int:
+def checked_integer(value: SupportsIndex, name: str, *, minimum: int, remedy: str) -> int:
     """Return an option that counts something as a plain integer.
 
     Args:

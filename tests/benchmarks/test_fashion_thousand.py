@@ -59,9 +59,9 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(study.RUNS, name, run)
 
 
-def train(folder: Path, data: Path, *names: str, images: int = NUM_IMAGES) -> None:
+def train(folder: Path, data: Path, *names: str, images: int | None = NUM_IMAGES) -> None:
     options = ["--folder", str(folder), "--data", str(data), "--device", "cpu", "--epochs", "1"]
-    study.main(["train", *names, *options, "--images", str(images)])
+    study.main(["train", *names, *options, *(() if images is None else ("--images", str(images)))])
 
 
 def measure(folder: Path, data: Path, *names: str, sample: str = "train10000", **options: object) -> None:
@@ -134,6 +134,14 @@ def test_train_measure_report(tmp_path: Path, data: Path, capsys: pytest.Capture
             assert cells[column].startswith(f"s {fit.slope:.3f}")
             assert f"d {fit.fit_error:.4f}" in cells[column]
         assert cells["gap exponent"] == f"{fit_eigengaps(values).exponent:.3f}"
+
+
+def test_a_run_has_images_of_its_own(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(study.RUNS, "tiny_few", study.Run(network=tiny, images=16, batch_size=8))
+    train(tmp_path, data, "tiny_few", images=None)
+    found = json.loads((tmp_path / "tiny_few.json").read_text())
+    assert (found["images"], found["steps"]) == (16, 2)
+    assert len(study.sample_of("tiny_few", "train5000", tmp_path, str(data)).labels) == 16
 
 
 @pytest.mark.usefixtures("runs")
