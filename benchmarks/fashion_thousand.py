@@ -146,10 +146,11 @@ def with_noise(labels: Tensor, share: float) -> Tensor:
 def read_images(folder: str, label_noise: float, num_images: int | None = None) -> tuple[Images, Images]:
     """Return training images, the first ones if a number is given, and test images.
 
-    Pixels are standardised by mean and deviation of all training images, as ImageData does. If all are read, they must
-    be those of Fashion-MNIST.
+    Pixels are standardised by mean and deviation of all training images, as ImageData does. The files must be those of
+    Fashion-MNIST, unless a number of images is read from another folder than that of the Debian package.
     """
-    sha256 = image_files.FASHION_MNIST_SHA256 if num_images is None else None
+    any_files = num_images is not None and folder != image_files.FASHION_MNIST_FOLDER
+    sha256 = None if any_files else image_files.FASHION_MNIST_SHA256
     images, labels = image_files.read_idx_folder(folder, "train", sha256=sha256)
     test_images, test_labels = image_files.read_idx_folder(folder, "t10k", sha256=sha256)
     shares = torch.bincount(images.flatten(), minlength=256) / images.numel()

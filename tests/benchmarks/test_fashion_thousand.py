@@ -144,6 +144,15 @@ def test_a_run_has_images_of_its_own(tmp_path: Path, data: Path, monkeypatch: py
     assert len(study.sample_of("tiny_few", "train5000", tmp_path, str(data)).labels) == 16
 
 
+def test_a_few_images_of_fashion_mnist_are_checked_as_all_of_them(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study.read_images(str(data), 0.0, 16)
+    with pytest.raises(ValueError, match="SHA-256"):
+        study.read_images(str(data), 0.0)
+    monkeypatch.setattr(study.image_files, "FASHION_MNIST_FOLDER", str(data))
+    with pytest.raises(ValueError, match="SHA-256"):
+        study.read_images(str(data), 0.0, 16)
+
+
 @pytest.mark.usefixtures("runs")
 def test_measurement_out_of_time_has_no_bounds_and_is_made_again(
     tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
