@@ -30,20 +30,10 @@ from hessian_callback.callbacks.stopping_rule import Noise, Plateau, PlateauRule
 from hessian_callback.callbacks.trainer_state import callbacks_of
 from hessian_callback.measurement.extras.numerical_interval import numerical_interval_of
 from hessian_callback.measurement.extras.registry import EXTRAS
-from hessian_callback.measurement.measurement import Measurement
+from hessian_callback.measurement.measurement import Measurement, logged_keys
 
 __all__ = ["PowerLawEarlyStopping"]
 
-_ALWAYS = (
-    "slope",
-    "fit_error",
-    "slope_stderr",
-    "density_exponent",
-    "lambda_max",
-    "num_fitted",
-    "num_hvps",
-    "seconds",
-)
 # The number of PATIENCE_EXHAUSTED in Lightning's EarlyStoppingReason, which exists from 2.6 on.
 _PATIENCE_EXHAUSTED = 3
 
@@ -71,8 +61,8 @@ class PowerLawEarlyStopping(EarlyStoppingBase):
     ``mode`` has no default: look at runs of your own.
 
     Args:
-        monitor: a key that a `PowerLawHessianCallback` of the trainer logs. The key of a group is
-            ``"hessian/slope/NAME"``.
+        monitor: a key that each measurement of a `PowerLawHessianCallback` of the trainer logs, those of its extras
+            included, and not predictions and ``overhead``. The key of a group is ``"hessian/slope/NAME"``.
         mode: ``"min"`` or ``"max"``, the direction of progress; required.
         min_delta: ``"noise"``, which is known for slopes, or a fixed change that progress must exceed, in the unit of
             the monitored quantity.
@@ -120,7 +110,7 @@ class PowerLawEarlyStopping(EarlyStoppingBase):
         if mode is None:
             raise ValueError(
                 "mode must be 'min' or 'max', got None: whether a falling or a rising slope is progress differs "
-                "between tasks and has no default; look at a run of your own, README.md has the evidence so far"
+                "between tasks and has no default; look at a run of your own first"
             )
         if min_delta != "noise":
             min_delta = _check_min_delta(min_delta)
@@ -172,7 +162,7 @@ class PowerLawEarlyStopping(EarlyStoppingBase):
         """Find the callback that logs the monitored key.
 
         Raises:
-            MisconfigurationException: if there is none, or it does not log the key.
+            MisconfigurationException: if there is none, or its measurements do not have the key.
         """
         if stage != "fit" or trainer.barebones:
             return
@@ -211,19 +201,19 @@ class PowerLawEarlyStopping(EarlyStoppingBase):
 
     def _check_key(self, source: PowerLawHessianCallback) -> None:
         name, group = self._name, self._group
-        known = {*_ALWAYS}
+        known = set(logged_keys(source.measurer.solver.mode, of_group=group is not None))
         if group is None:
             known.update(*(extra.keys for extra in source.measurer.extras))
         if name in known and (group is None or group in source.measurer.groups):
             return
         missing = [f"extras=[{extra!r}]" for extra, kind in EXTRAS.items() if name in kind.keys and group is None]
-        remedy = f"it does with {missing[0]}" if missing else f"it logs {', '.join(sorted(known))}"
+        remedy = f"they do with {missing[0]}" if missing else f"they have {', '.join(sorted(known))}"
         if group is not None:
             groups = ", ".join(sorted(source.measurer.groups)) or "none"
-            remedy = f"its groups are: {groups}; of each it logs {', '.join(_ALWAYS)}"
+            remedy = f"its groups are: {groups}; each has {', '.join(sorted(known))}"
         raise MisconfigurationException(
-            f"PowerLawEarlyStopping monitors {self.monitor!r}, which PowerLawHessianCallback(prefix={source.prefix!r}) "
-            f"does not log; {remedy}"
+            f"PowerLawEarlyStopping monitors {self.monitor!r}, which the measurements of "
+            f"PowerLawHessianCallback(prefix={source.prefix!r}) do not have; {remedy}"
         )
 
     @property

@@ -52,10 +52,11 @@ class EdgeOfStabilityMonitor(CallbackBase):
     of its step. Logged, under ``prefix``:
 
     - ``ratio``: the largest eigenvalue over that threshold; 1 is the edge of stability;
-    - ``ratio_error``: a proven bound on its error, see `Spectrum`;
+    - ``ratio_error``: a bound on its error, see `Spectrum`;
     - ``sharpness``: the largest eigenvalue of the Hessian, and ``sharpness_error``;
     - ``preconditioned_sharpness``: the largest eigenvalue of :math:`P^{-1/2} H P^{-1/2}`;
-    - ``max_lr``: the learning rate of the first parameter group at which the ratio is 1, other things equal;
+    - ``max_lr``: the learning rate of the first parameter group at which the ratio is 1, if the rates of all groups are
+      scaled together;
     - ``loss``: the mean loss on the samples, ``num_hvps``, ``seconds``, and ``overhead`` if it is limited.
 
     The preconditioner is read from the run's own optimizer between two steps, for each parameter group with its rate,

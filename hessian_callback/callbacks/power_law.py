@@ -72,10 +72,11 @@ class PowerLawHessianCallback(CallbackBase):
     :math:`\lambda_k = \lambda_1 k^{-s}` is fitted to them, and its slope and fit error are logged. Training continues
     unchanged: weights after training are the same bit for bit, with and without the callback.
 
-    Logged, under ``prefix``: ``slope``, ``fit_error``, ``slope_stderr``, ``density_exponent``, ``lambda_max``,
-    ``num_fitted``, ``num_hvps``, ``seconds``, ``overhead`` if it is limited, and the keys of ``extras``, ``groups`` and
-    ``predict``. EarlyStopping, ModelCheckpoint and ReduceLROnPlateau can monitor each of them in the epoch of the
-    measurement. The measurement before the first step goes to ``history`` and the logger only.
+    Logged, under ``prefix``: ``slope``, ``slope_stderr``, ``slope_low``, ``slope_high``, ``fit_error``,
+    ``critical_distance``, ``critical_distance_paper``, ``density_exponent``, ``lambda_max``, ``num_fitted``,
+    ``num_hvps``, ``seconds``, ``overhead`` if it is limited, and the keys of ``extras``, ``groups`` and ``predict``.
+    EarlyStopping, ModelCheckpoint and ReduceLROnPlateau can monitor each of them in the epoch of the measurement. The
+    measurement before the first step goes to ``history`` and the logger only.
 
     The loss is ``loss_fn(pl_module, batch)``, else ``pl_module.hessian_loss(batch)``, else the result of
     ``training_step``, in eval mode, in the parameters' precision without autocast (half-precision parameters are
@@ -93,11 +94,11 @@ class PowerLawHessianCallback(CallbackBase):
         num_eigenvalues: how many of the largest eigenvalues to fit, ``K``, at least 3. Slopes compare at equal ``K``
             only.
         every_n_epochs: measure the first epoch and then every n-th.
-        every_n_train_steps: measure after every n optimizer steps instead.
+        every_n_train_steps: measure after every n optimizer steps instead, and before the first one.
         at_steps: measure after these numbers of optimizer steps instead; 0 is the start.
         at_end: measure the end of training as well, whatever the other options are.
-        max_overhead: largest share of the wall time, between 0 and 1, that measurements may take. The first and the
-            last are always made, others if they fit.
+        max_overhead: largest share of the wall time, between 0 and 1, that measurements may take. The one before
+            the first step, the first one after it and the last one are always made, others if they fit.
         dataloader: ``"val"``, ``"train"`` (the paper's Hessian is that of the training loss), or a loader.
         num_samples: samples over all ranks: a random subset of a map-style data set, the beginning of a stream.
         batch_size: samples in each of the Hessian's batches; the default is the loader's. Large ones are faster, and

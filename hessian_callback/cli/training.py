@@ -39,7 +39,7 @@ Measure the power-law slope of a network's Hessian spectrum while it trains.
 """
 
 _EPILOG = """\
-a first run (half a minute, no download; it writes below runs/):
+a first run (a minute, no download; it writes below runs/):
   hessian-callback fit --config example_configs/digits_cnn.yaml
 
 the same, changed on the command line; a later option overrides the file:

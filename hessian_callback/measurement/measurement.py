@@ -13,7 +13,7 @@ from hessian_callback.algorithms.spectrum import Spectrum
 from hessian_callback.measurement.stored_state import checked_fields, shortened
 from hessian_callback.power_law.fit import PowerLawFit, fit_power_law
 
-__all__ = ["LOGGED_KEYS", "Measurement", "Mode", "When"]
+__all__ = ["LOGGED_KEYS", "Measurement", "Mode", "When", "logged_keys"]
 
 # States keep the names of their first version, so that old checkpoints and history files stay readable.
 _STATE_NAMES = {"num_matvecs": "num_hvps"}
@@ -36,8 +36,23 @@ LOGGED_KEYS = {
     "seconds": "seconds that training stood still for the measurement",
 }
 
+# Quantities of a fit whose eigenvalues have bounds.
+_STRICT_KEYS = {"slope_low", "slope_high", "critical_distance_paper"}
+
 When = Literal["fit_start", "epoch", "step", "fit_end", "validate"]
 Mode = Literal["strict", "paper"]
+
+
+def logged_keys(mode: Mode, *, of_group: bool = False) -> list[str]:
+    """Return the keys that every measurement with a slope logs, without prefix and name of the group.
+
+    Example:
+        >>> set(logged_keys("strict")) - set(logged_keys("paper", of_group=True)) == {
+        ...     "slope_low", "slope_high", "critical_distance_paper", "seconds"}
+        True
+    """
+    left_out = (set() if mode == "strict" else _STRICT_KEYS) | ({"seconds"} if of_group else set())
+    return [key for key in LOGGED_KEYS if key not in left_out]
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +76,8 @@ class Measurement:
         loss: mean loss over the held-out samples, the function whose Hessian was measured.
         engine: the engine that computed the Hessian-vector products.
         world_size: number of ranks that shared the work.
-        mode: ``"strict"``, or ``"paper"`` for the published protocol, whose ``spectrum`` has no bounds by index.
+        mode: ``"strict"`` for `Lanczos`, or ``"paper"`` for `PublishedProtocol`, whose ``spectrum`` has no bounds by
+            index.
         comparisons: results of the optional comparisons, by the name that they are logged under.
         not_compared: why a requested comparison has no result, by its name.
         density: the spectral density, if it was requested.
@@ -147,7 +163,7 @@ class Measurement:
     def critical_distance(self) -> float | None:
         r"""The fit error above which ``within_critical_distance`` is false, at the level of 5 %.
 
-        In strict mode `PowerLawFit.critical_distance_fitted`, in paper mode the constant :math:`1.36 / \sqrt K`.
+        `PowerLawFit.critical_distance_fitted`; under `PublishedProtocol` the constant :math:`1.36 / \sqrt K`.
         """
         if self.fit is None:
             return None

@@ -219,7 +219,7 @@ def _asked(history: Sequence[Measurement], group: str) -> int:
 
 
 def _fitted(measurement: Measurement, fit_rtol: float | None) -> Tensor:
-    """The eigenvalues that a law can be fitted to; in paper mode all positive ones."""
+    """The eigenvalues that a law can be fitted to; under the published protocol all positive ones."""
     spectrum = measurement.spectrum
     if spectrum is None:
         return torch.zeros(0, dtype=torch.float64)

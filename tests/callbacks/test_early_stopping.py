@@ -14,6 +14,7 @@ import torch
 from hessian_callback import (
     Density,
     FrobeniusNorm,
+    Lanczos,
     OutlierRatio,
     PowerLawEarlyStopping,
     PublishedProtocol,
@@ -21,7 +22,6 @@ from hessian_callback import (
     Trace,
 )
 from hessian_callback.callbacks import early_stopping
-from hessian_callback.callbacks.early_stopping import _ALWAYS
 from hessian_callback.measurement.extras.registry import EXTRAS
 from hessian_callback.power_law.fit import critical_distance
 from tests.helpers.calls import count_calls
@@ -152,10 +152,20 @@ def test_removed_options_raise_one_sentence_with_the_remedy(options: dict[str, A
 WRONG = {
     "none at all": (lambda: [], {}, "the trainer has none at all"),
     "another prefix": (lambda: [measure(prefix="other")], {}, "have the prefixes 'other'"),
-    "an extra": (lambda: [measure()], {"monitor": "hessian/trace", "min_delta": 1}, r"it does with extras=\['trace'\]"),
-    "a typo": (lambda: [measure()], {"monitor": "hessian/slop", "min_delta": 1}, "it logs density_exponent"),
+    "an extra": (lambda: [measure()], {"monitor": "hessian/trace", "min_delta": 1}, r"they do with extras=\['trace'\]"),
+    "a typo": (lambda: [measure()], {"monitor": "hessian/slop", "min_delta": 1}, "they have critical_distance,"),
+    "the share of time": (
+        lambda: [measure(max_overhead=0.5)],
+        {"monitor": "hessian/overhead", "min_delta": 1},
+        "the measurements of .* do not have",
+    ),
     "a group": (lambda: [measure()], {"monitor": "hessian/slope/head"}, "its groups are: none"),
     "paper": (lambda: [measure(solver=PublishedProtocol(steps=6))], {}, "computes no error bounds"),
+    "an interval that the protocol lacks": (
+        lambda: [measure(solver=PublishedProtocol(steps=6))],
+        {"monitor": "hessian/slope_low", "min_delta": 1},
+        "they have critical_distance, density_exponent,",
+    ),
 }
 
 
@@ -203,7 +213,20 @@ def test_known_keys_are_the_logged_ones(tmp_path: Any) -> None:
     logged = callback.history[-1].scalars()
     # The bound is not there where there is no gap.
     assert {key for extra in EXTRAS.values() for key in extra.keys} - {"subspace_sine_bound"} <= logged.keys()
-    assert set(_ALWAYS) <= logged.keys()
+
+
+@pytest.mark.parametrize("solver", [Lanczos(), PublishedProtocol(steps=6)], ids=lambda solver: solver.mode)
+def test_every_key_of_a_measurement_can_be_monitored(solver: Any, tmp_path: Any) -> None:
+    callback = measure(solver=solver, groups={"part": "weight"}, extras=["norms"])
+    run(tmp_path, callback)
+    keys = {f"hessian/{key}" for key in callback.history[-1].scalars()}
+    assert {"hessian/slope", "hessian/critical_distance", "hessian/critical_distance/part"} < keys
+    stoppers = [PowerLawEarlyStopping(key, mode="max", min_delta=1.0) for key in sorted(keys)]
+    callback = measure(solver=solver, groups={"part": "weight"}, extras=["norms"])
+    run(tmp_path, callback, *stoppers)
+    for stopper in stoppers:
+        name = stopper.monitor.removeprefix("hessian/")
+        assert float(stopper.best_score) in {entry.scalars().get(name) for entry in callback.history}, stopper.monitor
 
 
 def test_lightnings_own_counts_unmeasured_epochs_and_is_warned_of(tmp_path: Any) -> None:
