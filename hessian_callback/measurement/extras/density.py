@@ -32,7 +32,7 @@ class Density(Extra):
 
     name: ClassVar[str] = "density"
     keys: ClassVar[Mapping[str, str]] = {
-        "negative_mass": "negative part of the sum of absolute eigenvalues",
+        "negative_mass": "share of the negative eigenvalues in the sum of absolute values, 0 to 1",
         "negative_mass_stderr": "its standard error",
     }
 
