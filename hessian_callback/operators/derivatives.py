@@ -32,10 +32,10 @@ class DoubleBackwardError(RuntimeError):
 def exact_derivatives(model: nn.Module) -> Iterator[None]:
     """Evaluate and differentiate a model so that second derivatives exist, in its full precision.
 
-    Inside the block gradients are on and autocast is off. Attention runs on the math kernel, because the fused ones
-    have no double backward. Compiled modules run eagerly for the same reason. Float32 is not rounded to TF32.
-    Embeddings have dense gradients. cuDNN is off if the model holds a recurrent layer on a GPU. All settings are as
-    before when the block is left.
+    Inside the block gradients are on and autocast is off. Attention runs on the math kernel, and layers of
+    `nn.TransformerEncoder` run one by one, because the fused ones have no double backward. Compiled modules run eagerly
+    for the same reason. Float32 is not rounded to TF32. Embeddings have dense gradients. cuDNN is off if the model
+    holds a recurrent layer on a GPU. All settings are as before when the block is left.
     """
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
@@ -45,6 +45,9 @@ def exact_derivatives(model: nn.Module) -> Iterator[None]:
                 stack.enter_context(torch.autocast(device_type, enabled=False))
         stack.enter_context(full_float32())
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        # Layers whose parameters are not chosen would take it, and give nested tensors to those behind them.
+        stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
+        torch.backends.mha.set_fastpath_enabled(False)
         for module in model.modules():
             if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.sparse:
                 stack.callback(setattr, module, "sparse", True)

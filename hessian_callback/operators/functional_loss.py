@@ -17,7 +17,7 @@ from hessian_callback.operators.batches import map_tensors
 from hessian_callback.operators.derivatives import check_twice_differentiable, differentiate, graph_nodes
 from hessian_callback.operators.loss import BatchLoss, LossModule
 from hessian_callback.operators.memory import is_out_of_memory
-from hessian_callback.operators.parameters import constant_padding
+from hessian_callback.operators.padding import constant_padding
 from hessian_callback.operators.pieces import Decision, FollowedPieces, RecordedPieces
 from hessian_callback.operators.substitution import substituted
 

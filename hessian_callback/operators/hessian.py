@@ -18,7 +18,8 @@ from hessian_callback.operators.functional_loss import FunctionalLoss
 from hessian_callback.operators.loss import BatchLoss
 from hessian_callback.operators.memory_plan import MemoryPlan
 from hessian_callback.operators.micro_batches import MicroBatches
-from hessian_callback.operators.parameters import ParameterFilter, common_type, padding_rows, select_parameters
+from hessian_callback.operators.padding import padding_rows
+from hessian_callback.operators.parameters import ParameterFilter, common_type, select_parameters
 from hessian_callback.operators.products import DoubleBackward, FiniteDifference, Linearize, ProductEngine
 from hessian_callback.operators.reference_products import ReferenceProducts
 

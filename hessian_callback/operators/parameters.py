@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 __all__ = [
     "ParameterFilter",
     "chosen_sizes",
     "common_type",
     "compile_pattern",
-    "constant_padding",
     "matching",
-    "padding_rows",
     "select_parameters",
 ]
 
@@ -185,56 +180,3 @@ def _shown(names: Sequence[str]) -> str:
 def _all_but(names: Sequence[str]) -> str:
     """Write a regular expression that finds every name but these."""
     return f"^(?!(?:{'|'.join(re.escape(name) for name in names)})$)"
-
-
-def padding_rows(model: nn.Module, chosen: Mapping[str, nn.Parameter]) -> list[slice]:
-    """Return where the flat vector holds the padding row of an embedding that no other module uses."""
-    users = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
-    paddings = {
-        id(module.weight): module.padding_idx
-        for module in model.modules()
-        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.padding_idx is not None
-    }
-    rows, first = [], 0
-    for parameter in chosen.values():
-        padding = paddings.get(id(parameter))
-        if padding is not None and users[id(parameter)] == 1:
-            width = parameter.shape[1]
-            rows.append(slice(first + padding * width, first + (padding + 1) * width))
-        first += parameter.numel() * (2 if parameter.is_complex() else 1)
-    return rows
-
-
-@contextmanager
-def constant_padding(model: nn.Module) -> Iterator[None]:
-    """Make the output of embeddings at padding indices independent of the parameters inside the block.
-
-    The backward pass of ``nn.Embedding`` leaves the padding row out, the forward pass does not. A displacement of
-    the parameters, or a forward derivative, would therefore find a dependence that the gradient doesn't have. Other
-    uses of the row, such as a penalty on the weights or a tied output layer, are not affected.
-
-    Example:
-        >>> layer = nn.Embedding(3, 1, padding_idx=0)
-        >>> with constant_padding(layer), torch.no_grad():
-        ...     _ = layer.weight.fill_(7.0)
-        ...     layer(torch.tensor([0, 1])).flatten().tolist()
-        [0.0, 7.0]
-    """
-    handles = []
-    try:
-        for module in model.modules():
-            if isinstance(module, nn.Embedding) and module.padding_idx is not None:
-                row = module.weight.detach()[module.padding_idx].clone()
-                handles.append(module.register_forward_hook(_with_constant(row), prepend=True))
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _with_constant(row: Tensor) -> Callable[[Any, tuple[Tensor, ...], Tensor], Tensor]:
-    def replace(module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        padded = torch.eq(inputs[0], module.padding_idx).unsqueeze(-1)
-        return torch.where(padded, row.to(output.dtype), output)
-
-    return replace

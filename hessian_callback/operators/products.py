@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
 from hessian_callback.operators.batches import tensors
 from hessian_callback.operators.cuda_graphs import RecordedProduct, recorded
@@ -28,7 +29,7 @@ from hessian_callback.operators.derivatives import (
 from hessian_callback.operators.functional_loss import FunctionalLoss
 from hessian_callback.operators.loss import BatchLoss, LossModule
 from hessian_callback.operators.memory import count_saved_tensors, is_out_of_memory
-from hessian_callback.operators.parameters import constant_padding
+from hessian_callback.operators.padding import constant_padding
 from hessian_callback.operators.substitution import substituted
 from hessian_callback.operators.tracing import TracedProduct, signature
 
@@ -393,13 +394,14 @@ class FiniteDifference(ProductEngine):
     def product(self, vector: Tensor) -> Tensor:
         """Form two gradients a batch."""
         loss = self.loss
-        with loss.differentiable(), constant_padding(loss.model):
+        originals = values(loss)
+        with loss.differentiable(), constant_padding(loss.model, originals):
             total, directions = torch.zeros_like(vector), loss.split(vector)
             # Tensors, not numbers: a GPU would have to be waited for. Along zero, any step gives the product zero.
             length = vector.norm()
             step = torch.finfo(vector.dtype).eps ** 0.5 * _scale(loss) / torch.where(length > 0, length, 1.0)
             for sign in (1.0, -1.0):
-                with displaced(loss, directions, sign * step):
+                with displaced(originals, directions, sign * step):
                     for batch, weight in zip(self.batches, self.weights, strict=True):
                         gradients = loss.gradient(batch, create_graph=False)[1]
                         self.loss.accumulate(total, gradients, sign * weight)
@@ -411,7 +413,7 @@ class FiniteDifference(ProductEngine):
         loss = self.loss
         with loss.differentiable():
             total = torch.zeros_like(vector)
-            with displaced(loss, loss.split(vector), share * _scale(loss) / vector.norm()):
+            with displaced(values(loss), loss.split(vector), share * _scale(loss) / vector.norm()):
                 for batch, weight in zip(self.batches, self.weights, strict=True):
                     self.loss.accumulate(total, loss.gradient(batch, create_graph=False)[1], weight)
         return total
@@ -423,16 +425,28 @@ def _scale(loss: BatchLoss) -> Tensor:
     return norm.clamp(min=1.0)
 
 
+def values(loss: BatchLoss) -> dict[nn.Parameter, Tensor]:
+    """Return copies of the parameters' values."""
+    return {parameter: parameter.detach().clone() for parameter in loss.parameters}
+
+
 @contextmanager
-def displaced(loss: BatchLoss, directions: Sequence[Tensor], step: Tensor) -> Iterator[None]:
-    """Move the parameters along a direction inside the block; afterwards they have their former bits again."""
-    originals = [parameter.detach().clone() for parameter in loss.parameters]
-    try:
-        with torch.no_grad():
-            for parameter, direction in zip(loss.parameters, directions, strict=True):
-                parameter.add_(direction * step)
-        yield
-    finally:
-        with torch.no_grad():
-            for parameter, original in zip(loss.parameters, originals, strict=True):
-                parameter.copy_(original)
+def displaced(originals: Mapping[nn.Parameter, Tensor], directions: Sequence[Tensor], step: Tensor) -> Iterator[None]:
+    """Move parameters along a direction inside the block; afterwards they have their original bits again.
+
+    Args:
+        originals: copies of the parameters' values.
+        directions: in the parameters' shapes.
+        step: how far to move, in units of the direction.
+    """
+    # Graphs that others keep stay valid.
+    with _unsafe_preserve_version_counter(tuple(originals)):
+        try:
+            with torch.no_grad():
+                for parameter, direction in zip(originals, directions, strict=True):
+                    parameter.add_(direction * step)
+            yield
+        finally:
+            with torch.no_grad():
+                for parameter, original in originals.items():
+                    parameter.copy_(original)

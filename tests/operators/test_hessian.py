@@ -90,6 +90,24 @@ def test_a_transformer_layer_against_finite_differences() -> None:
     torch.testing.assert_close(exact.matvec(vector), differences.matvec(vector), rtol=1e-5, atol=1e-6)
 
 
+def test_the_last_layer_of_a_transformer_with_padding() -> None:
+    torch.manual_seed(5)
+    layer = nn.TransformerEncoderLayer(4, 2, 6, batch_first=True)
+    model = nn.ModuleDict({"encoder": nn.TransformerEncoder(layer, 2), "head": nn.Linear(4, 2)}).double().eval()
+    padded = torch.tensor([[False, False, False], [False, False, True]])
+    batch = (torch.randn(2, 3, 4, dtype=torch.float64), padded, torch.randint(2, (2,)))
+
+    def loss_fn(m: Any, b: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        return F.cross_entropy(m["head"](m["encoder"](b[0], src_key_padding_mask=b[1])[:, 0]), b[2])
+
+    whole = HessianOperator(model, loss_fn, [batch])
+    last = HessianOperator(model, loss_fn, [batch], parameters=r"layers\.1\.")
+    names = whole.parameter_names
+    first = sum(model.get_parameter(name).numel() for name in names[: names.index(last.parameter_names[0])])
+    block = slice(first, first + last.num_parameters)
+    torch.testing.assert_close(dense(last), dense(whole)[block, block], rtol=1e-8, atol=1e-10)
+
+
 def test_curvlinops() -> None:
     curvlinops = pytest.importorskip("curvlinops")
     case = CASES["mlp"]()
@@ -224,6 +242,7 @@ def test_nothing_is_left_behind(engine: str) -> None:
         torch.is_autocast_enabled("cpu"),
         torch.backends.cuda.flash_sdp_enabled(),
         torch.backends.cudnn.enabled,
+        torch.backends.mha.get_fastpath_enabled(),
     )
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         operator = operator_of(case, hvp=engine)
@@ -236,7 +255,17 @@ def test_nothing_is_left_behind(engine: str) -> None:
         torch.is_autocast_enabled("cpu"),
         torch.backends.cuda.flash_sdp_enabled(),
         torch.backends.cudnn.enabled,
+        torch.backends.mha.get_fastpath_enabled(),
     )
+
+
+def test_a_graph_that_somebody_keeps_stays_valid_while_parameters_are_displaced() -> None:
+    case = CASES["mlp"]()
+    kept = case.loss_fn(case.model, case.batches[0])
+    expected = torch.autograd.grad(kept, list(case.model.parameters()), retain_graph=True)
+    operator = operator_of(case, hvp="finite_difference")
+    operator.matvec(torch.ones(operator.num_parameters, dtype=torch.float64))
+    assert all(map(torch.equal, torch.autograd.grad(kept, list(case.model.parameters())), expected))
 
 
 def test_autocast_around_the_call_does_not_reach_the_hessian() -> None:

@@ -1,4 +1,4 @@
-"""The choice of parameters: patterns, dtypes, padding rows, and what they mean for the graph."""
+"""The choice of parameters: patterns, dtypes, and what they mean for the graph."""
 
 from __future__ import annotations
 
@@ -122,33 +122,6 @@ def test_the_remedy_for_mixed_dtypes_works(dtype: torch.dtype) -> None:
 
 
 # -- embeddings ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("hvp", ["double_backward", "linearize", "finite_difference"])
-def test_the_padding_row_counts_in_an_explicit_penalty(hvp: str) -> None:
-    embed = nn.Embedding(3, 1, padding_idx=0).double()
-
-    def loss_fn(m: nn.Embedding, tokens: Tensor) -> Tensor:
-        return m(tokens).square().mean() + 0.5 * m.weight.square().sum()
-
-    operator = HessianOperator(embed, loss_fn, [torch.tensor([0, 1, 2, 2])], weights=[1.0], hvp=hvp)
-    expected = torch.diag(torch.tensor([1.0, 1.5, 2.0], dtype=torch.float64))
-    torch.testing.assert_close(dense(operator), expected, rtol=1e-6, atol=1e-6)
-
-
-@pytest.mark.parametrize("hvp", ["linearize", "finite_difference"])
-def test_a_padding_row_that_an_output_layer_shares(hvp: str) -> None:
-    torch.manual_seed(0)
-    embed = nn.Embedding(4, 3, padding_idx=0).double()
-    nn.init.normal_(embed.weight)
-    tokens = torch.tensor([[0, 1, 2], [3, 0, 1]])
-
-    def loss_fn(m: nn.Embedding, tokens: Tensor) -> Tensor:
-        return F.cross_entropy(F.linear(m(tokens).tanh(), m.weight).flatten(0, 1), tokens.flatten())
-
-    exact = dense(HessianOperator(embed, loss_fn, [tokens], hvp="double_backward"))
-    torch.testing.assert_close(exact, exact.T, rtol=0, atol=1e-12)
-    torch.testing.assert_close(dense(HessianOperator(embed, loss_fn, [tokens], hvp=hvp)), exact, rtol=1e-6, atol=1e-6)
 
 
 def test_sparse_embeddings_have_the_hessian_of_dense_ones() -> None:
