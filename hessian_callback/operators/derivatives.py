@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -10,17 +11,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import CheckpointFunction
 
 from hessian_callback.linalg.full_float32 import full_float32
 
 __all__ = [
     "DoubleBackwardError",
-    "check_parameters_visible",
+    "check_not_reentrant",
     "check_twice_differentiable",
     "differentiate",
     "exact_derivatives",
     "explained",
     "graph_nodes",
+    "parameters_visible",
 ]
 
 
@@ -86,10 +90,54 @@ def check_twice_differentiable(gradients: Sequence[Tensor]) -> None:
             )
 
 
-def check_parameters_visible(loss: Tensor) -> None:
-    """Search the graph behind a loss for reentrant checkpointing, which hides parameters from autograd.
+@contextmanager
+def parameters_visible(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Refuse an evaluation inside the block if reentrant checkpointing hides parameters from autograd.
 
-    `torch.autograd.grad` prunes a checkpoint if only parameters lie behind it, and returns zeros for their gradients.
+    Such a checkpoint leaves no trace in the graph if only parameters lie behind it, and no input that requires grad.
+    Gradients and products then lack their parts.
+
+    Raises:
+        DoubleBackwardError: if a parameter is used inside of a reentrant checkpoint.
+    """
+    hidden = _HiddenParameters(parameters)
+    try:
+        with hidden:
+            yield
+    finally:
+        # Instead of the error that none of them is used, if it comes to that.
+        if hidden.found:
+            raise DoubleBackwardError(_REENTRANT)
+
+
+class _HiddenParameters(TorchFunctionMode):
+    """Notices whether an operation inside of a reentrant checkpoint takes one of some parameters."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+        super().__init__()
+        self.found = False
+        self._hidden = {id(parameter) for parameter in parameters}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # The forward pass of a reentrant checkpoint has no gradients; so have others, which are left alone.
+        if not self.found and not torch.is_grad_enabled():
+            given = [*args, *(kwargs or {}).values()]
+            parts = [part for value in given for part in (value if isinstance(value, (list, tuple)) else [value])]
+            self.found = any(id(part) in self._hidden for part in parts) and _inside_reentrant_checkpoint()
+        return func(*args, **(kwargs or {}))
+
+
+def _inside_reentrant_checkpoint() -> bool:
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code is CheckpointFunction.forward.__code__:
+            return True
+        frame = frame.f_back
+    return False
+
+
+def check_not_reentrant(loss: Tensor) -> None:
+    """Search the graph behind a loss for reentrant checkpointing, which `torch.autograd.grad` does not support.
 
     Raises:
         DoubleBackwardError: if there is a reentrant checkpoint.

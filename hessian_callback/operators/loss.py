@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from hessian_callback.operators.batches import map_tensors, tensors
 from hessian_callback.operators.cuda_generators import own_cuda_state
 from hessian_callback.operators.derivatives import (
-    check_parameters_visible,
+    check_not_reentrant,
     exact_derivatives,
     explained,
     graph_nodes,
+    parameters_visible,
 )
 
 __all__ = ["BatchLoss", "LossModule", "NotAFunctionError"]
@@ -144,9 +145,9 @@ class BatchLoss:
         values = []
         with self.differentiable():
             for index, batch in enumerate([*batches, *batches[:1]]):
-                loss = self.value(batch)
-                if index == 0:
-                    check_parameters_visible(loss)
+                with parameters_visible(self.parameters):
+                    loss = self.value(batch)
+                check_not_reentrant(loss)
                 value = float(loss.detach())
                 if value != value or abs(value) == float("inf"):
                     raise ArithmeticError(

@@ -171,3 +171,43 @@ def test_parameters_behind_a_reentrant_checkpoint_are_missed() -> None:
     for hvp in ("double_backward", "linearize", "finite_difference"):
         with pytest.raises(DoubleBackwardError, match="pass use_reentrant=False"):
             HessianOperator(model, loss_fn, [torch.ones(2, 3)], hvp=hvp)
+
+
+@pytest.mark.parametrize("parameters", [None, "block|head", "block"])
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_chosen_parameters_inside_a_reentrant_checkpoint_are_refused(parameters: str | None, reentrant: bool) -> None:
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"embed": nn.Embedding(6, 3), "block": nn.Linear(3, 4), "head": nn.Linear(4, 2)}).double()
+    plain, checkpointed = (
+        lambda m, batch: F.cross_entropy(m["head"](torch.tanh(m["block"](m["embed"](batch[0])))), batch[1]),
+        lambda m, batch: F.cross_entropy(
+            m["head"](torch.tanh(checkpoint(m["block"], m["embed"](batch[0]), use_reentrant=reentrant))), batch[1]
+        ),
+    )
+    # Only the second batch is checkpointed.
+    batches = [(torch.tensor([0, 1, 5]), torch.tensor([0, 1, 1])), (torch.tensor([2, 3]), torch.tensor([1, 0]))]
+
+    def loss_fn(m: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return (plain if len(batch[0]) == 3 else checkpointed)(m, batch)
+
+    if reentrant:
+        with pytest.raises(DoubleBackwardError, match="pass use_reentrant=False"):
+            HessianOperator(model, loss_fn, batches, parameters=parameters)
+    else:
+        exact, expected = (HessianOperator(model, one, batches, parameters=parameters) for one in (loss_fn, plain))
+        vector = torch.ones(exact.num_parameters, dtype=torch.float64)
+        torch.testing.assert_close(exact.matvec(vector), expected.matvec(vector))
+
+
+def test_a_reentrant_checkpoint_without_chosen_parameters_is_no_obstacle() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)).double()
+
+    def loss_fn(m: Any, x: Tensor) -> Tensor:
+        return m[1](checkpoint(m[0], x, use_reentrant=True)).square().mean()
+
+    x = torch.ones(2, 3, dtype=torch.float64)
+    head = HessianOperator(model, loss_fn, [x], parameters="1")
+    expected = HessianOperator(model, lambda m, x: m(x).square().mean(), [x], parameters="1")
+    vector = torch.ones(head.num_parameters, dtype=torch.float64)
+    torch.testing.assert_close(head.matvec(vector), expected.matvec(vector))
