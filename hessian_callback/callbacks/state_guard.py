@@ -25,10 +25,10 @@ from hessian_callback.measurement.state_guard import (
     deferrable_signals,
     eval_mode,
     preserve_random_state,
-    suspend_hooks,
 )
 from hessian_callback.measurement.state_records import is_user_made
 from hessian_callback.operators.fully_shard import reshard
+from hessian_callback.operators.hooks import suspend_hooks
 
 __all__ = ["defer_saving_signals", "defer_sigterm", "preserve_training_state", "stage_set_to"]
 

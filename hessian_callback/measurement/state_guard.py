@@ -78,6 +78,7 @@ from hessian_callback.measurement.state_records import (
     slot_names,
 )
 from hessian_callback.operators.cuda_generators import own_cuda_states
+from hessian_callback.operators.hooks import suspend_hooks
 
 __all__ = [
     "Snapshot",
@@ -86,7 +87,6 @@ __all__ = [
     "eval_mode",
     "preserve_random_state",
     "preserve_state",
-    "suspend_hooks",
 ]
 
 # A tensor or array up to this size is copied, as long as all copies together stay within the total.
@@ -106,19 +106,8 @@ _VISITED_OF_LIBRARIES = 5_000
 # A longer container of a library is not searched, and the tensors in a longer one of the user's are only watched.
 _MANY_ITEMS = 1_000
 
-
 _BOOKKEEPING = frozenset({"_trainer", "_fabric"})
 _MODULE_DICTIONARIES = ("_parameters", "_buffers", "_modules")
-_BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
-_GLOBAL_HOOKS = (
-    "_global_backward_pre_hooks",
-    "_global_backward_hooks",
-    "_global_forward_pre_hooks",
-    "_global_forward_hooks",
-    "_global_forward_hooks_always_called",
-    "_global_forward_hooks_with_kwargs",
-)
-
 
 # -- the block ---------------------------------------------------------------------------------------
 
@@ -210,62 +199,6 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
-
-
-@contextmanager
-def suspend_hooks(model: nn.Module) -> Iterator[None]:
-    """Remove hooks that observe training inside the block, and restore them afterwards.
-
-    Removed are the hooks of parameters and buffers on their gradients, also those that run after accumulation, the
-    backward hooks and backward pre-hooks of modules, and the global hooks of `torch.nn`, which are meant for
-    debugging. They would see the gradients of a measurement as gradients of training. Forward hooks and forward
-    pre-hooks of modules stay: pruning, weight norm and spectral norm are made of them.
-
-    Handles stay valid: a hook that is removed through its handle inside the block, or after it, stays removed.
-
-    Example:
-        >>> weight = nn.Parameter(torch.ones(1))
-        >>> handle = weight.register_hook(print)
-        >>> with suspend_hooks(nn.ParameterList([weight])):
-        ...     _ = torch.autograd.grad(2 * weight, weight)
-        >>> _ = torch.autograd.grad(2 * weight, weight)
-        tensor([2.])
-    """
-    tensors: list[tuple[Any, Any, Any]] = []
-    modules: list[tuple[dict[str, Any], dict[str, Any]]] = []
-    everywhere = vars(torch.nn.modules.module)
-    global_hooks = {name: everywhere[name] for name in _GLOBAL_HOOKS if everywhere.get(name)}
-    for tensor in itertools.chain(model.parameters(), model.buffers()):
-        of_gradient = tensor._backward_hooks
-        # Absent before torch 2.1.
-        accumulated = getattr(tensor, "_post_accumulate_grad_hooks", None)
-        if of_gradient is not None or accumulated is not None:
-            tensors.append((tensor, of_gradient, accumulated))
-    for module in model.modules():
-        attributes = module.__dict__
-        hooks = {name: attributes[name] for name in _BACKWARD_HOOKS if attributes.get(name)}
-        if hooks:
-            modules.append((attributes, hooks))
-    try:
-        # Handles refer to the dictionaries, so other dictionaries take their places for the time of the block.
-        everywhere.update({name: OrderedDict() for name in global_hooks})
-        for attributes, hooks in modules:
-            attributes.update({name: OrderedDict() for name in hooks})
-        for tensor, of_gradient, accumulated in tensors:
-            if of_gradient is not None:
-                tensor._backward_hooks = None
-            if accumulated is not None:
-                # `None` would be ignored.
-                tensor._post_accumulate_grad_hooks = OrderedDict()
-        yield
-    finally:
-        everywhere.update(global_hooks)
-        for attributes, hooks in modules:
-            attributes.update(hooks)
-        for tensor, of_gradient, accumulated in tensors:
-            tensor._backward_hooks = of_gradient
-            if accumulated is not None:
-                tensor._post_accumulate_grad_hooks = accumulated
 
 
 def deferrable_signals() -> set[int]:

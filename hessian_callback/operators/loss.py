@@ -21,6 +21,7 @@ from hessian_callback.operators.derivatives import (
     graph_nodes,
     parameters_visible,
 )
+from hessian_callback.operators.hooks import suspend_hooks
 
 __all__ = ["BatchLoss", "LossModule", "NotAFunctionError"]
 
@@ -166,13 +167,16 @@ class BatchLoss:
 
     @contextmanager
     def differentiable(self) -> Iterator[None]:
-        """Make second derivatives possible and their errors readable; let only the chosen parameters require grad."""
+        """Make second derivatives possible and their errors readable; let only the chosen parameters require grad.
+
+        Hooks that observe training are removed: they could change the gradients, and see those of a measurement.
+        """
         frozen = [parameter for parameter in self._others if parameter.requires_grad]
         outer, self._frozen = self._frozen, frozen or self._frozen
         try:
             for parameter in frozen:
                 parameter.requires_grad_(False)
-            with exact_derivatives(self.model), explained():
+            with suspend_hooks(self.model), exact_derivatives(self.model), explained():
                 yield
         finally:
             for parameter in frozen:

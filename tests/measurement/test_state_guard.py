@@ -35,9 +35,9 @@ from hessian_callback.measurement.state_guard import (
     defer_signals,
     eval_mode,
     preserve_state,
-    suspend_hooks,
 )
 from hessian_callback.measurement.state_records import UnrestorableStateError
+from hessian_callback.operators.hooks import suspend_hooks
 
 # -- containers and objects --------------------------------------------------------------------------
 

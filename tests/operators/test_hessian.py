@@ -259,6 +259,26 @@ def test_nothing_is_left_behind(engine: str) -> None:
     )
 
 
+@pytest.mark.parametrize("engine", ["double_backward", "linearize", "finite_difference"])
+def test_hooks_on_gradients_are_neither_called_nor_removed(engine: str) -> None:
+    case, plain = CASES["mlp"](), CASES["mlp"]()
+    called = []
+
+    def halve(gradient: Tensor) -> Tensor:
+        called.append(gradient)
+        return gradient / 2
+
+    for parameter in case.model.parameters():
+        parameter.register_hook(halve)
+    case.model[0].register_full_backward_hook(lambda *arguments: called.append(arguments))
+    vector = torch.ones(57, dtype=torch.float64)
+    operator = operator_of(case, hvp=engine)
+    torch.testing.assert_close(operator.matvec(vector), operator_of(plain, hvp=engine).matvec(vector))
+    assert not called
+    case.loss_fn(case.model, case.batches[0]).backward()
+    assert len(called) == 5
+
+
 def test_a_graph_that_somebody_keeps_stays_valid_while_parameters_are_displaced() -> None:
     case = CASES["mlp"]()
     kept = case.loss_fn(case.model, case.batches[0])
