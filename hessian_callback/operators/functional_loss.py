@@ -94,6 +94,14 @@ class FunctionalLoss:
             return None
         return cls(loss)
 
+    def value(self, batch: Any, displacement: Sequence[Tensor] | None = None) -> float:
+        """Return the loss of one batch; see `gradient`."""
+
+        def compute(leaves: list[Tensor], own: Any, decisions: Sequence[Decision]) -> float:
+            return float(self._value(batch, own, decisions).detach())
+
+        return self._substituted(compute, batch, displacement)
+
     def gradient(self, batch: Any, displacement: Sequence[Tensor] | None = None) -> list[Tensor]:
         """Return the gradient of one batch.
 

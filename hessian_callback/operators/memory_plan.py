@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -12,10 +12,18 @@ from torch import Tensor
 from hessian_callback.linalg.distributed import PeerError, RankLostError, Ranks
 from hessian_callback.linalg.free_memory import free_memory
 from hessian_callback.operators.derivatives import DoubleBackwardError
+from hessian_callback.operators.functional_loss import FunctionalLoss
 from hessian_callback.operators.loss import BatchLoss
 from hessian_callback.operators.memory import is_out_of_memory, readable_size
 from hessian_callback.operators.micro_batches import MicroBatches
-from hessian_callback.operators.products import DoubleBackward, FiniteDifference, trial_vector
+from hessian_callback.operators.products import (
+    DoubleBackward,
+    FiniteDifference,
+    displaced,
+    displacement_along,
+    parameter_values,
+    trial_vector,
+)
 
 __all__ = ["MemoryPlan"]
 
@@ -27,15 +35,18 @@ _BUDGET_SHARE = 0.25
 _BUILD_FACTOR = 2.0
 # Cutting batches further gains little if most of a graph is as large as the parameters.
 _WORTH_CUTTING = 0.75
+# Relative difference of two means that are the same function, in float64. A loss that is no mean differs by more: by a
+# thousandth if a few of the labels do not count, which is more than a Hessian's error bounds allow.
+_VALUE_TOLERANCE = 1e-9
 
 
 class MemoryPlan:
     """The batches as they are evaluated, and the number of them whose graphs are kept.
 
     Batches are cut into parts if a graph alone exceeds the budget, or if memory has run out. The mean of the parts
-    must then have the same derivatives as the mean of the batches. One product along a random direction is
-    compared: of the whole batches with their parts or, if the whole batches don't fit, of the parts with their halves.
-    For differences, gradients at displaced parameters are compared instead.
+    must then be the same function as the mean of the batches: their values at displaced parameters are compared, in
+    float64 if that fits, and one product along a random direction. If the whole batches don't fit, the parts are
+    compared with their halves. For differences, gradients at displaced parameters stand for the product.
 
     Args:
         loss: the loss.
@@ -76,8 +87,8 @@ class MemoryPlan:
         whole, before = self._uncompared, self.mean
         try:
             values = self._loss.check(self.parts.batches)
-        except ArithmeticError as error:
-            if whole is None:
+        except Exception as error:
+            if whole is None or is_out_of_memory(error):
                 raise
             raise ValueError(f"{_REFUSAL}: {error}. {_REMEDY}") from error
         terms = [weight * value for weight, value in zip(self.parts.weights, values, strict=True)]
@@ -85,7 +96,7 @@ class MemoryPlan:
         if whole is None:
             return
         if before is not None:
-            tolerance = 1e4 * torch.finfo(self._real_dtype).eps * sum(map(abs, terms))
+            tolerance = self._value_tolerance * sum(map(abs, terms))
             if abs(self.mean - before) > tolerance:
                 raise ValueError(
                     f"{_REFUSAL}: the loss of a batch is not the mean of its parts' (with its weight, {before:.9g} "
@@ -151,58 +162,97 @@ class MemoryPlan:
         """Halve the batches until a graph can be built within the budget, if they can be cut and if that helps."""
         whole, whole_size = self.parts, self.bytes_per_graph
         while 0 < budget < _BUILD_FACTOR * self.bytes_per_graph:
-            try:
-                smaller = self.parts.halved()
-                self._loss.check(smaller.batches)
-            except (ValueError, ArithmeticError):
+            smaller = self._halved()
+            if smaller is None:
                 break  # One whole batch is then built at a time.
             size = DoubleBackward.graph_size(self._loss, smaller.largest)
             if size > _WORTH_CUTTING * self.bytes_per_graph:
                 break
             self.parts, self.bytes_per_graph = smaller, size
         if self.parts is not whole:
-            difference = None
-            if not self._loss.draws:
+            if self._loss.draws:
+                kept = self.parts.batch_weight is not None
+            else:
                 try:
-                    difference = _difference(self._response(whole), self._response(self.parts))
+                    kept = self._disagreement(whole, self.parts) is None
                 except DoubleBackwardError:
-                    difference = math.inf  # Small batches may be computed by other operations.
-            vouched = difference is None and self.parts.batch_weight is not None
-            if not vouched and (difference is None or difference > self._tolerance):
+                    kept = False  # Small batches may be computed by other operations.
+            if not kept:
                 self.parts, self.bytes_per_graph = whole, whole_size
+
+    def _halved(self) -> MicroBatches | None:
+        """Return the halves of the parts; ``None`` if the loss cannot be evaluated on them."""
+        try:
+            smaller = self.parts.halved()
+            self._loss.check(smaller.batches)
+        except Exception as error:  # Such as a matrix that was cut on one of its sides.
+            if is_out_of_memory(error):
+                raise
+            return None
+        return smaller
 
     def _compare_with(self, whole: MicroBatches) -> None:
         """Compare the parts with the batches that they come from or, if those don't fit, with their own halves."""
-        difference = None
-        if not self._loss.draws:  # Parts draw other numbers than the whole.
-            own = self._response(self.parts)
-            difference = self._distance_to(whole, own)
-            if difference is None:
-                try:
-                    halves = self.parts.halved()
-                    self._loss.check(halves.batches)
-                except (ValueError, ArithmeticError):
-                    pass
-                else:
-                    difference = self._distance_to(halves, own)
-        if difference is None:
-            if self.parts.batch_weight is None:
-                raise ValueError(
-                    f"{_REFUSAL}: the parts cannot be compared with anything that fits the memory. {_REMEDY}"
-                )
-        elif difference > self._tolerance:
-            raise ValueError(
-                f"{_REFUSAL}: the loss of a batch is not the mean of its parts' (its derivatives differ by "
-                f"{difference:.1%}). {_REMEDY}"
-            )
+        if self._loss.draws:  # Parts draw other numbers than the whole.
+            compared = False
+        else:
+            compared = self._compared(whole)
+            if not compared:
+                halves = self._halved()
+                compared = halves is not None and self._compared(halves)
+        if not compared and self.parts.batch_weight is None:
+            raise ValueError(f"{_REFUSAL}: the parts cannot be compared with anything that fits the memory. {_REMEDY}")
 
-    def _distance_to(self, parts: MicroBatches, own: Tensor) -> float | None:
+    def _compared(self, others: MicroBatches) -> bool:
+        """Compare the parts with others; return whether there was room for it.
+
+        Raises:
+            ValueError: if they disagree.
+        """
         try:
-            return _difference(self._response(parts), own)
+            disagreement = self._disagreement(others, self.parts)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            return None
+            return False
+        if disagreement is not None:
+            raise ValueError(
+                f"{_REFUSAL}: the loss of a batch is not the mean of its parts' ({disagreement}). {_REMEDY}"
+            )
+        return True
+
+    def _disagreement(self, one: MicroBatches, other: MicroBatches) -> str | None:
+        """Return in what the losses over two sets of batches differ; ``None`` if they are the same function."""
+        tolerance, (first, second) = self._displaced_values(one, other)
+        if not abs(sum(first) - sum(second)) <= tolerance * sum(map(abs, second)):
+            return f"its value at displaced parameters is {sum(first):.9g}, and {sum(second):.9g} from the parts"
+        difference = _difference(self._response(one), self._response(other))
+        return f"its derivatives differ by {difference:.1%}" if difference > self._tolerance else None
+
+    def _displaced_values(self, *sets: MicroBatches) -> tuple[float, list[list[float]]]:
+        """Evaluate sets of batches at moved parameters, since at others all values may agree, as at a head of zeros.
+
+        Returns:
+            The relative tolerance of a sum, and the weighted losses of the batches of each set.
+        """
+        sharing = self._ranks.world_size if self._device.type == "cpu" else 1
+        precise = FunctionalLoss.of(self._loss, bytes_per_graph=self.bytes_per_graph, sharing=sharing)
+        displacement = self._loss.split(displacement_along(self._loss, trial_vector(self._loss)))
+        if precise is not None and precise.dtype == torch.float64:
+            with suppress(Exception):  # There is no room, or the loss does not run in float64.
+                return _VALUE_TOLERANCE, [
+                    [
+                        weight * precise.value(batch, displacement)
+                        for batch, weight in zip(parts.batches, parts.weights, strict=True)
+                    ]
+                    for parts in sets
+                ]
+        found = []
+        with self._loss.differentiable(), displaced(parameter_values(self._loss), displacement):
+            for parts in sets:
+                pairs = zip(parts.batches, parts.weights, strict=True)
+                found.append([weight * float(self._loss.value(batch).detach()) for batch, weight in pairs])
+        return self._value_tolerance, found
 
     def _response(self, parts: MicroBatches) -> Tensor:
         """Return a quantity that is linear in the loss and sees all of it: a product along a random direction."""
@@ -214,6 +264,10 @@ class MemoryPlan:
     @property
     def _real_dtype(self) -> torch.dtype:
         return _real(self._loss.parameters[0]).dtype
+
+    @property
+    def _value_tolerance(self) -> float:
+        return max(_VALUE_TOLERANCE, float(1e3 * torch.finfo(self._real_dtype).eps))
 
     @property
     def _tolerance(self) -> float:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, ClassVar
@@ -40,6 +40,8 @@ __all__ = [
     "ProductEngine",
     "check_agreement",
     "displaced",
+    "displacement_along",
+    "parameter_values",
     "trial_directions",
     "trial_vector",
 ]
@@ -394,29 +396,43 @@ class FiniteDifference(ProductEngine):
     def product(self, vector: Tensor) -> Tensor:
         """Form two gradients a batch."""
         loss = self.loss
-        originals = values(loss)
+        originals = parameter_values(loss)
         with loss.differentiable(), constant_padding(loss.model, originals):
             total, directions = torch.zeros_like(vector), loss.split(vector)
             # Tensors, not numbers: a GPU would have to be waited for. Along zero, any step gives the product zero.
-            length = vector.norm()
+            length = _length(vector)
             step = torch.finfo(vector.dtype).eps ** 0.5 * _scale(loss) / torch.where(length > 0, length, 1.0)
             for sign in (1.0, -1.0):
-                with displaced(originals, directions, sign * step):
+                with displaced(originals, (sign * step * direction for direction in directions)):
                     for batch, weight in zip(self.batches, self.weights, strict=True):
                         gradients = loss.gradient(batch, create_graph=False)[1]
                         self.loss.accumulate(total, gradients, sign * weight)
             total.div_(2 * step)
         return total
 
-    def displaced_gradient(self, vector: Tensor, share: float = 0.01) -> Tensor:
-        """Return the gradient at parameters that are moved along a vector by a share of their norm."""
+    def displaced_gradient(self, vector: Tensor) -> Tensor:
+        """Return the gradient at parameters that are moved along a vector, see `displacement_along`."""
         loss = self.loss
-        with loss.differentiable():
+        displacement = loss.split(displacement_along(loss, vector))
+        with loss.differentiable(), displaced(parameter_values(loss), displacement):
             total = torch.zeros_like(vector)
-            with displaced(values(loss), loss.split(vector), share * _scale(loss) / vector.norm()):
-                for batch, weight in zip(self.batches, self.weights, strict=True):
-                    self.loss.accumulate(total, loss.gradient(batch, create_graph=False)[1], weight)
+            for batch, weight in zip(self.batches, self.weights, strict=True):
+                self.loss.accumulate(total, loss.gradient(batch, create_graph=False)[1], weight)
         return total
+
+
+def displacement_along(loss: BatchLoss, vector: Tensor, share: float = 0.01) -> Tensor:
+    """Return a vector ``(P,)`` in the direction of another, as long as a share of the parameters' norm."""
+    displacement: Tensor = vector * (share * _scale(loss) / vector.norm())
+    return displacement
+
+
+def _length(vector: Tensor) -> Tensor:
+    """Return the norm of a vector whose squares may overflow or vanish."""
+    largest = vector.abs().amax()
+    unit = torch.where(largest > 0, largest, 1.0)
+    length: Tensor = (vector / unit).norm() * unit
+    return length
 
 
 def _scale(loss: BatchLoss) -> Tensor:
@@ -425,26 +441,25 @@ def _scale(loss: BatchLoss) -> Tensor:
     return norm.clamp(min=1.0)
 
 
-def values(loss: BatchLoss) -> dict[nn.Parameter, Tensor]:
+def parameter_values(loss: BatchLoss) -> dict[nn.Parameter, Tensor]:
     """Return copies of the parameters' values."""
     return {parameter: parameter.detach().clone() for parameter in loss.parameters}
 
 
 @contextmanager
-def displaced(originals: Mapping[nn.Parameter, Tensor], directions: Sequence[Tensor], step: Tensor) -> Iterator[None]:
-    """Move parameters along a direction inside the block; afterwards they have their original bits again.
+def displaced(originals: Mapping[nn.Parameter, Tensor], displacement: Iterable[Tensor]) -> Iterator[None]:
+    """Move parameters inside the block; afterwards they have their original bits again.
 
     Args:
         originals: copies of the parameters' values.
-        directions: in the parameters' shapes.
-        step: how far to move, in units of the direction.
+        displacement: what is added to them, in their shapes.
     """
     # Graphs that others keep stay valid.
     with _unsafe_preserve_version_counter(tuple(originals)):
         try:
             with torch.no_grad():
-                for parameter, direction in zip(originals, directions, strict=True):
-                    parameter.add_(direction * step)
+                for parameter, part in zip(originals, displacement, strict=True):
+                    parameter.add_(part)
             yield
         finally:
             with torch.no_grad():

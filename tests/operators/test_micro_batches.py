@@ -46,6 +46,10 @@ def batches(*sizes: int) -> list[Any]:
     ]
 
 
+def ignoring(model: nn.Module, batch: Any) -> Tensor:
+    return F.cross_entropy(model(batch[0]), batch[1], ignore_index=-100)
+
+
 VECTOR = torch.linspace(-1, 1, 57, dtype=torch.float64)
 
 
@@ -92,18 +96,15 @@ def test_tokens_weigh_the_parts(monkeypatch: Any) -> None:
     whole[1][:4] = torch.tensor([-100, -100, 2, -100])
     whole[1][4:6] = -100
 
-    def loss_fn(model: nn.Module, batch: Any) -> Tensor:
-        return F.cross_entropy(model(batch[0]), batch[1], ignore_index=-100)
-
-    expected = HessianOperator(model, loss_fn, [whole]).matvec(VECTOR)
+    expected = HessianOperator(model, ignoring, [whole]).matvec(VECTOR)
     # The whole fits while the loss is looked at, so that means are compared.
     counted = HessianOperator(
-        model, Tight(2, loss=loss_fn, after=2), [whole], batch_weight=lambda batch: float((batch[1] != -100).sum())
+        model, Tight(2, loss=ignoring, after=2), [whole], batch_weight=lambda batch: float((batch[1] != -100).sum())
     )
     torch.testing.assert_close(counted.matvec(VECTOR), expected, rtol=1e-10, atol=1e-12)
     assert len(counted.batches) == 2, "two parts out of four hold no token"
     with pytest.raises(ValueError, match=r"not the mean of its parts'.*Pass batch_weight=.*smaller batches"):
-        HessianOperator(model, Tight(4, loss=loss_fn, after=2), [whole], weights=[3.0])
+        HessianOperator(model, Tight(4, loss=ignoring, after=2), [whole], weights=[3.0])
 
 
 def test_an_error_says_what_would_fit() -> None:
@@ -213,20 +214,80 @@ def test_a_head_of_zeros_hides_nothing(short: str) -> None:
             HessianOperator(model, Tight(32, loss=normalised, after=2), batches(64), memory_budget=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_few_labels_that_do_not_count_leave_the_batch_whole(dtype: torch.dtype) -> None:
+    """The products of whole and halves differ by half a per cent, far more than error bounds allow."""
+    model = CASES["mlp"]().model.to(dtype)
+    torch.manual_seed(0)
+    whole = (torch.randn(512, 5, dtype=dtype), torch.randint(3, (512,)))
+    whole[1][:4] = -100
+    operator = HessianOperator(model, ignoring, [whole])
+    budget = operator.bytes_per_graph // 3
+    assert len(HessianOperator(model, ignoring, [whole], memory_budget=budget).batches) == 1
+    with pytest.raises(ValueError, match=r"not the mean of its parts'"):
+        HessianOperator(model, Tight(256, loss=ignoring, after=2), [whole], memory_budget=0)
+
+    def counted(batch: Any) -> float:
+        return float((batch[1] != -100).sum())
+
+    cut = HessianOperator(model, ignoring, [whole], memory_budget=budget, batch_weight=counted)
+    assert len(cut.batches) > 1
+    torch.testing.assert_close(cut.matvec(VECTOR.to(dtype)), operator.matvec(VECTOR.to(dtype)))
+
+
+def test_statistics_of_the_batch_leave_it_whole_without_float64() -> None:
+    """A loss that casts to float32 by a name that cannot be followed."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 3))
+    scripted = torch.jit.script(cast)
+
+    def loss_fn(model: nn.Module, batch: Any) -> Tensor:
+        return F.cross_entropy(scripted(model(batch[0])), batch[1])
+
+    inputs = torch.randn(2048, 5)
+    labels = (inputs[:, 0] > 0).long() + (inputs[:, 1] > 0).long()
+    operator = HessianOperator(model.train(), loss_fn, [(inputs, labels)])
+    assert operator.precise_products(torch.ones(operator.num_parameters, 1)) is None
+    cut = HessianOperator(model, loss_fn, [(inputs, labels)], memory_budget=operator.bytes_per_graph // 3)
+    assert len(cut.batches) == 1
+
+
+def cast(x: Tensor) -> Tensor:
+    return x.to(torch.float32)
+
+
+def graph_loss(model: nn.Module, batch: Any) -> Tensor:
+    """The first entry is a square matrix between the nodes, so half of its rows are no batch."""
+    adjacency, features, labels = batch
+    return F.cross_entropy(adjacency @ model(adjacency @ features), labels)
+
+
+@pytest.mark.parametrize("short", ["budget", "memory"])
+def test_a_batch_whose_parts_cannot_be_evaluated_stays_whole(short: str) -> None:
+    model = CASES["mlp"]().model
+    torch.manual_seed(0)
+    nodes = torch.randn(64, 5, dtype=torch.float64)
+    batch = ((torch.rand(64, 64) < 0.3).double(), nodes, torch.randint(3, (64,)))
+    whole = HessianOperator(model, graph_loss, [batch])
+    if short == "budget":
+        operator = HessianOperator(model, graph_loss, [batch], memory_budget=whole.bytes_per_graph // 3)
+        assert torch.equal(operator.matvec(VECTOR), whole.matvec(VECTOR))
+    else:
+        with pytest.raises(ValueError, match=r"cannot be cut.*shapes.*Pass batch_weight="):
+            HessianOperator(model, Tight(32, loss=graph_loss, after=2), [batch], memory_budget=0)
+
+
 def test_a_part_without_any_label_leaves_the_batch_whole() -> None:
     model = CASES["mlp"]().model
     (whole,) = batches(64)
     whole[1][:32] = -100
 
-    def loss_fn(model: nn.Module, batch: Any) -> Tensor:
-        return F.cross_entropy(model(batch[0]), batch[1], ignore_index=-100)
-
-    operator = HessianOperator(model, loss_fn, [whole])
-    cut = HessianOperator(model, loss_fn, [whole], memory_budget=operator.bytes_per_graph // 3)
+    operator = HessianOperator(model, ignoring, [whole])
+    cut = HessianOperator(model, ignoring, [whole], memory_budget=operator.bytes_per_graph // 3)
     assert len(cut.batches) == 1
     assert torch.equal(cut.matvec(VECTOR), operator.matvec(VECTOR))
     with pytest.raises(ValueError, match=r"cannot be cut.*labels are all ignored.*Pass batch_weight="):
-        HessianOperator(model, Tight(32, loss=loss_fn, after=2), [whole], memory_budget=0)
+        HessianOperator(model, Tight(32, loss=ignoring, after=2), [whole], memory_budget=0)
 
 
 def test_a_batch_without_any_label_weighs_nothing() -> None:
@@ -234,12 +295,11 @@ def test_a_batch_without_any_label_weighs_nothing() -> None:
     some, none = batches(4, 3)
     none[1][:] = -100
 
-    def loss_fn(model: nn.Module, batch: Any) -> Tensor:
-        return F.cross_entropy(model(batch[0]), batch[1], ignore_index=-100)
-
-    operator = HessianOperator(model, loss_fn, [none, some], batch_weight=lambda batch: float((batch[1] != -100).sum()))
+    operator = HessianOperator(
+        model, ignoring, [none, some], batch_weight=lambda batch: float((batch[1] != -100).sum())
+    )
     assert operator.weights == [1.0]
-    torch.testing.assert_close(operator.matvec(VECTOR), HessianOperator(model, loss_fn, [some]).matvec(VECTOR))
+    torch.testing.assert_close(operator.matvec(VECTOR), HessianOperator(model, ignoring, [some]).matvec(VECTOR))
 
 
 def test_halves_draw_other_numbers_so_a_drawing_loss_is_cut_only_with_a_batch_weight() -> None:
