@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -348,6 +349,8 @@ class Decomposition:
         Returns whether there was a direction left to start from.
         """
         vector = None
+        if start is not None:
+            start = self._scaled(start.detach())
         if self.window is not None:
             # A run of its own: its vector is drawn in the complement of the shared vectors.
             self._forgotten += self.basis.size - self.num_shared
@@ -372,6 +375,13 @@ class Decomposition:
         return gaussian_slice(
             operator.partition, seed=self._seed, draw=self._draws - 1, dtype=operator.dtype, device=operator.device
         )
+
+    def _scaled(self, start: Tensor) -> Tensor:
+        """Divide a vector by a power of two near its largest entry, so that squares neither vanish nor overflow."""
+        ranks = self.operator.ranks
+        own = torch.linalg.vector_norm(start, ord=torch.inf)[None].double()
+        largest = float(ranks.all_reduce(own.to(ranks.control_device)))
+        return start / math.ldexp(1.0, math.frexp(largest)[1]) if largest > 0 else start
 
     def _outside(self, start: Tensor) -> Tensor | None:
         """Return the unit vector along the part of a vector outside the basis; ``None`` if that is rounding."""
@@ -447,7 +457,7 @@ class Decomposition:
             self._forgotten += 1
         index = self.size
         self.basis.append(vector)
-        image = self.operator.matvec_slice(vector)
+        image = self.operator.matvec_slice(vector).detach()
         self.num_matvecs += 1
         # The operator may return its argument or a buffer that it reuses, and the residual is changed in place.
         image = image.clone(memory_format=torch.contiguous_format)

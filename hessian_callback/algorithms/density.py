@@ -202,7 +202,7 @@ def spectral_density(
         )
         runs.append(lanczos_tridiagonal(operator, start, num_steps))
     longest = max(run.num_matvecs for run in runs)
-    nodes, weights = torch.zeros(2, num_vectors, longest, dtype=torch.float64)
+    nodes, weights = torch.zeros(2, num_vectors, longest, dtype=torch.float64, device="cpu")
     for row, run in enumerate(runs):
         nodes[row, : run.num_matvecs], nodes[row, run.num_matvecs :] = run.ritz_values, run.ritz_values[-1]
         weights[row, : run.num_matvecs] = run.weights

@@ -78,7 +78,7 @@ def mean_and_stderr(values: Sequence[float]) -> tuple[float, float]:
     """
     if not values:
         return 0.0, 0.0
-    draws = torch.tensor(values, dtype=torch.float64)
+    draws = torch.tensor(values, dtype=torch.float64, device="cpu")
     return float(draws.mean()), float(draws.std() / len(values) ** 0.5)
 
 

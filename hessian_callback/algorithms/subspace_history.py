@@ -57,7 +57,7 @@ class SubspaceHistory:
         self.capacity = whole_number("capacity", capacity, at_least=1)
         self.max_bytes = whole_number("max_bytes", max_bytes, at_least=0)
         self._spaces: list[_Space] = []
-        self._overlaps = torch.empty(0, 0, dtype=torch.float64)
+        self._overlaps = torch.empty(0, 0, dtype=torch.float64, device="cpu")
 
     def __len__(self) -> int:
         """Return the number of spaces."""
@@ -126,8 +126,8 @@ class SubspaceHistory:
                 f"the history has {len(self._spaces)} spaces and {len(overlaps)} overlaps were passed; take them from "
                 "overlaps_with"
             )
-        row = torch.tensor(overlaps, dtype=torch.float64)[None]
-        self._overlaps = torch.cat([torch.cat([self._overlaps, row.T], 1), torch.cat([row, torch.ones(1, 1)], 1)])
+        row = torch.tensor(overlaps, dtype=torch.float64, device="cpu")[None]
+        self._overlaps = torch.cat([torch.cat([self._overlaps, row.T], 1), torch.cat([row, row.new_ones(1, 1)], 1)])
         self._spaces.append(_Space(step, label, vectors.cpu()))
         most = max(1, min(self.capacity, self.max_bytes // max(1, vectors.numel() * vectors.element_size())))
         while len(self._spaces) > most:
@@ -142,7 +142,7 @@ class SubspaceHistory:
     def clear(self) -> None:
         """Remove all spaces."""
         self._spaces = []
-        self._overlaps = torch.empty(0, 0, dtype=torch.float64)
+        self._overlaps = torch.empty(0, 0, dtype=torch.float64, device="cpu")
 
     def _most_redundant(self) -> int:
         steps = [space.step for space in self._spaces]

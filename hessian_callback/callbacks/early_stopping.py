@@ -253,7 +253,7 @@ class PowerLawEarlyStopping(EarlyStoppingBase):
             return
         self.verdict = self._rule.verdict
         self.wait_count = self.verdict.wait
-        self.best_score = torch.tensor(self._value(self._best), dtype=torch.float64)
+        self.best_score = torch.tensor(self._value(self._best), dtype=torch.float64, device="cpu")
         # The history is equal on all ranks; this makes sure that no rank continues alone.
         stop = trainer.strategy.reduce_boolean_decision(self.verdict.stop, all=False)
         message = self._message(self.verdict) if self.verbose or stop else ""
@@ -351,7 +351,7 @@ class PowerLawEarlyStopping(EarlyStoppingBase):
                 "checkpoint's 'callbacks', the decision follows from the history of PowerLawHessianCallback"
             ) from error
         self.wait_count, self.stopped_epoch, self.stopping_reason_message = wait_count, stopped_epoch, message
-        self.best_score = torch.tensor(best_score, dtype=torch.float64)
+        self.best_score = torch.tensor(best_score, dtype=torch.float64, device="cpu")
 
 
 def _refuse_removed(stop_when: object, critical_value: object) -> None:

@@ -118,7 +118,7 @@ class KrylovBasis:
 
     def gram(self) -> Tensor:
         """Compute ``V^T V`` of this rank's slices in float64, ``(N, N)``."""
-        total = torch.zeros(self.size, self.size, dtype=torch.float64)
+        total = torch.zeros(self.size, self.size, dtype=torch.float64, device="cpu")
         for _, part in self._chunks():
             total += (part @ part.t()).cpu()
         return total

@@ -95,4 +95,4 @@ class MatvecOperator:
                 f"{tuple(image.shape)}, {image.dtype} on {image.device}; pass the matrix's own dtype and size to "
                 "MatvecOperator"
             )
-        return image
+        return image.detach()

@@ -33,13 +33,24 @@ def inner_products(left: Tensor, right: Tensor, ranks: Ranks) -> Tensor:
         tensor([[2., 0.],
                 [0., 2.]], dtype=torch.float64)
     """
+    units = _unit(left), _unit(right)
+    if units != (1, 1):
+        left, right = left / units[0], right / units[1]
     if left.device.type == "cpu" and left.dtype != torch.float64:
-        total = torch.zeros(left.shape[1], right.shape[1], dtype=torch.float64)
+        total = torch.zeros(left.shape[1], right.shape[1], dtype=torch.float64, device="cpu")
         for x, y in zip(left.split(LONGEST_SUM), right.split(LONGEST_SUM), strict=True):
             total += (x.T @ y).double()
     else:
         total = (left.T @ right).cpu().double()
-    return ranks.all_reduce(total.to(ranks.control_device)).cpu()
+    return ranks.all_reduce((units[0] * units[1] * total).to(ranks.control_device)).cpu()
+
+
+def _unit(columns: Tensor) -> float:
+    """Return 1, or the largest entry of a matrix whose squares would vanish or overflow."""
+    largest = float(torch.linalg.vector_norm(columns, ord=torch.inf)) if columns.numel() else 0.0
+    room = torch.finfo(columns.dtype).tiny ** 0.25
+    vanishes, overflows = 0 < largest < room, 1 / room < largest < float("inf")
+    return largest if vanishes or overflows else 1.0
 
 
 @full_float32()
@@ -69,9 +80,9 @@ def triangular_factor(columns: Tensor, partition: Partition, ranks: Ranks) -> tu
     width = columns.shape[1]
     own, factor = torch.linalg.qr(columns[: partition.length])
     height = factor.shape[0]
-    padded = torch.zeros(width, width, dtype=torch.float64)
+    padded = torch.zeros(width, width, dtype=torch.float64, device="cpu")
     padded[:height] = factor.cpu().double()
-    stacked = torch.zeros(ranks.world_size, width, width, dtype=torch.float64)
+    stacked = torch.zeros(ranks.world_size, width, width, dtype=torch.float64, device="cpu")
     stacked[ranks.rank] = padded
     stacked = ranks.all_reduce(stacked.to(ranks.control_device)).cpu()
     outer, upper = torch.linalg.qr(stacked.view(-1, width))

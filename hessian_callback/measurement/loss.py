@@ -182,10 +182,10 @@ def mean_loss(
         >>> mean_loss(lambda _, batch: batch.mean(), None, [torch.ones(2), torch.zeros(6)], [2, 6], Ranks())
         0.25
     """
-    sums = torch.zeros(2, dtype=torch.float64)
+    sums = torch.zeros(2, dtype=torch.float64, device="cpu")
     with ranks.propagate_errors("evaluating the loss"), torch.no_grad():
         for batch, weight in zip(batches, weights, strict=True):
-            sums += weight * torch.tensor([float(loss(model, batch)), 1.0], dtype=torch.float64)
+            sums += weight * torch.tensor([float(loss(model, batch)), 1.0], dtype=torch.float64, device="cpu")
     total, weight = ranks.all_reduce(sums.to(ranks.control_device)).tolist()
     return float(total / weight)
 

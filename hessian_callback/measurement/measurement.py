@@ -181,7 +181,7 @@ class Measurement:
     def fitted_eigenvalues(self) -> torch.Tensor:
         """The eigenvalues that the fit used, ``(K,)``, descending; none if there is no fit."""
         if self.spectrum is None:
-            return torch.zeros(0, dtype=torch.float64)
+            return torch.zeros(0, dtype=torch.float64, device="cpu")
         return self.spectrum.eigenvalues[: self.num_fitted or 0]
 
     @property

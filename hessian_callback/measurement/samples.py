@@ -194,7 +194,7 @@ def _check_equal_choices(groups: Sequence[_Group], combination: Combination, ran
     """Check that all ranks chose the same samples, of which each then takes its share."""
     # Were the choices different, the ranks would hold other batches than they were assigned.
     choice = zlib.crc32(repr([group.indices for group in groups]).encode())
-    choices = _agreed(ranks, torch.tensor([float(len(groups)), float(choice)], dtype=torch.float64))
+    choices = _agreed(ranks, torch.tensor([float(len(groups)), float(choice)], dtype=torch.float64, device="cpu"))
     if bool((choices != choices[0]).any()):
         raise SampleError(
             "the ranks would choose different samples, because their data sets differ or a sampler "
@@ -570,7 +570,9 @@ def _collect_stream(
         check_starts_anew(stream, shared=shared)
         read = _read(combination, math.ceil(num_samples / ranks.world_size), seed, first_key=ranks.rank)
     if ranks.world_size > 1:
-        digests = _agreed(ranks, torch.tensor([_digest(read[0].batch) if read else -1.0], dtype=torch.float64))
+        digests = _agreed(
+            ranks, torch.tensor([_digest(read[0].batch) if read else -1.0], dtype=torch.float64, device="cpu")
+        )
         if bool((digests == digests[0]).all()):
             # No rank has a stream of its own, so each takes other batches of the same one.
             with ranks.propagate_errors("reading the samples from the stream"):
@@ -578,7 +580,7 @@ def _collect_stream(
     with ranks.propagate_errors("weighing the samples"):
         weights = [_checked_weight(weigh, one.batch) for one in read]
     own = [float(sum(one.size for one in read)), float(len(read)), sum(weights)]
-    counts = _agreed(ranks, torch.tensor(own, dtype=torch.float64))
+    counts = _agreed(ranks, torch.tensor(own, dtype=torch.float64, device="cpu"))
     return _checked(
         SampleSet(
             batches=[one.batch for one in read],

@@ -314,7 +314,7 @@ def largest_over_ranks(ranks: Ranks, *values: float) -> list[float]:
         [1.0, 2.0]
     """
     table = torch.zeros(ranks.world_size, len(values), dtype=torch.float64, device=ranks.control_device)
-    table[ranks.rank] = torch.tensor(values, dtype=torch.float64)
+    table[ranks.rank] = torch.tensor(values, dtype=torch.float64, device="cpu")
     largest: list[float] = ranks.all_reduce(table).amax(dim=0).tolist()
     return largest
 

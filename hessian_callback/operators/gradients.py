@@ -27,7 +27,7 @@ def parameter_norm(parameters: Sequence[Tensor]) -> float:
     squared = [
         float(torch.linalg.vector_norm(parameter.detach(), dtype=_precise(parameter))) for parameter in parameters
     ]
-    return float(torch.tensor(squared, dtype=torch.float64).norm())
+    return float(torch.tensor(squared, dtype=torch.float64, device="cpu").norm())
 
 
 def gradient_norm(loss: BatchLoss, batches: Sequence[Any], weights: Sequence[float], ranks: Ranks) -> float:

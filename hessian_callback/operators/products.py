@@ -330,7 +330,7 @@ def trial_vector(loss: BatchLoss) -> Tensor:
     """Return the random direction along which engines are compared, ``(P,)``."""
     first = loss.parameters[0]
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(sum(loss.sizes), generator=generator).to(first.device, first.real.dtype)
+    return torch.randn(sum(loss.sizes), generator=generator, device="cpu").to(first.device, first.real.dtype)
 
 
 def check_agreement(name: str, found: Sequence[Tensor | None], reference: DoubleBackward, index: int) -> None:
