@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import CheckpointFunction
 
 from hessian_callback.linalg.full_float32 import full_float32
+from hessian_callback.operators.memory import is_out_of_memory
 
 __all__ = [
     "DoubleBackwardError",
@@ -24,7 +25,7 @@ __all__ = [
     "exact_derivatives",
     "explained",
     "graph_nodes",
-    "parameters_visible",
+    "with_parameters_visible",
 ]
 
 
@@ -90,12 +91,11 @@ def check_twice_differentiable(gradients: Sequence[Tensor]) -> None:
             )
 
 
-@contextmanager
-def parameters_visible(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Refuse an evaluation inside the block if reentrant checkpointing hides parameters from autograd.
+def with_parameters_visible(evaluate: Callable[[], Tensor], parameters: Sequence[nn.Parameter]) -> Tensor:
+    """Evaluate a loss, and refuse it if reentrant checkpointing hides parameters from autograd.
 
     Such a checkpoint leaves no trace in the graph if only parameters lie behind it, and no input that requires grad.
-    Gradients and products then lack their parts.
+    Gradients and products then lack their parts. Losses that raise an error under observation are not searched.
 
     Raises:
         DoubleBackwardError: if a parameter is used inside of a reentrant checkpoint.
@@ -103,11 +103,16 @@ def parameters_visible(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
     hidden = _HiddenParameters(parameters)
     try:
         with hidden:
-            yield
-    finally:
-        # Instead of the error that none of them is used, if it comes to that.
-        if hidden.found:
-            raise DoubleBackwardError(_REENTRANT)
+            loss = evaluate()
+    except Exception as error:
+        if hidden.found:  # The error may be that no parameter is used.
+            raise DoubleBackwardError(_REENTRANT) from error
+        if is_out_of_memory(error):
+            raise
+        return evaluate()
+    if hidden.found:
+        raise DoubleBackwardError(_REENTRANT)
+    return loss
 
 
 class _HiddenParameters(TorchFunctionMode):

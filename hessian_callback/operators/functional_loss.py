@@ -1,10 +1,10 @@
-"""The loss as a function of parameter values that need not be those of the module; in float64 if wanted."""
+"""The loss as a function of parameter values that need not be those of the module, in float64."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, TypeVar
 
@@ -46,10 +46,9 @@ class FunctionalLoss:
 
     Args:
         loss: the loss, in the precision of its parameters.
-        float64: whether to compute in float64.
 
     Attributes:
-        dtype: real dtype of gradients.
+        dtype: real dtype of gradients, float64.
         parameter_norm: norm of the chosen parameters.
 
     Example:
@@ -60,10 +59,9 @@ class FunctionalLoss:
         [tensor([[0.0270]], dtype=torch.float64)]
     """
 
-    def __init__(self, loss: BatchLoss, *, float64: bool = True) -> None:
+    def __init__(self, loss: BatchLoss) -> None:
         self.loss = loss
         self._module = LossModule(loss)
-        self._float64 = float64
         names = {id(parameter): name for name, parameter in self._module.named_parameters()}
         self._chosen = [names[id(parameter)] for parameter in loss.parameters]
         with torch.inference_mode(False):
@@ -110,12 +108,12 @@ class FunctionalLoss:
             displacement: added to the parameters; in their shapes.
 
         Raises:
-            TypeError: if the loss is not computed in float64 throughout.
+            TypeError: if the loss is not computed in float64 throughout, or uses the module's own parameters.
         """
 
         def compute(leaves: list[Tensor], own: Any, decisions: Sequence[Decision]) -> list[Tensor]:
             value = self._value(batch, own, decisions)
-            with self._precision():
+            with _InFloat64():
                 return list(torch.autograd.grad(value, leaves, materialize_grads=True))
 
         return self._substituted(compute, batch, displacement)
@@ -127,14 +125,14 @@ class FunctionalLoss:
 
         def compute(leaves: list[Tensor], own: Any, decisions: Sequence[Decision]) -> list[list[Tensor]]:
             value = self._value(batch, own, decisions)
-            with self._precision():
+            with _InFloat64():
                 gradients = torch.autograd.grad(value, leaves, create_graph=True, materialize_grads=True)
             check_twice_differentiable(gradients)
             results = []
             for number, direction in enumerate(directions):
                 wide = [self._converted(part) for part in direction]
                 keep = number < len(directions) - 1
-                with self._precision():
+                with _InFloat64():
                     results.append(list(differentiate(gradients, leaves, wide, keep=keep)))
             return results
 
@@ -142,17 +140,18 @@ class FunctionalLoss:
 
     def _value(self, batch: Any, own: Any, decisions: Sequence[Decision]) -> Tensor:
         followed = FollowedPieces(decisions) if decisions else None
-        with self.loss.fixed(batch), self._precision(), followed or nullcontext():
+        with self.loss.fixed(batch), _InFloat64(), followed or nullcontext():
             loss: Tensor = self._module(own)
         if followed is not None:
             followed.check_all_followed()
-        if self._float64:
-            _check_precision(loss)
+        self._check_reached(loss)
+        _check_precision(loss)
         return loss
 
-    def _precision(self) -> AbstractContextManager[Any]:
-        """Return the mode for evaluations and for backward passes, in which checkpointing evaluates modules."""
-        return _InFloat64() if self._float64 else nullcontext()
+    def _check_reached(self, loss: Tensor) -> None:
+        own = {id(parameter) for parameter in self.loss.parameters}
+        if any(id(getattr(node, "variable", None)) in own for node in graph_nodes([loss])):
+            raise TypeError("the loss finds a parameter elsewhere than in its module, such as in a list")
 
     def _substituted(
         self,
@@ -165,7 +164,7 @@ class FunctionalLoss:
         Backward passes belong inside, because activation checkpointing evaluates modules in them.
         """
         # Displaced parameters may lie on other pieces.
-        decisions = self._decisions(batch) if self._float64 and displacement is None else []
+        decisions = self._decisions(batch) if displacement is None else []
         if decisions:
             try:
                 return self._evaluated(partial(compute, decisions=decisions), batch, displacement)
@@ -207,11 +206,14 @@ class FunctionalLoss:
 
     def _converted(self, tensor: Tensor) -> Tensor:
         tensor = tensor.detach()
-        return tensor.to(_WIDE.get(tensor.dtype, tensor.dtype)) if self._float64 else tensor
+        return tensor.to(_WIDE.get(tensor.dtype, tensor.dtype))
 
 
 class _InFloat64(TorchFunctionMode):
-    """Replace lower precision by float64 in the arguments of all operations."""
+    """Replace lower precision by float64 in the arguments of all operations.
+
+    Backward passes belong inside as well, because checkpointing evaluates modules in them.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in (Tensor.float, Tensor.half, Tensor.bfloat16):

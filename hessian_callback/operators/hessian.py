@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from hessian_callback.linalg.distributed import PeerError, Ranks
 from hessian_callback.operators.batches import leading_dimension
+from hessian_callback.operators.displaced_loss import DisplacedLoss
 from hessian_callback.operators.engine_selection import EngineSelection, TracingStatistics, largest_over_ranks
 from hessian_callback.operators.fully_shard import ShardedFiniteDifference, is_sharded, reshard, unsharded
 from hessian_callback.operators.functional_loss import FunctionalLoss
@@ -330,12 +331,12 @@ class HessianOperator:
         Returns:
             ``None``, on all ranks together, if parameters are sharded, or if float64 does not fit the free memory.
         """
-        function = None
+        function: FunctionalLoss | DisplacedLoss | None = None
         if float64 and not isinstance(self._engine, ShardedFiniteDifference):
             sharing = self.ranks.world_size if self.device.type == "cpu" else 1
             function = FunctionalLoss.of(self._loss, bytes_per_graph=self.bytes_per_graph, sharing=sharing)
         elif not is_sharded(self._loss.model):
-            function = FunctionalLoss(self._loss, float64=False)
+            function = DisplacedLoss(self._loss)
         if self.ranks.failed_ranks(function is None) or function is None:
             return None
         return ReferenceProducts(function, self._plan.parts, self.ranks, self.partition)

@@ -6,6 +6,7 @@ import random
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from hessian_callback.operators.derivatives import (
     exact_derivatives,
     explained,
     graph_nodes,
-    parameters_visible,
+    with_parameters_visible,
 )
 from hessian_callback.operators.hooks import suspend_hooks
 
@@ -146,8 +147,7 @@ class BatchLoss:
         values = []
         with self.differentiable():
             for index, batch in enumerate([*batches, *batches[:1]]):
-                with parameters_visible(self.parameters):
-                    loss = self.value(batch)
+                loss = with_parameters_visible(partial(self.value, batch), self.parameters)
                 check_not_reentrant(loss)
                 value = float(loss.detach())
                 if value != value or abs(value) == float("inf"):

@@ -12,6 +12,7 @@ from torch import Tensor
 from hessian_callback.linalg.distributed import PeerError, RankLostError, Ranks
 from hessian_callback.linalg.free_memory import free_memory
 from hessian_callback.operators.derivatives import DoubleBackwardError
+from hessian_callback.operators.displaced_loss import DisplacedLoss
 from hessian_callback.operators.functional_loss import FunctionalLoss
 from hessian_callback.operators.loss import BatchLoss
 from hessian_callback.operators.memory import is_out_of_memory, readable_size
@@ -19,9 +20,7 @@ from hessian_callback.operators.micro_batches import MicroBatches
 from hessian_callback.operators.products import (
     DoubleBackward,
     FiniteDifference,
-    displaced,
     displacement_along,
-    parameter_values,
     trial_vector,
 )
 
@@ -235,24 +234,18 @@ class MemoryPlan:
         Returns:
             The relative tolerance of a sum, and the weighted losses of the batches of each set.
         """
+        displacement = self._loss.split(displacement_along(self._loss, trial_vector(self._loss)))
+
+        def values(function: FunctionalLoss | DisplacedLoss) -> list[list[float]]:
+            pairs = [zip(parts.batches, parts.weights, strict=True) for parts in sets]
+            return [[weight * function.value(batch, displacement) for batch, weight in pair] for pair in pairs]
+
         sharing = self._ranks.world_size if self._device.type == "cpu" else 1
         precise = FunctionalLoss.of(self._loss, bytes_per_graph=self.bytes_per_graph, sharing=sharing)
-        displacement = self._loss.split(displacement_along(self._loss, trial_vector(self._loss)))
         if precise is not None and precise.dtype == torch.float64:
             with suppress(Exception):  # There is no room, or the loss does not run in float64.
-                return _VALUE_TOLERANCE, [
-                    [
-                        weight * precise.value(batch, displacement)
-                        for batch, weight in zip(parts.batches, parts.weights, strict=True)
-                    ]
-                    for parts in sets
-                ]
-        found = []
-        with self._loss.differentiable(), displaced(parameter_values(self._loss), displacement):
-            for parts in sets:
-                pairs = zip(parts.batches, parts.weights, strict=True)
-                found.append([weight * float(self._loss.value(batch).detach()) for batch, weight in pairs])
-        return self._value_tolerance, found
+                return _VALUE_TOLERANCE, values(precise)
+        return self._value_tolerance, values(DisplacedLoss(self._loss))
 
     def _response(self, parts: MicroBatches) -> Tensor:
         """Return a quantity that is linear in the loss and sees all of it: a product along a random direction."""

@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
-from torch.autograd.grad_mode import _unsafe_preserve_version_counter
+from torch import Tensor
 
 from hessian_callback.operators.batches import tensors
 from hessian_callback.operators.cuda_graphs import RecordedProduct, recorded
@@ -26,6 +24,7 @@ from hessian_callback.operators.derivatives import (
     differentiate,
     graph_nodes,
 )
+from hessian_callback.operators.displaced_loss import displaced, parameter_values
 from hessian_callback.operators.functional_loss import FunctionalLoss
 from hessian_callback.operators.loss import BatchLoss, LossModule
 from hessian_callback.operators.memory import count_saved_tensors, is_out_of_memory
@@ -39,9 +38,7 @@ __all__ = [
     "Linearize",
     "ProductEngine",
     "check_agreement",
-    "displaced",
     "displacement_along",
-    "parameter_values",
     "trial_directions",
     "trial_vector",
 ]
@@ -439,29 +436,3 @@ def _scale(loss: BatchLoss) -> Tensor:
     norms = [torch.linalg.vector_norm(parameter.detach()) for parameter in loss.parameters]
     norm: Tensor = torch.stack(norms).norm()
     return norm.clamp(min=1.0)
-
-
-def parameter_values(loss: BatchLoss) -> dict[nn.Parameter, Tensor]:
-    """Return copies of the parameters' values."""
-    return {parameter: parameter.detach().clone() for parameter in loss.parameters}
-
-
-@contextmanager
-def displaced(originals: Mapping[nn.Parameter, Tensor], displacement: Iterable[Tensor]) -> Iterator[None]:
-    """Move parameters inside the block; afterwards they have their original bits again.
-
-    Args:
-        originals: copies of the parameters' values.
-        displacement: what is added to them, in their shapes.
-    """
-    # Graphs that others keep stay valid.
-    with _unsafe_preserve_version_counter(tuple(originals)):
-        try:
-            with torch.no_grad():
-                for parameter, part in zip(originals, displacement, strict=True):
-                    parameter.add_(part)
-            yield
-        finally:
-            with torch.no_grad():
-                for parameter, original in originals.items():
-                    parameter.copy_(original)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hessian_callback.linalg.distributed import Partition, Ranks
+from hessian_callback.operators.displaced_loss import DisplacedLoss
 from hessian_callback.operators.functional_loss import FunctionalLoss
 from hessian_callback.operators.micro_batches import MicroBatches
 
@@ -31,7 +32,9 @@ class ReferenceProducts:
         failure: the error of this rank that made the last result ``None``.
     """
 
-    def __init__(self, function: FunctionalLoss, parts: MicroBatches, ranks: Ranks, partition: Partition) -> None:
+    def __init__(
+        self, function: FunctionalLoss | DisplacedLoss, parts: MicroBatches, ranks: Ranks, partition: Partition
+    ) -> None:
         self.failure: Exception | None = None
         self.function = function
         self.dtype = function.dtype

@@ -221,6 +221,37 @@ def refused_on_rank(rank: int) -> None:
     check_products(operator, seed=0)
 
 
+class Listed(nn.Module):
+    """A product of which one factor is detached; its parameter is used from a list, which no substitution reaches."""
+
+    def __init__(self, *, detached: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.weight = nn.Parameter(torch.randn(3, 3))
+        self.used = [self.weight]
+        self.detached = detached
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.used[0]
+        return torch.tanh(x @ weight) * (x @ (weight.detach() if self.detached else weight))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_parameters_out_of_reach_are_not_checked_against_zeros(dtype: torch.dtype) -> None:
+    x = torch.randn(5, 3, dtype=dtype)
+    model = Listed(detached=False)
+    model.weight.data = model.weight.data.to(dtype)
+    operator = HessianOperator(model, lambda m, x: m(x).square().mean(), [x])
+    result = check_products(operator, seed=0)
+    assert result.difference is not None
+    assert 0 < result.difference < (0.1 if dtype == torch.float32 else 1e-3)
+    assert operator.precise_products(torch.ones(9, 1, dtype=dtype)) is None
+    model.detached = True
+    wrong = HessianOperator(model, lambda m, x: m(x).square().mean(), [x])
+    with pytest.raises(WrongProductError, match="differ"):
+        check_products(wrong, seed=0)
+
+
 def test_all_ranks_refuse_together() -> None:
     outcomes = run_ranks(refused_on_rank, 3, expect_errors=True)
     assert [outcome.error for outcome in outcomes] == ["WrongProductError"] * 3
