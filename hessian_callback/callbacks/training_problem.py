@@ -75,6 +75,7 @@ def training_problem(
         # A copy in float32 has state of its own.
         restore_state=snapshot.restore_loss_state if model is pl_module else None,
         changes=snapshot.changes,
+        unchecked=snapshot.unchecked,
     )
 
 

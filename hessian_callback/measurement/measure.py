@@ -113,7 +113,12 @@ def measure(
     folder = measurer.solver.checkpoint_folder
     checkpoint = None if folder is None else folder / f"step={step}"
     with preserve_state(model) as snapshot:
-        guarded = replace(problem, restore_state=snapshot.restore_loss_state, changes=snapshot.changes)
+        guarded = replace(
+            problem,
+            restore_state=snapshot.restore_loss_state,
+            changes=snapshot.changes,
+            unchecked=snapshot.unchecked,
+        )
         return measurer.measure(guarded, place, observer=observer, checkpoint=checkpoint).measurement
 
 

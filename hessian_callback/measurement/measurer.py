@@ -27,6 +27,7 @@ from hessian_callback.measurement.problem_checks import (
     explained_change,
     parameters_warning,
     reduction_warning,
+    unchecked_warning,
 )
 from hessian_callback.measurement.solvers import Lanczos, Solver
 from hessian_callback.operators.engine_selection import TracingStatistics
@@ -176,7 +177,12 @@ class Measurer:
 
     @staticmethod
     def _warnings(operator: HessianOperator, problem: Problem) -> list[str]:
-        texts = (reduction_warning(operator, problem), parameters_warning(problem), changes_warning(problem))
+        texts = (
+            reduction_warning(operator, problem),
+            parameters_warning(problem),
+            changes_warning(problem),
+            unchecked_warning(problem),
+        )
         return [text for text in texts if text is not None]
 
     def forget(self) -> None:

@@ -36,6 +36,7 @@ class Problem:
         precision: of the parameters, such as ``"float32"``.
         restore_state: puts the state that an evaluation of the loss changes back, see `HessianOperator`.
         changes: returns the paths of state that evaluations changed and that is not put back: `Snapshot.changes`.
+        unchecked: returns the paths of state that is too much to be compared: `Snapshot.unchecked`.
     """
 
     model: nn.Module
@@ -51,6 +52,7 @@ class Problem:
     precision: str = "float32"
     restore_state: Callable[[], None] | None = None
     changes: Callable[[], list[str]] | None = None
+    unchecked: Callable[[], list[str]] | None = None
 
     def on_parameters(self, parameters: ParameterFilter) -> Problem:
         """Return the same loss with other chosen parameters: a diagonal block of the Hessian."""

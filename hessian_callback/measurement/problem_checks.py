@@ -18,10 +18,18 @@ from hessian_callback.operators.hessian import HessianOperator
 from hessian_callback.operators.loss import NotAFunctionError
 from hessian_callback.operators.parameters import chosen_sizes
 
-__all__ = ["changes_warning", "check_trainable", "explained_change", "parameters_warning", "reduction_warning"]
+__all__ = [
+    "changes_warning",
+    "check_trainable",
+    "explained_change",
+    "parameters_warning",
+    "reduction_warning",
+    "unchecked_warning",
+]
 
 # A warning names so many attributes, and the reduction is judged by one of so many batches.
 _SHOWN = 3
+_UNRESTORABLE = "a library's object, or a tensor or array that is too large to copy"
 
 
 def check_trainable(problem: Problem, num_eigenvalues: int) -> None:
@@ -83,8 +91,19 @@ def changes_warning(problem: Problem) -> str | None:
     if not changed:
         return None
     return (
-        f"the loss changes {changed}, which belongs to a library's object and cannot be restored, so training "
-        f"continues from a changed state. {REMEDY}"
+        f"the loss changes {changed}, or the loading of its samples does. It cannot be restored ({_UNRESTORABLE}), so "
+        f"training continues from a changed state. {REMEDY}"
+    )
+
+
+def unchecked_warning(problem: Problem) -> str | None:
+    """Return a warning if there is too much state to restore or compare; ``None`` if all is."""
+    unchecked = _listed([] if problem.unchecked is None else problem.unchecked())
+    if not unchecked:
+        return None
+    return (
+        f"{unchecked} holds too many objects or bytes to be compared, so training continues from a changed state if "
+        f"the loss, or the loading of its samples, changes it. {REMEDY}, or dataloader=..., a loader of its own data"
     )
 
 
@@ -93,7 +112,7 @@ def explained_change(problem: Problem, error: NotAFunctionError) -> LossError:
     changed, parameters = _changes(problem), _changed_parameters(problem)
     cause = "An evaluation changes some state that is not put back (a generator of its own, a library's object)"
     if changed:
-        cause = f"It changes {changed}, which belongs to a library's object and cannot be restored"
+        cause = f"It changes {changed}, which cannot be restored ({_UNRESTORABLE})"
     elif parameters:
         cause = f"It changes {parameters} in place, which the optimizer trains; freeze parameters that the loss updates"
     return LossError(f"{error.finding}. {cause}. {REMEDY}")

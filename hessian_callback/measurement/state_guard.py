@@ -8,7 +8,8 @@ files. Three means are used, in this order.
 * **Restore.** A `Snapshot` follows the references of a module or another object, remembers the contents of all
   objects that user code made, and restores them.
 * **Detect.** Objects of libraries are not restored, because other threads may use them. A `Snapshot` compares them
-  and names the attributes that changed; so it does for tensors that are too large to copy.
+  and names the attributes that changed; so it does for tensors and arrays that are too large to copy. It also names
+  what is too much to be compared.
 
 Nothing here needs a trainer:
 
@@ -20,16 +21,20 @@ Nothing here needs a trainer:
 from __future__ import annotations
 
 import array
+import ctypes
 import functools
+import gc
 import io
 import itertools
+import mmap
 import random
 import signal
 import threading
 import types
 from collections import OrderedDict, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from multiprocessing import shared_memory, sharedctypes
 from typing import Any
 
 import numpy as np
@@ -45,18 +50,19 @@ from hessian_callback.measurement.state_records import (
     SCALARS,
     ArrayContent,
     ByteContent,
+    CheckedArray,
+    CheckedTensor,
     ClassAttributes,
-    ComparedArray,
     ComparedItems,
     DictItems,
     FilePosition,
     GradientReference,
     LateGenerators,
     ManyItems,
+    NamedItems,
     Path,
     RandomGenerator,
     Record,
-    RefusingStream,
     ScriptedAttributes,
     SequenceItems,
     SetItems,
@@ -64,7 +70,9 @@ from hessian_callback.measurement.state_records import (
     StreamSlot,
     TensorContent,
     UnrestorableStateError,
+    WatchedTensors,
     attributes_of,
+    cached,
     is_cache,
     is_of_standard_library,
     is_of_the_user,
@@ -98,9 +106,12 @@ _COPIED_BYTES_OF_OPTIMIZERS = 64 * 2**10
 _COPIED_BYTES_ALWAYS = 64 * 2**10
 # The tensors of a data set are its samples, and rarely change.
 _COPIED_BYTES_OF_DATA = 2**20
+# So many bytes that are not copied are compared by checksums: a second or two.
+_CHECKED_BYTES_TOTAL = 2 * 2**30
 # More tensors than this are not copied one by one: each copy takes microseconds.
 _COPIED_TENSORS = 10_000
-# At most so many objects are visited by one call of `Snapshot.remember`, and so many of libraries.
+# At most so many objects are visited by one call of `Snapshot.remember`, and so many of libraries. Tuples and long
+# containers of numbers and texts, such as the list of files of a data set, count as one.
 _VISITED = 200_000
 _VISITED_OF_LIBRARIES = 5_000
 # A longer container of a library is not searched, and the tensors in a longer one of the user's are only watched.
@@ -263,7 +274,7 @@ class Snapshot:
     References are followed from each remembered object: attributes, slots, containers of all kinds and their
     subclasses, class attributes of the user's classes. Tensors, arrays, containers, attributes, random generators and
     files are restored. Objects of libraries are compared only, but random generators inside them are restored, and
-    so are data sets, samplers and optimizers. At most 200,000 objects are visited.
+    so are data sets, samplers and optimizers. At most 200,000 objects are visited; `unchecked` names the others.
 
     Leave the block, or call `close`, to end it: iterators are replaced by copies until then.
 
@@ -286,12 +297,17 @@ class Snapshot:
         self._records: list[Record] = []
         self._loss_records: list[Record] = []
         self._empty: list[Any] = []
-        self._compared: list[tuple[ComparedItems | ComparedArray, Path]] = []
-        # Tensors that are compared by their versions, these versions, and the path.
-        self._watched: list[tuple[list[Tensor], list[int], Path]] = []
+        # Of libraries: a change is named.
+        self._compared: list[tuple[ComparedItems | CheckedArray, Path]] = []
+        # Too large to copy: a change is an error.
+        self._watched: list[tuple[WatchedTensors | CheckedTensor | CheckedArray, str, Path]] = []
+        self._unchecked: dict[str, None] = {}
+        # Global variables, by the namespace that has them.
+        self._globals: dict[int, set[str]] = {}
         self._slots: list[StreamSlot] = []
         self._copied_bytes = 0
         self._copied_tensors = 0
+        self._checked_bytes = 0
 
     def __enter__(self) -> Snapshot:
         """Return the snapshot."""
@@ -318,7 +334,7 @@ class Snapshot:
         Args:
             value: the object: a module, data set, loader, optimizer, or any other.
             copy_tensors: whether tensors and arrays above 64 KiB are copied, up to 64 MiB each and 512 MiB together.
-                Tensors that are not copied are compared by their version, and cannot be restored.
+                Those that are not copied are compared by their versions and checksums, and cannot be restored.
             restore: whether the object itself is restored even if its class is of a library.
             restore_libraries: whether libraries' objects that it refers to are restored as well, and not compared
                 only. For objects that no other thread uses, such as a data set and its transforms.
@@ -331,7 +347,8 @@ class Snapshot:
         """Restore everything. May be called several times.
 
         Raises:
-            UnrestorableStateError: if a tensor that was not copied has changed, or an object could not be restored.
+            UnrestorableStateError: if a tensor or array that was not copied has changed, or an object could not be
+                restored.
         """
         failures: list[str] = []
         for slot in self._slots:
@@ -345,11 +362,12 @@ class Snapshot:
                 failures.append(f"{type(error).__name__}: {error}")
         if failures:
             raise UnrestorableStateError(f"state could not be restored after a measurement ({failures[0]}). {REMEDY}")
-        changed = self._changed_tensors()
+        changed = self._changed_in_place()
         if changed:
             raise UnrestorableStateError(
-                f"the loss changed the tensor {changed[0]} in place, which a measurement must not do to a run; "
-                f"it was too large to copy. {REMEDY}"
+                f"the loss, or the loading of its samples, changed {next(iter(changed.values()))} in place, which a "
+                f"measurement must not do to a run; it was too large to copy. {REMEDY}, or dataloader=..., a loader of "
+                "its own data"
             )
 
     def restore_loss_state(self) -> None:
@@ -371,12 +389,16 @@ class Snapshot:
         """Return the paths of state that has changed and is not restored, such as ``"Net.simulator.position"``.
 
         Call it inside the block, after the loss was evaluated. These are attributes of libraries' objects, and tensors
-        that were not copied. Attributes that are new, or were ``None``, count as caches, and are not listed.
+        and arrays that were not copied. Attributes that are new, or were ``None``, count as caches, and are not listed.
         """
-        found = self._changed_tensors()
+        found = list(self._changed_in_place())
         for record, path in self._compared:
             found += [path_text(path) + part for part in record.changed_parts()]
         return list(dict.fromkeys(found))
+
+    def unchecked(self) -> list[str]:
+        """Return the paths of state that is neither restored nor compared, because it is too much."""
+        return list(self._unchecked)
 
     def close(self) -> None:
         """Put the original iterators in the places of their copies. Nothing is restored afterwards."""
@@ -391,12 +413,10 @@ class Snapshot:
                 if container:
                     container.clear()
 
-    def _changed_tensors(self) -> list[str]:
-        return [
-            path_text(path)
-            for tensors, versions, path in self._watched
-            if versions != [tensor._version for tensor in tensors]
-        ]
+    def _changed_in_place(self) -> dict[str, str]:
+        """Return the paths of changed tensors and arrays that were not copied, and their kinds and paths as text."""
+        changed = [(path_text(path), kind) for record, kind, path in self._watched if record.changed_parts()]
+        return {path: f"the {kind} {path}" for path, kind in changed}
 
     def _add(self, record: Record, *, of_loss: bool = True) -> None:
         self._records.append(record)
@@ -407,17 +427,42 @@ class Snapshot:
         # A tensor made in inference mode has no version.
         tensors = [tensor for tensor in tensors if not tensor.is_inference()]
         if tensors:
-            self._watched.append((tensors, [tensor._version for tensor in tensors], path))
+            self._watched.append((WatchedTensors(tensors), "tensor", path))
+
+    def _may_check(self, size: int) -> bool:
+        """Whether so many more bytes may be compared by a checksum; counts them if so."""
+        fits = self._checked_bytes + size <= _CHECKED_BYTES_TOTAL
+        self._checked_bytes += size if fits else 0
+        return fits
+
+
+@contextmanager
+def _without_garbage_collection() -> Iterator[None]:
+    """Keep the garbage collector from looking through the many new objects again and again: most of the time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 class _Walk:
-    """One traversal of references, breadth first: near objects are reached before the limit."""
+    """One traversal of references, breadth first: near objects are reached before the limit.
+
+    Global variables come after attributes, and the items of long containers come last.
+    """
 
     def __init__(self, snapshot: Snapshot, copied_bytes: int, *, restore_libraries: bool = False) -> None:
         self._snapshot = snapshot
         self._restore_libraries = restore_libraries
         self._copied_bytes = copied_bytes
         self._queue: deque[tuple[Any, Path, int, int]] = deque()
+        self._global: deque[tuple[Any, Path, int, int]] = deque()
+        self._long: deque[tuple[Iterable[Any], Path, int, int]] = deque()
+        # Classes whose instances are not visited, and classes of tuples. Sets, for the items of long containers.
+        self._inert, self._tuples = set(SCALAR_TYPES), {tuple}
         self._left = _VISITED
         self._left_of_libraries = _VISITED_OF_LIBRARIES
 
@@ -427,8 +472,14 @@ class _Walk:
             self._attributes(value, name, self._copied_bytes)
         else:
             self._queue.append((value, name, _RESTORED, self._copied_bytes))
-        while self._queue:
-            self._visit(*self._queue.popleft())
+        with _without_garbage_collection():
+            while self._queue or self._global or self._long:
+                if self._queue:
+                    self._visit(*self._queue.popleft())
+                elif self._global:
+                    self._visit(*self._global.popleft())
+                else:
+                    self._many(*self._long.popleft())
 
     def _push(self, items: Iterable[Any], path: Path, form: str, keys: Iterable[Any], mode: int, limit: int) -> None:
         for key, item in zip(keys, items, strict=False):
@@ -436,43 +487,49 @@ class _Walk:
                 self._queue.append((item, (path, form, key), mode, limit))
 
     def _visit(self, value: Any, path: Path, mode: int, limit: int) -> None:
-        if isinstance(value, SCALARS) or self._left <= 0:
+        method = _method_for(type(value))
+        if method is None:
             return
         kept = self._snapshot._seen.get(id(value))
         if kept is not None and kept[1] >= mode:
             return
+        if self._left <= 0:
+            self._snapshot._unchecked[path_text(path)] = None
+            self._queue.clear()  # What else was found lies near it.
+            return
         self._snapshot._seen[id(value)] = value, mode
         self._left -= 1
-        if isinstance(value, RANDOM_GENERATORS):
-            self._snapshot._add(RandomGenerator(value))
-        elif isinstance(value, Tensor):
-            if mode == _RESTORED:
-                self._tensor(value, path, limit)
-            elif mode == _COMPARED:
-                self._snapshot._watch([value], path)
-        elif isinstance(value, nn.Module):
-            if mode != _SEARCHED:
-                self._module(value, path, limit)
-        elif isinstance(value, (tuple, dict, list, set, deque)):
-            self._container(value, path, mode, limit)
-        elif isinstance(value, np.ndarray):
-            self._array(value, path, mode, limit)
-        elif isinstance(value, (bytearray, array.array)):
-            if mode == _RESTORED:
-                self._snapshot._add(ByteContent(value))
-        elif isinstance(value, (types.FunctionType, types.MethodType, functools.partial, types.CellType)):
-            self._callable(value, path, mode, limit)
-        elif isinstance(value, memoryview):
-            self._queue.append((value.obj, path, mode, limit))
-        elif isinstance(value, io.IOBase):
-            if mode == _RESTORED and (record := FilePosition.of(value)) is not None:
-                self._snapshot._add(record)
-        else:
-            self._object(value, path, mode, limit)
+        method(self, value, path, mode, limit)
 
     # -- kinds of values -----------------------------------------------------------------------------
 
-    def _module(self, module: nn.Module, path: Path, limit: int) -> None:
+    def _generator(self, generator: Any, path: Path, mode: int, limit: int) -> None:
+        self._snapshot._add(RandomGenerator(generator))
+
+    def _bytes(self, value: Any, path: Path, mode: int, limit: int) -> None:
+        if mode == _RESTORED:
+            self._snapshot._add(ByteContent(value))
+
+    def _buffer(self, value: Any, path: Path, mode: int, limit: int) -> None:
+        with suppress(ValueError):  # An empty one, or a file that is closed.
+            self._array(np.frombuffer(value, np.uint8), path, mode, limit)
+
+    def _view(self, view: memoryview, path: Path, mode: int, limit: int) -> None:
+        with suppress(ValueError):  # A released one.
+            self._queue.append((view.obj, path, mode, limit))
+
+    def _shared(self, value: Any, path: Path, mode: int, limit: int) -> None:
+        """Visit memory that processes share. Its lock is left alone: another process may hold it."""
+        inner = value.buf if isinstance(value, shared_memory.SharedMemory) else value.get_obj()
+        self._queue.append((inner, path, mode, limit))
+
+    def _file(self, file: io.IOBase, path: Path, mode: int, limit: int) -> None:
+        if mode == _RESTORED and (record := FilePosition.of(file)) is not None:
+            self._snapshot._add(record)
+
+    def _module(self, module: nn.Module, path: Path, mode: int, limit: int) -> None:
+        if mode == _SEARCHED:
+            return
         attributes = module.__dict__
         # The dictionaries of hooks are attributes as well.
         self._items(attributes, path, ".{}", limit, of_loss=True)
@@ -497,9 +554,7 @@ class _Walk:
     def _container(self, container: Any, path: Path, mode: int, limit: int) -> None:
         long = len(container) > _MANY_ITEMS
         if isinstance(container, tuple):
-            self._many(container, path, mode, limit) if long else self._push(
-                container, path, "[{!r}]", itertools.count(), mode, limit
-            )
+            self._sequence(container, path, mode, limit)
         elif mode == _RESTORED:
             if not container and type(container) in (dict, OrderedDict, list, set, deque):
                 self._snapshot._empty.append(container)
@@ -507,16 +562,14 @@ class _Walk:
             if isinstance(container, dict):
                 self._items(container, path, "[{!r}]", limit)
             elif isinstance(container, set):
-                self._snapshot._add(SetItems(container))
-                self._push(container, path, "[...]", itertools.repeat(None), mode, limit)
+                elements = SetItems(container)
+                self._snapshot._add(elements)
+                self._sequence(elements.kept, path, mode, limit)
             else:
                 record = SequenceItems(container)
                 self._snapshot._add(record)
-                record.kept = self._substitute(container, enumerate(record.kept), path, "[{!r}]", list(record.kept))
-                if long:
-                    self._many(record.kept, path, mode, limit)
-                else:
-                    self._push(record.kept, path, "[{!r}]", itertools.count(), mode, limit)
+                self._substitute(container, path, "[{!r}]", record.kept)
+                self._sequence(record.kept, path, mode, limit)
         elif not long:
             if mode == _COMPARED:
                 self._snapshot._compared.append((ComparedItems(container), path))
@@ -527,13 +580,21 @@ class _Walk:
         if type(container).__module__ != "builtins" and type(container).__module__ != "collections":
             self._attributes(container, path, limit, mode=mode)
 
+    def _sequence(self, items: Any, path: Path, mode: int, limit: int) -> None:
+        if len(items) > _MANY_ITEMS:
+            self._long.append((items, path, mode, limit))
+        elif isinstance(items, set):
+            self._push(items, path, "[...]", itertools.repeat(None), mode, limit)
+        else:
+            self._push(items, path, "[{!r}]", itertools.count(), mode, limit)
+
     def _items(self, owner: dict[Any, Any], path: Path, form: str, limit: int, *, of_loss: bool = True) -> None:
         record = DictItems(owner)
         self._snapshot._add(record, of_loss=of_loss)
-        record.kept = self._substitute(owner, record.kept.items(), path, form, record.kept)
         kept = record.kept
+        self._substitute(owner, path, form, kept)
         if len(kept) > _MANY_ITEMS:
-            self._many(kept.values(), path, _RESTORED, limit)
+            self._long.append((kept.values(), path, _RESTORED, limit))
             return
         for key, value in kept.items():
             if type(value) in SCALAR_TYPES or key in _BOOKKEEPING:
@@ -552,25 +613,46 @@ class _Walk:
         Tensors are watched, and dictionaries and lists are remembered together; those in tuples as well.
         """
         path = (path, "[...]", None)
+        seen, inert, tuples = self._snapshot._seen, self._inert, self._tuples
+        kinds = set(map(type, items))
+        self._tuples |= {kind for kind in kinds if issubclass(kind, tuple) and kind.__dictoffset__ == 0}
+        if kinds <= tuples:
+            # The list of files and classes of a data set, for example: a million of them take no time this way.
+            kinds = set(map(type, itertools.chain.from_iterable(items)))
+        self._inert |= {kind for kind in kinds if _method_for(kind) is None}
+        if kinds <= inert:
+            return
         tensors: list[Tensor] = []
         containers: list[Any] = []
         stack = [iter(items)]
-        while stack and self._left > 0:
+        while stack:
             for item in stack[-1]:
                 kind = type(item)
-                if kind in SCALAR_TYPES:
+                if kind in inert or (kind in tuples and inert.issuperset(map(type, item))):
                     continue
                 if kind is Tensor:
                     tensors.append(item)
                     continue
-                self._left -= 1
-                if kind is tuple:
+                if _method_for(kind) is None:
+                    inert.add(kind)
+                    continue
+                if len(self._queue) >= self._left:
+                    self._snapshot._unchecked[path_text(path)] = None
+                    stack.clear()
+                    break
+                if kind in tuples:
+                    # Free as an item. Tuples inside others may be many more than there are objects.
+                    self._left -= len(stack) > 1
                     stack.append(iter(item))
                     break
-                if mode == _RESTORED and (kind is dict or kind is list) and id(item) not in self._snapshot._seen:
-                    self._snapshot._seen[id(item)] = item, mode
+                if mode == _RESTORED and (kind is dict or kind is list) and id(item) not in seen:
+                    self._left -= 1
+                    seen[id(item)] = item, mode
                     containers.append(item)
-                    stack.append(iter(item.values() if kind is dict else item))
+                    values = item.values() if kind is dict else item
+                    if inert.issuperset(map(type, values)):
+                        continue
+                    stack.append(iter(values))
                     break
                 self._queue.append((item, path, mode, limit))
             else:
@@ -580,20 +662,28 @@ class _Walk:
         if containers:
             self._snapshot._add(ManyItems(containers), of_loss=False)
 
-    def _substitute(self, owner: Any, items: Iterable[tuple[Any, Any]], path: Path, form: str, kept: Any) -> Any:
-        """Replace iterators, and streams that cannot be rewound, in a container or in attributes."""
-        for key, value in list(items):
+    def _substitute(self, owner: Any, path: Path, form: str, kept: Any) -> None:
+        """Replace iterators, and streams that cannot be rewound, in a container or in attributes.
+
+        ``kept`` is that of the record, so that the record does not undo the substitution.
+        """
+        values = kept.values() if isinstance(kept, dict) else kept
+        if not any(map(may_be_stream, set(map(type, values)))):
+            return
+        for key, value in list(kept.items() if isinstance(kept, dict) else enumerate(kept)):
             if not may_be_stream(type(value)) or not is_stream(value):
                 continue
             slot = StreamSlot(owner, key, value, kept, path_text((path, form, key)))
             self._snapshot._slots.append(slot)
-            # The record shares `kept`, so that it does not undo the substitution.
             slot.renew()
             self._snapshot._seen[id(value)] = value, _RESTORED
             self._snapshot._seen[id(kept[key])] = kept[key], _RESTORED
-        return kept
 
-    def _tensor(self, tensor: Tensor, path: Path, limit: int) -> None:
+    def _tensor(self, tensor: Tensor, path: Path, mode: int, limit: int) -> None:
+        if mode != _RESTORED:
+            if mode == _COMPARED:
+                self._snapshot._watch([tensor], path)
+            return
         if isinstance(tensor, (nn.UninitializedParameter, nn.UninitializedBuffer)) or tensor.is_meta:
             return
         attributes = tensor.__dict__
@@ -624,21 +714,35 @@ class _Walk:
             state._copied_bytes += size
             state._copied_tensors += 1
             state._add(TensorContent(tensor), of_loss=not trained)
-        elif not inference:
-            state._watch([tensor], path)
+            return
+        state._watch([tensor], path)
+        # Engines write to parameters, and put them back.
+        if not isinstance(tensor, nn.Parameter) and own.device.type == "cpu" and state._may_check(size):
+            state._watched.append((CheckedTensor(tensor), "tensor", path))
 
     def _array(self, value: np.ndarray[Any, Any], path: Path, mode: int, limit: int) -> None:
         state = self._snapshot
-        small = value.nbytes <= limit and state._copied_bytes + value.nbytes <= _COPIED_BYTES_TOTAL
-        if value.dtype.hasobject:
-            self._push(value.flat, path, "[...]", itertools.repeat(None), mode, limit)
-        elif mode == _SEARCHED or not small or not value.flags.writeable:
+        holds_objects = value.dtype.hasobject
+        if value.dtype.names and holds_objects:
+            names = value.dtype.names
+            self._push([value[name] for name in names], path, "[{!r}]", names, mode, limit)
+        elif holds_objects:
+            self._sequence(value.ravel().tolist(), path, mode, limit)
+        if mode == _SEARCHED or not value.flags.writeable:
             return
-        state._copied_bytes += value.nbytes
-        if mode == _RESTORED:
+        # References take little memory.
+        small = holds_objects or (value.nbytes <= limit and state._copied_bytes + value.nbytes <= _COPIED_BYTES_TOTAL)
+        if mode == _RESTORED and small:
+            state._copied_bytes += value.nbytes
             state._add(ArrayContent(value))
-        elif not value.dtype.hasobject:
-            state._compared.append((ComparedArray(value), path))
+        elif holds_objects:
+            return  # The references of a library.
+        elif not state._may_check(value.nbytes):
+            state._unchecked[path_text(path)] = None
+        elif mode == _RESTORED:
+            state._watched.append((CheckedArray(value), "array", path))
+        else:
+            state._compared.append((CheckedArray(value), path))
 
     def _callable(self, value: Any, path: Path, mode: int, limit: int) -> None:
         """Follow what a function refers to. A closure is only searched: it may belong to the user's own checks."""
@@ -654,22 +758,32 @@ class _Walk:
         elif is_of_the_user(value.__module__ or ""):
             inner = [*(value.__closure__ or ()), *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
             self._push(inner, path, "(...)", itertools.repeat(None), _SEARCHED, limit)
-            self._globals(value, path, limit)
+            self._globals(value)
 
-    def _globals(self, function: types.FunctionType, path: Path, limit: int) -> None:
-        """Visit random generators in global variables that a function uses, and functions that it calls."""
-        for name in names_in(function.__code__):
-            value = function.__globals__.get(name)
-            if isinstance(value, (*RANDOM_GENERATORS, types.FunctionType)):
-                self._queue.append((value, name, _SEARCHED, limit))
+    def _globals(self, function: types.FunctionType) -> None:
+        """Visit the global variables that a function names, also those of other modules of the user's."""
+        names = names_in(function.__code__)
+        named = (function.__globals__.get(name) for name in names)
+        modules = [value for value in named if isinstance(value, types.ModuleType) and is_of_the_user(value.__name__)]
+        for namespace in (function.__globals__, *map(vars, modules)):
+            known = self._snapshot._globals.setdefault(id(namespace), set())
+            record = NamedItems(namespace, [name for name in names if name not in known])
+            known.update(names)
+            self._snapshot._add(record)
+            self._substitute(namespace, "", "{}", record.kept)
+            for name, value in record.kept.items():
+                if isinstance(value, type):
+                    self._class(value, name)
+                elif (method := _method_for(type(value))) is not None:
+                    # Other threads may use objects of libraries. Large arrays are mostly data.
+                    mode = _COMPARED if method is _Walk._object else _RESTORED
+                    self._global.append((value, name, mode, min(self._copied_bytes, _COPIED_BYTES_OF_DATA)))
 
     def _object(self, value: Any, path: Path, mode: int, limit: int) -> None:
         kind = type(value)
         if isinstance(value, (torch.optim.Optimizer, LRScheduler)) and mode != _SEARCHED:
             self._snapshot._seen[id(value)] = value, _RESTORED
             self._attributes(value, path, min(limit, _COPIED_BYTES_OF_OPTIMIZERS))
-        elif isinstance(value, (type, types.ModuleType, RefusingStream)) or is_opaque(kind):
-            return
         elif mode != _SEARCHED and (isinstance(value, (Dataset, Sampler)) or is_user_made(kind)):
             # Restored also if a library's object refers to it.
             self._snapshot._seen[id(value)] = value, _RESTORED
@@ -683,9 +797,8 @@ class _Walk:
             self._library_object(value, path, mode, limit)
 
     def _library_object(self, value: Any, path: Path, mode: int, limit: int) -> None:
-        # The objects of the standard library are mostly machinery: locks, threads, processes, loggers.
         attributes = attributes_of(value)
-        if attributes is None or self._left_of_libraries <= 0 or is_of_standard_library(type(value)):
+        if attributes is None or self._left_of_libraries <= 0:
             return
         self._left_of_libraries -= 1
         if self._restore_libraries and mode == _RESTORED:
@@ -724,3 +837,31 @@ class _Walk:
                 function = value.__func__ if isinstance(value, (classmethod, staticmethod)) else value
                 if isinstance(function, types.FunctionType):
                     self._queue.append((function, path, _SEARCHED, 0))
+
+
+# The first row with a class of the value's decides.
+_METHODS: list[tuple[tuple[type, ...], Callable[..., None] | None]] = [
+    ((*SCALARS, type, types.ModuleType), None),
+    (RANDOM_GENERATORS, _Walk._generator),
+    ((Tensor,), _Walk._tensor),
+    ((nn.Module,), _Walk._module),
+    ((tuple, dict, list, set, deque), _Walk._container),
+    ((np.ndarray,), _Walk._array),
+    ((bytearray, array.array), _Walk._bytes),
+    ((mmap.mmap, ctypes.Array, ctypes.Structure, ctypes.Union, ctypes._SimpleCData), _Walk._buffer),
+    ((memoryview,), _Walk._view),
+    ((sharedctypes.SynchronizedBase, shared_memory.SharedMemory), _Walk._shared),
+    ((types.FunctionType, types.MethodType, functools.partial, types.CellType), _Walk._callable),
+    ((io.IOBase,), _Walk._file),
+]
+
+
+@cached
+def _method_for(kind: type) -> Callable[..., None] | None:
+    """Return the method of `_Walk` that visits the instances of a class; ``None`` if they are left alone."""
+    for kinds, method in _METHODS:
+        if issubclass(kind, kinds):
+            return method
+    # The objects of the standard library are mostly machinery, such as threads and loggers, or values, such as paths.
+    machinery = is_opaque(kind) or (is_of_standard_library(kind) and not is_user_made(kind))
+    return None if machinery else _Walk._object

@@ -23,6 +23,7 @@ import sys
 import threading
 import types
 import warnings
+import zlib
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -40,14 +41,16 @@ __all__ = [
     "SCALAR_TYPES",
     "ArrayContent",
     "ByteContent",
+    "CheckedArray",
+    "CheckedTensor",
     "ClassAttributes",
-    "ComparedArray",
     "ComparedItems",
     "DictItems",
     "FilePosition",
     "GradientReference",
     "LateGenerators",
     "ManyItems",
+    "NamedItems",
     "Path",
     "RandomGenerator",
     "Record",
@@ -59,7 +62,9 @@ __all__ = [
     "StreamSlot",
     "TensorContent",
     "UnrestorableStateError",
+    "WatchedTensors",
     "attributes_of",
+    "cached",
     "is_cache",
     "is_of_standard_library",
     "is_of_the_user",
@@ -86,7 +91,7 @@ _Key = TypeVar("_Key")
 _Answer = TypeVar("_Answer")
 
 
-def _cached(function: Callable[[_Key], _Answer]) -> Callable[[_Key], _Answer]:
+def cached(function: Callable[[_Key], _Answer]) -> Callable[[_Key], _Answer]:
     """Remember the answers of a function of a class, a module's name or a function's code: asked of every object."""
     return functools.lru_cache(maxsize=4096)(function)
 
@@ -124,7 +129,8 @@ class DictItems:
         self._owner = owner
         # A subclass may override what these do.
         self._base: Any = OrderedDict if isinstance(owner, OrderedDict) else dict
-        self.kept = dict(self._base.items(owner))
+        # An ordered dictionary has an order of its own, which a copy as a dictionary would miss.
+        self.kept: dict[Any, Any] = dict(self._base.items(owner)) if self._base is OrderedDict else dict.copy(owner)
         self._factory = owner.default_factory if isinstance(owner, collections.defaultdict) else None
 
     def changed(self) -> bool:
@@ -166,7 +172,7 @@ class ManyItems:
     """The items of the containers in a long container: too many for a record of each."""
 
     def __init__(self, owners: list[Any]) -> None:
-        self._owners, self._kept = owners, [copy.copy(owner) for owner in owners]
+        self._owners, self._kept = owners, [owner.copy() for owner in owners]
 
     def changed(self) -> bool:
         return any(self._differs(owner, kept) for owner, kept in zip(self._owners, self._kept, strict=True))
@@ -182,6 +188,25 @@ class ManyItems:
             if self._differs(owner, kept):
                 owner.clear()
                 owner.update(kept) if type(owner) is dict else owner.extend(kept)
+
+
+class NamedItems:
+    """The entries of some names in a namespace, such as the global variables that a function uses."""
+
+    def __init__(self, owner: dict[str, Any], names: Iterable[str]) -> None:
+        self._owner, self._names = owner, list(names)
+        self.kept = {name: owner[name] for name in self._names if name in owner}
+
+    def changed(self) -> bool:
+        missing = object()
+        get, kept = self._owner.get, self.kept.get
+        return any(get(name, missing) is not kept(name, missing) for name in self._names)
+
+    def restore(self) -> None:
+        if self.changed():
+            for name in self._names:
+                self._owner.pop(name, None)
+            self._owner.update(self.kept)
 
 
 class SetItems:
@@ -498,14 +523,60 @@ class ComparedItems:
         ]
 
 
-class ComparedArray:
-    """The contents of a numpy array of a library, to be compared only."""
+class WatchedTensors:
+    """Tensors that are compared by their versions, which all changes in place by torch's functions increase."""
 
-    def __init__(self, owner: np.ndarray[Any, Any]) -> None:
-        self._record = ArrayContent(owner)
+    def __init__(self, tensors: list[Tensor]) -> None:
+        self._tensors, self._versions = tensors, [tensor._version for tensor in tensors]
 
     def changed_parts(self) -> list[str]:
-        return [""] if self._record.changed() else []
+        return [""] if self._versions != [tensor._version for tensor in self._tensors] else []
+
+
+class CheckedArray:
+    """The contents of an array, compared by a checksum: that takes no memory, and less time than a copy."""
+
+    def __init__(self, owner: np.ndarray[Any, Any]) -> None:
+        self._owner, self._kept = owner, self._state(owner)
+
+    @staticmethod
+    def _state(owner: np.ndarray[Any, Any]) -> Any:
+        checksum = 0
+        # In pieces, so that no copy is made of an array whose elements are apart in memory.
+        flags: Any = ["external_loop", "buffered", "grow_inner", "zerosize_ok"]
+        pieces: Any = np.nditer(np.asarray(owner), flags=flags, order="C", buffersize=2**16)
+        for piece in pieces:
+            checksum = zlib.crc32(piece.view(np.uint8), checksum)
+        return owner.shape, owner.dtype, checksum
+
+    def changed_parts(self) -> list[str]:
+        return [""] if self._state(self._owner) != self._kept else []
+
+
+class CheckedTensor:
+    """The memory of a tensor, compared by a checksum.
+
+    An array of numpy that shares the memory changes it without a new version of the tensor, and so does ``.data``.
+    """
+
+    def __init__(self, owner: Tensor) -> None:
+        self._owner, self._kept = owner, self._state(owner)
+
+    @staticmethod
+    def _state(owner: Tensor) -> Any:
+        own = own_part(owner)
+        size = own.numel() * own.element_size()
+        # A storage can be freed; only that of a plain tensor is known to be at its address.
+        if type(own) is not Tensor or own.device.type != "cpu" or own.layout != torch.strided or own.data_ptr() == 0:
+            return None
+        if not own.is_contiguous() or own.untyped_storage().nbytes() < size:
+            return None
+        # Not through `numpy`, after which the storage could not be resized any more.
+        memory = (ctypes.c_char * size).from_address(own.data_ptr())
+        return own.shape, own.dtype, zlib.crc32(memory)
+
+    def changed_parts(self) -> list[str]:
+        return [""] if self._state(self._owner) != self._kept else []
 
 
 def is_cache(name: Any) -> bool:
@@ -618,7 +689,7 @@ _READING = frozenset(
 )
 
 
-@_cached
+@cached
 def may_be_stream(kind: type) -> bool:
     """Whether instances of a class may be streams; asked of every attribute, and so remembered."""
     if issubclass(kind, (io.IOBase, *_QUEUES)):
@@ -678,6 +749,7 @@ RANDOM_GENERATORS = (torch.Generator, np.random.Generator, np.random.BitGenerato
 
 # Classes of the standard library that hold data and nothing else.
 _PLAIN = (
+    threading.local,
     types.SimpleNamespace,
     argparse.Namespace,
     collections.UserDict,
@@ -697,7 +769,7 @@ def root_of(kind: type) -> str:
     return str(getattr(kind, "__module__", "")).partition(".")[0]
 
 
-@_cached
+@cached
 def is_opaque(kind: type) -> bool:
     """Whether a class runs training, or is used by other threads: its instances are left alone."""
     if issubclass(kind, nn.Module):
@@ -716,13 +788,13 @@ def is_of_standard_library(kind: type) -> bool:
     return root_of(kind) in sys.stdlib_module_names and root_of(kind) != "__main__"
 
 
-@_cached
+@cached
 def is_user_made(kind: type) -> bool:
     """Whether a class is of the user's making: its attributes are data, not the machinery of a library."""
     return issubclass(kind, _PLAIN) or (not is_opaque(kind) and is_of_the_user(str(kind.__module__)))
 
 
-@_cached
+@cached
 def is_of_the_user(module: str) -> bool:
     """Whether a module is neither of the standard library nor installed."""
     root = module.partition(".")[0]
@@ -736,14 +808,16 @@ def is_of_the_user(module: str) -> bool:
 
 def attributes_of(value: Any) -> dict[str, Any] | None:
     """Return the dictionary of an object's attributes, past whatever its class thinks of it."""
+    # The attributes of this thread.
+    base: Any = threading.local if isinstance(value, threading.local) else object
     try:
-        attributes = object.__getattribute__(value, "__dict__")
+        attributes = base.__getattribute__(value, "__dict__")
     except AttributeError:
         return None
     return attributes if isinstance(attributes, dict) else None
 
 
-@_cached
+@cached
 def slot_names(kind: type) -> tuple[str, ...]:
     """Return the names of the slots that the user's classes among the bases of a class define."""
     return tuple(
@@ -754,7 +828,7 @@ def slot_names(kind: type) -> tuple[str, ...]:
     )
 
 
-@_cached
+@cached
 def names_in(code: types.CodeType) -> tuple[str, ...]:
     """Return the global names that a function uses, and those of functions inside it."""
     inner = (names_in(constant) for constant in code.co_consts if isinstance(constant, types.CodeType))
