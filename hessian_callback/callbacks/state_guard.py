@@ -46,8 +46,9 @@ def preserve_training_state(trainer: Trainer, pl_module: LightningModule) -> Ite
 
     Afterwards, also if an exception passes through, everything that follows is as before, bit for bit: parameters,
     buffers, ``.grad``, modes, hooks, ``requires_grad``, attributes of all modules with the containers, tensors,
-    metrics, files and generators in them, the state of optimizers, learning-rate schedulers and the data module, the
-    trainer's own settings, and the global random generators. Callbacks and loggers are not restored.
+    metrics, files and generators in them, global variables that the user's functions name, the state of optimizers,
+    learning-rate schedulers and the data module, the trainer's own settings, and the global random generators.
+    Callbacks and loggers are not restored.
 
     Args:
         trainer: the running trainer.
@@ -58,7 +59,7 @@ def preserve_training_state(trainer: Trainer, pl_module: LightningModule) -> Ite
         `Snapshot.restore_loss_state` makes a function of a loss that changes state.
 
     Raises:
-        UnrestorableStateError: if the block changed a tensor in place that was too large to copy, or read a stream
+        UnrestorableStateError: if the block changed a tensor or array in place that was not copied, or read a stream
             that cannot be rewound.
     """
     # A forward pass leaves the outermost module unsharded, with parameters that stand in for the real ones.

@@ -139,7 +139,7 @@ def preserve_state(model: nn.Module, *others: Any) -> Iterator[Snapshot]:
         The snapshot. `Snapshot.remember` adds objects to it.
 
     Raises:
-        UnrestorableStateError: if the block changed a tensor in place that was too large to copy, or read a stream
+        UnrestorableStateError: if the block changed a tensor or array in place that was not copied, or read a stream
             that cannot be rewound.
 
     Example:
@@ -366,8 +366,8 @@ class Snapshot:
         if changed:
             raise UnrestorableStateError(
                 f"the loss, or the loading of its samples, changed {next(iter(changed.values()))} in place, which a "
-                f"measurement must not do to a run; it was too large to copy. {REMEDY}, or dataloader=..., a loader of "
-                "its own data"
+                f"measurement must not do to a run; it was not copied, because it is too large or a library's object "
+                f"holds it. {REMEDY}, or dataloader=..., a loader of its own data"
             )
 
     def restore_loss_state(self) -> None:
@@ -862,6 +862,9 @@ def _method_for(kind: type) -> Callable[..., None] | None:
     for kinds, method in _METHODS:
         if issubclass(kind, kinds):
             return method
+    if is_user_made(kind):
+        return _Walk._object
     # The objects of the standard library are mostly machinery, such as threads and loggers, or values, such as paths.
-    machinery = is_opaque(kind) or (is_of_standard_library(kind) and not is_user_made(kind))
-    return None if machinery else _Walk._object
+    # Those of other libraries that have no attributes are values as well, such as numbers of numpy.
+    left_alone = is_opaque(kind) or is_of_standard_library(kind) or kind.__dictoffset__ == 0
+    return None if left_alone else _Walk._object

@@ -9,15 +9,19 @@ import collections
 import copy
 import io
 import itertools
+import multiprocessing
 import random
+import types
 from collections.abc import Callable
-from typing import Any
+from multiprocessing import shared_memory
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from hessian_callback.measurement.errors import SampleError
 from hessian_callback.operators.product_check import WrongProductError
@@ -280,7 +284,219 @@ def test_an_iterator_over_other_data_is_not_read(tmp_path: Any) -> None:
     assert "loss_fn=" in callback.history[-1].reason
 
 
+class Noisy(Net):
+    """Holds more lists than are visited, and a generator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.deep = [[number] for number in range(250_000)], {"rng": [random.Random(0)]}
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return super().training_step((batch[0] + self.deep["rng"][0].random(), batch[1]), batch_idx)
+
+
+def test_a_long_table_of_a_module_is_named_and_hides_no_generator(tmp_path: Any) -> None:
+    with pytest.warns(UserWarning, match=r"Noisy\.table\[\.\.\.\] holds too many objects or bytes to be compared"):
+        assert_trains_alike(tmp_path, Noisy, look=lambda m: m.deep["rng"][0].getstate())
+
+
+class Cumulative(Net):
+    """Changes an array or tensor that is too large to copy."""
+
+    def __init__(self, bank: Any) -> None:
+        super().__init__()
+        self.bank = bank
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        memory = self.bank.numpy() if isinstance(self.bank, torch.Tensor) else self.bank
+        memory[-1] += 1
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize("kind", ["array", "tensor"])
+def test_a_large_array_that_a_loss_changes_is_named(kind: str, tmp_path: Any) -> None:
+    bank: Any = np.zeros(9_000_000) if kind == "array" else torch.zeros(9_000_000, dtype=torch.float64)
+    callback, module = measure(at_steps=[3]), seeded(Cumulative, bank=bank)
+    with pytest.warns(UserWarning, match="the loss changes") as caught:
+        trainer(tmp_path, callback, max_epochs=1).fit(module, *plain_loaders())
+    texts = [str(warning.message) for warning in caught]
+    assert any("the loss changes Cumulative.bank" in text and "too large to copy" in text for text in texts)
+    assert any(f"changed the {kind} Cumulative.bank in place" in text and "loss_fn=" in text for text in texts)
+    assert not any("holds too many" in text for text in texts)
+    assert "Cumulative.bank" in callback.history[-1].reason
+
+
+# -- global variables --------------------------------------------------------------------------------
+
+
+class Totals:
+    steps = 0
+
+
+STEPS, LOG, RECENT, TABLE = 0, [0], collections.deque([0], maxlen=3), {"n": {"deep": [0]}}
+LAST, COUNTER = None, collections.Counter()  # type: ignore[var-annotated]
+SUMS, AVERAGE, LABELS = np.zeros(3), torch.zeros(3), {0}
+NUMBERS, METER, TEACHER = itertools.count(), types.SimpleNamespace(total=0), nn.BatchNorm1d(5, affine=False)
+AUGMENT = types.SimpleNamespace(rng=random.Random(0))
+
+
+def reset() -> None:
+    global STEPS, NUMBERS, LAST
+    STEPS, NUMBERS, LAST, Totals.steps = 0, itertools.count(), None, 0
+    for container in (LOG, RECENT, COUNTER, LABELS):
+        container.clear()
+    LOG.append(0)
+    TABLE["n"]["deep"][0] = METER.total = 0
+    SUMS.fill(0)
+    AVERAGE.fill_(0)
+    AUGMENT.rng.seed(0)
+    TEACHER.reset_running_stats()
+
+
+def note(y: Any) -> None:
+    """Change all global variables of this module."""
+    global STEPS, LAST
+    STEPS += 1
+    LAST = y
+    Totals.steps += 1
+    LOG.append(1)
+    RECENT.append(int(y[0]))
+    TABLE["n"]["deep"][0] += 1
+    COUNTER.update(y.tolist())
+    LABELS.update(y.tolist())
+    SUMS[:] += 1
+    AVERAGE.mul_(0.9).add_(1)
+    METER.total += next(NUMBERS)
+
+
+class Global(Net):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        note(batch[1])
+        x = TEACHER.train()(batch[0]) + AUGMENT.rng.random() + 1 / len(LOG)
+        return super().training_step((x, batch[1]), batch_idx)
+
+    @staticmethod
+    def look(_: Any) -> Any:
+        return {
+            "numbers": [STEPS, Totals.steps, METER.total, next(NUMBERS)],
+            "lists": [list(LOG), list(RECENT), TABLE["n"]["deep"], dict(COUNTER), sorted(LABELS), SUMS.copy()],
+            "tensors": [AVERAGE.clone(), TEACHER.running_mean.clone(), LAST],
+            "random": AUGMENT.rng.getstate(),
+        }
+
+
+def test_global_variables_that_a_step_changes_are_restored(tmp_path: Any) -> None:
+    def make() -> Any:
+        reset()
+        return Global()
+
+    assert_trains_alike(tmp_path, make, look=Global.look)
+
+
 # -- data --------------------------------------------------------------------------------------------
+
+
+class Rows(Dataset[Any]):
+    """The rows of `data`, shifted by what a state makes of each."""
+
+    def __init__(self, state: Any, shift: Callable[[Any, int], float], **more: Any) -> None:
+        self.rows, self.shift = data(), shift
+        vars(self).update(more)
+        # Behind the others.
+        self.parts = {"inner": [state]}
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Any:
+        x, y = self.rows[index]
+        return x + self.shift(self.parts["inner"][0], index), y
+
+
+class Sample(NamedTuple):
+    path: str
+    label: int
+
+
+LONG: dict[str, Callable[[range], Any]] = {
+    "tuples": lambda numbers: [(f"{number}.png", number % 3) for number in numbers],
+    "paths": lambda numbers: [(Path(f"{number}.png"), number % 3) for number in numbers],
+    "named tuples": lambda numbers: [Sample(f"{number}.png", number % 3) for number in numbers],
+    "dictionary": lambda numbers: {number: (f"{number}.png", np.float32(number)) for number in numbers},
+    "deque": lambda numbers: collections.deque((f"{number}.png", number % 3) for number in numbers),
+    "set": lambda numbers: {(f"{number}.png", number % 3) for number in numbers},
+    "array": lambda numbers: np.array([f"{number}.png" for number in numbers], dtype=object),
+}
+
+
+@pytest.mark.parametrize("kind", LONG)
+def test_a_long_list_of_files_hides_no_generator(kind: str, tmp_path: Any, recwarn: pytest.WarningsRecorder) -> None:
+    samples = LONG[kind](range(250_000))
+
+    def loaders() -> tuple[Any, Any]:
+        rows = Rows(random.Random(0), lambda rng, _: rng.random(), samples=samples)
+        return DataLoader(rows, batch_size=8), loader(seed=1)
+
+    assert_trains_alike(tmp_path, Net, loaders, choice={"dataloader": "train", "num_samples": 16})
+    assert not [str(w.message) for w in recwarn if "holds too many" in str(w.message)]
+
+
+def count_up(values: Any, index: int) -> float:
+    values[index % len(values)] += 1
+    return float(values[index % len(values)])
+
+
+@pytest.mark.parametrize("kind", ["array", "view", "tensor"])
+def test_a_large_array_that_the_loading_of_samples_changes_is_named(kind: str, tmp_path: Any) -> None:
+    values: Any = np.zeros(200_000) if kind == "array" else np.zeros((2, 200_000)).T[:, 0]
+    if kind == "tensor":
+        values = torch.zeros(200_000)
+    rows = Rows(values, count_up)
+    callback = measure(dataloader="train", num_samples=16)
+    with pytest.warns(UserWarning, match=r"changed the \w+ Rows\.parts\['inner'\]\[0\] in place.*dataloader="):
+        trainer(tmp_path, callback, max_epochs=1).fit(seeded(), DataLoader(rows, batch_size=8), loader(seed=1))
+    assert "it was not copied, because it is too large" in callback.history[0].reason
+
+
+class Shared:
+    """The first byte of memory with a name."""
+
+    def __init__(self) -> None:
+        self.memory = shared_memory.SharedMemory(create=True, size=8)
+        self.memory.buf[:8] = bytes(8)
+
+    def add(self) -> float:
+        self.memory.buf[0] += 1
+        return float(self.memory.buf[0])
+
+    def __del__(self) -> None:
+        self.memory.close()
+        self.memory.unlink()
+
+
+def count_value(value: Any, _: int) -> float:
+    value.value += 1
+    return float(value.value)
+
+
+SHARED: dict[str, tuple[Callable[[], Any], Callable[[Any, int], float]]] = {
+    "value": (lambda: multiprocessing.Value("i", 0), count_value),
+    "raw value": (lambda: multiprocessing.RawValue("d", 0), count_value),
+    "array": (lambda: multiprocessing.Array("d", 7), count_up),
+    "raw array": (lambda: multiprocessing.RawArray("i", 7), count_up),
+    "tensor": (lambda: torch.zeros(7).share_memory_(), count_up),
+    "memory with a name": (Shared, lambda shared, _: shared.add()),
+}
+
+
+@pytest.mark.parametrize("kind", SHARED)
+def test_memory_that_processes_share_is_restored(kind: str, tmp_path: Any) -> None:
+    make, shift = SHARED[kind]
+
+    def loaders() -> tuple[Any, Any]:
+        return DataLoader(Rows(make(), shift), batch_size=8), loader(seed=1)
+
+    assert_trains_alike(tmp_path, Net, loaders, choice={"dataloader": "train", "num_samples": 16})
 
 
 class Lines(IterableDataset[Any]):

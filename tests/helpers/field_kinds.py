@@ -37,6 +37,36 @@ SITUATIONS: list[tuple[str, str, str]] = [
         f"{_CALLBACKS}field_state.py::test_state_of_every_kind_in_a_module_is_restored",
     ),
     (
+        "global variables that a step or a data set names: containers, arrays, objects, numbers, iterators",
+        "restored",
+        f"{_CALLBACKS}field_state.py::test_global_variables_that_a_step_changes_are_restored",
+    ),
+    (
+        "memory that processes share: `multiprocessing.Value` and `Array`, raw ones, tensors, memory with a name",
+        "restored",
+        f"{_CALLBACKS}field_state.py::test_memory_that_processes_share_is_restored",
+    ),
+    (
+        "a generator in a data set beside its list of 250,000 files",
+        "restored",
+        f"{_CALLBACKS}field_state.py::test_a_long_list_of_files_hides_no_generator",
+    ),
+    (
+        "more than 200,000 objects that may change",
+        "detected: those that are not compared are named",
+        f"{_CALLBACKS}field_state.py::test_a_long_table_of_a_module_is_named_and_hides_no_generator",
+    ),
+    (
+        "an array or tensor too large to copy that a loss changes",
+        "detected: `loss_fn`",
+        f"{_CALLBACKS}field_state.py::test_a_large_array_that_a_loss_changes_is_named",
+    ),
+    (
+        "one that the loading of samples changes",
+        "detected: `dataloader=my_loader`",
+        f"{_CALLBACKS}field_state.py::test_a_large_array_that_the_loading_of_samples_changes_is_named",
+    ),
+    (
         "attributes hung on parameters",
         "restored",
         f"{_MEASUREMENT}state_guard.py::test_attributes_hung_on_parameters_are_restored",

@@ -8,6 +8,7 @@ import functools
 import importlib
 import io
 import itertools
+import mmap
 import os
 import queue
 import random
@@ -293,6 +294,27 @@ def test_a_tensor_in_a_long_container_is_watched() -> None:
         preserve_state(module),
     ):
         module.buffer[7][0].add_(1)
+
+
+def test_what_is_too_much_to_be_compared_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(state_guard, "_VISITED", 3000)
+    monkeypatch.setattr(state_guard, "_CHECKED_BYTES_TOTAL", 2**20)
+    module = nn.Linear(1, 1)
+    module.points = [Point(number) for number in range(5000)]
+    module.frames = np.zeros(2**24)
+    module.near = near = Point(0)
+    with preserve_state(module) as snapshot:
+        assert set(snapshot.unchecked()) == {"Linear.points[...]", "Linear.frames"}
+        near.value = module.points[0].value = 7
+    assert (near.value, module.points[0].value) == (0, 0)
+
+
+def test_nothing_is_named_where_all_is_compared() -> None:
+    module = nn.Linear(1, 1)
+    module.points = [Point(number) for number in range(5000)]
+    module.samples = [(Path(str(number)), (number, str(number))) for number in range(300_000)]
+    with preserve_state(module) as snapshot:
+        assert snapshot.unchecked() == []
 
 
 # -- tensors -----------------------------------------------------------------------------------------
@@ -679,6 +701,31 @@ def test_the_bytes_behind_a_view_are_restored() -> None:
     assert bytes(module.view) == bytes(2)
 
 
+def test_mapped_memory_and_attributes_of_a_thread_are_restored() -> None:
+    module = nn.Linear(1, 1)
+    module.mapped, module.local = mmap.mmap(-1, 8), threading.local()
+    module.local.calls = [0]
+    with preserve_state(module):
+        module.mapped[0] = 1
+        module.local.calls.append(1)
+        module.local.more = 1
+    assert bytes(module.mapped) == bytes(8)
+    assert vars(module.local) == {"calls": [0]}
+    module.mapped.close()
+
+
+def test_objects_in_the_fields_of_an_array_are_restored() -> None:
+    module, entry = nn.Linear(1, 1), [0]
+    module.values = np.array([(1, entry), (2, [0])], dtype=[("number", "i4"), ("entry", object)])
+    with preserve_state(module):
+        entry.append(1)
+        module.values["number"] = 7
+        module.values["entry"][1] = None
+    assert entry == [0]
+    assert module.values["number"].tolist() == [1, 2]
+    assert module.values["entry"][1] == [0]
+
+
 @pytest.mark.parametrize("mode", ["r", "rb", "r+", "memory", "bytes in memory"])
 def test_files_go_on_where_they_were(mode: str, tmp_path: Path) -> None:
     path = tmp_path / "lines"
@@ -833,6 +880,48 @@ def test_random_generators_in_closures_and_global_variables_are_restored() -> No
     assert collate(None) == expected
 
 
+OTHER_MODULE = """
+CALLS, SEEN = 0, []
+def note():
+    global CALLS, LATE
+    CALLS += 1; LATE = 1; SEEN.append(1)
+"""
+
+
+@pytest.mark.parametrize("how", ["function", "attribute"])
+def test_global_variables_of_another_module_are_restored(how: str, tmp_path: Path) -> None:
+    (tmp_path / "globals_of_a_test.py").write_text(OTHER_MODULE)
+    sys.path.insert(0, str(tmp_path))
+    try:
+        other = importlib.import_module("globals_of_a_test")
+    finally:
+        sys.path.remove(str(tmp_path))
+        sys.modules.pop("globals_of_a_test", None)
+    sys.modules["globals_of_a_test"] = other
+    code = (
+        "def collate(rows):\n    other.note()" if how == "function" else "def collate(rows):\n    other.SEEN.append(1)"
+    )
+    namespace: dict[str, Any] = {"other": other, "__name__": "__main__"}
+    exec(code, namespace)
+    try:
+        with Snapshot() as snapshot:
+            snapshot.remember(namespace["collate"])
+            namespace["collate"](None)
+    finally:
+        del sys.modules["globals_of_a_test"]
+    assert (other.CALLS, other.SEEN, hasattr(other, "LATE")) == (0, [], False)
+
+
+def test_an_object_of_a_library_in_a_global_variable_is_named(library: Any) -> None:
+    namespace: dict[str, Any] = {"SIMULATOR": library.Simulator(), "__name__": "__main__"}
+    exec("def collate(rows):\n    SIMULATOR.step()\n    SIMULATOR.rng.random()", namespace)
+    with suppress(UnrestorableStateError), Snapshot() as snapshot:
+        snapshot.remember(namespace["collate"], restore_libraries=True)
+        namespace["collate"](None)
+        assert "SIMULATOR.steps" in snapshot.changes()
+    assert namespace["SIMULATOR"].rng.random() == library.Simulator().rng.random()
+
+
 # -- signals -----------------------------------------------------------------------------------------
 
 
@@ -940,6 +1029,43 @@ def test_a_large_tensor_is_watched(monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         change()
     assert found == ["BatchNorm1d.running_mean"]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: np.zeros((90, 110)).T,
+        lambda: np.zeros((100, 200))[::2, ::3],
+        lambda: np.zeros(9_000, dtype="datetime64[s]"),
+        lambda: np.zeros(9_000, dtype=[("a", "i4"), ("b", "f8")]),
+        lambda: np.zeros(9_000).view(np.recarray),
+    ],
+    ids=["transposed", "strided", "dates", "records", "subclass"],
+)
+def test_a_large_array_is_watched(make: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(state_guard, "_COPIED_BYTES", 8)
+    module, values = nn.Linear(1, 1), make()
+    module.values = values
+    with preserve_state(module) as snapshot:
+        assert snapshot.changes() == []
+
+    def change() -> None:
+        with preserve_state(module):
+            np.random.default_rng(0).shuffle(values)
+            values[values.shape[0] // 2] = np.ones((), values.dtype)
+
+    with pytest.raises(UnrestorableStateError, match=r"changed the array Linear\.values in place.*loss_fn="):
+        change()
+
+
+def test_a_large_tensor_can_be_resized_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checksum through numpy would make its storage one that cannot be resized."""
+    monkeypatch.setattr(state_guard, "_COPIED_BYTES", 8)
+    module = nn.Linear(1, 1)
+    module.values = torch.zeros(9)
+    with preserve_state(module):
+        pass
+    assert module.values.resize_(20).shape == (20,)
 
 
 def test_hooks_alone() -> None:
