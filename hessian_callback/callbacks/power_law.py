@@ -35,7 +35,15 @@ from hessian_callback.callbacks.run_measurer import RunMeasurer
 from hessian_callback.callbacks.run_prediction import RunPrediction
 from hessian_callback.callbacks.sample_source import SampleSource
 from hessian_callback.callbacks.schedule import MeasurementSchedule
-from hessian_callback.callbacks.trainer_state import EpochClock, Hook, Run, callbacks_of, is_last, logged_step
+from hessian_callback.callbacks.trainer_state import (
+    EpochClock,
+    Hook,
+    Run,
+    callbacks_of,
+    is_last,
+    logged_step,
+    values_are_read_after_validation,
+)
 from hessian_callback.callbacks.training_problem import ranks_of
 from hessian_callback.callbacks.training_weights import may_exchange_weights
 from hessian_callback.linalg.distributed import PeerError, Ranks
@@ -332,13 +340,13 @@ class PowerLawHessianCallback(CallbackBase):
             # A run from the start: nothing of an earlier one of this trainer may be left.
             self.history = [entry for entry in self.history if entry.when == "validate"]
             self.schedule.reset()
-        # Lightning's EarlyStopping and ModelCheckpoint decide in the same way where to look.
-        simple = trainer.val_check_interval == 1.0 and trainer.check_val_every_n_epoch == 1
+        # Ranks may differ in their callbacks, and must measure together.
+        after_validation = ranks_of(trainer).any(values_are_read_after_validation(trainer, pl_module))
         place = self.schedule.at_train_start(
             epoch=trainer.current_epoch,
             step=trainer.global_step,
             history=self.history,
-            after_validation=trainer.enable_validation and not simple,
+            after_validation=after_validation,
         )
         if place is not None:
             self._measure(trainer, pl_module, place, "on_train_start")
@@ -366,7 +374,7 @@ class PowerLawHessianCallback(CallbackBase):
             self._measure_if_affordable(trainer, pl_module, place, "on_train_batch_end")
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure in ``trainer.validate()``, and if monitoring callbacks look after validation."""
+        """Measure in ``trainer.validate()``, and if values are read after validation."""
         if not self._active or trainer.sanity_checking:
             return
         self._validated_at = trainer.global_step
@@ -379,7 +387,7 @@ class PowerLawHessianCallback(CallbackBase):
             self.run_measurer.weights.discard()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure if monitoring callbacks look after the training epoch, or the epoch had no validation."""
+        """Measure if values are read after the training epoch only, or the epoch had no validation."""
         if not self._active:
             return
         epoch_seconds = self._epoch.seconds(self.schedule.time.spent)

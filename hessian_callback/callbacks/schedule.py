@@ -195,7 +195,7 @@ class MeasurementSchedule:
 
     - `at_train_start` before the first step of a run or of its resumed part;
     - `at_batch_end` after each training batch;
-    - `at_validation_end` after each validation in a run whose monitoring callbacks look then;
+    - `at_validation_end` after each validation;
     - `at_epoch_end` after each training epoch;
     - `at_train_end` at the end.
 
@@ -203,9 +203,10 @@ class MeasurementSchedule:
     the measurement in `begin` and `finish`. A measurement that was begun but not finished, because the process had to
     end, is *owed*: the state contains its place, and `at_train_start` of the resumed run returns it.
 
-    An end of an epoch is measured after its validation if monitoring callbacks look then, which is so if validation
-    does not simply end every epoch (``val_check_interval`` other than 1, ``check_val_every_n_epoch`` above 1). An epoch
-    that is due but has no validation is measured when its training ends.
+    An end of an epoch is measured after its validation if values are read then: if validation does not simply end every
+    epoch (``val_check_interval`` other than 1, ``check_val_every_n_epoch`` above 1), if EarlyStopping or
+    ModelCheckpoint are told to look then, or if another callback has the hook ``on_validation_end``. An epoch that is
+    due but has no validation is measured when its training ends.
 
     Args:
         every_n_epochs: as in `Cadence`.
@@ -265,7 +266,7 @@ class MeasurementSchedule:
             epoch: number of the current epoch.
             step: optimizer steps taken so far.
             history: the measurements so far.
-            after_validation: whether monitoring callbacks look after validation, and not after training epochs.
+            after_validation: whether logged values are read after validations, and not after training epochs only.
 
         Returns:
             The owed place if no step was taken since; else the start of the run if it is due and was not measured.
@@ -286,7 +287,7 @@ class MeasurementSchedule:
         return _unmeasured(Place(epoch, step, "step"), history) if self.cadence.at_step(before, step) else None
 
     def at_validation_end(self, *, epoch: int, step: int, history: Sequence[Placed]) -> Place | None:
-        """Return the place after a validation if the epoch is due and monitoring callbacks look then."""
+        """Return the place after a validation if the epoch is due and values are read then."""
         due = self._after_validation and self.cadence.at_epoch(epoch, _last_epoch(history))
         return _unmeasured(Place(epoch, step, "epoch"), history) if due else None
 

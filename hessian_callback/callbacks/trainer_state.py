@@ -11,7 +11,19 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from hessian_callback.callbacks.lightning_packages import CallbackBase, Trainer
 from hessian_callback.measurement.measurement import Measurement
 
-__all__ = ["EpochClock", "Hook", "Run", "callbacks_of", "is_last", "logged_step"]
+__all__ = [
+    "EpochClock",
+    "Hook",
+    "Run",
+    "callbacks_of",
+    "has_own_hook",
+    "is_last",
+    "logged_step",
+    "values_are_read_after_validation",
+]
+
+# Packages whose callbacks and modules are known.
+_KNOWN = ("lightning.", "pytorch_lightning.", "hessian_callback.")
 
 
 #: The hooks of Lightning in which measurements are made.
@@ -22,6 +34,40 @@ def callbacks_of(trainer: Trainer) -> list[CallbackBase]:
     """Return the trainer's callbacks."""
     callbacks: list[CallbackBase] = trainer.callbacks  # type: ignore[attr-defined]
     return callbacks
+
+
+def has_own_hook(one: Any, hook: str) -> bool:
+    """Return whether an object has a hook of its own, or its class has one that isn't Lightning's or this package's.
+
+    Example:
+        >>> from lightning.pytorch.callbacks import EarlyStopping, LambdaCallback
+        >>> has_own_hook(EarlyStopping("x"), "on_validation_end")
+        False
+        >>> has_own_hook(LambdaCallback(on_validation_end=print), "on_validation_end")
+        True
+    """
+    if hook in vars(one):
+        return True
+    owner = next((base for base in type(one).__mro__ if hook in vars(base)), None)
+    return owner is not None and not owner.__module__.startswith(_KNOWN)
+
+
+def values_are_read_after_validation(trainer: Trainer, pl_module: Any) -> bool:
+    """Return whether anyone may read logged values after a validation, and not only after a training epoch.
+
+    Lightning's EarlyStopping and ModelCheckpoint do if they are told to or if validation does not simply end every
+    epoch. The hook ``on_validation_end`` of any other callback, and of the module, may.
+    """
+    if not trainer.enable_validation:
+        return False
+    # A trainer whose interval is a time does not have the attribute.
+    if getattr(trainer, "val_check_interval", None) != 1.0 or trainer.check_val_every_n_epoch != 1:
+        return True
+    told = ("_check_on_train_epoch_end", "_save_on_train_epoch_end")
+    return any(
+        any(getattr(one, name, None) is False for name in told) or has_own_hook(one, "on_validation_end")
+        for one in (*callbacks_of(trainer), pl_module)
+    )
 
 
 def is_last(trainer: Trainer) -> bool:

@@ -11,14 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from hessian_callback.callbacks.state_guard import defer_saving_signals
+from hessian_callback.callbacks.trainer_state import has_own_hook
 from hessian_callback.measurement.state_records import own_part
 
 __all__ = ["TrainingWeights", "averaging_callbacks", "may_exchange_weights"]
 
 # Hooks between the start of validation and a measurement at its end.
 _HOOKS = ("on_validation_start", "on_validation_epoch_start", "on_validation_batch_start", "on_validation_batch_end")
-# Packages whose callbacks exchange no weights in these hooks, except for those that average.
-_KNOWN = ("lightning.", "pytorch_lightning.", "hessian_callback.")
 
 
 class TrainingWeights:
@@ -105,12 +104,4 @@ def may_exchange_weights(objects: Iterable[Any]) -> bool:
         (False, True)
     """
     objects = list(objects)
-    return bool(averaging_callbacks(objects)) or any(_defines(one, hook) for one in objects for hook in _HOOKS)
-
-
-def _defines(one: Any, hook: str) -> bool:
-    """Return whether an object has a hook of its own, or its class has one from another package."""
-    if hook in vars(one):
-        return True
-    owner = next((base for base in type(one).__mro__ if hook in vars(base)), None)
-    return owner is not None and not owner.__module__.startswith(_KNOWN)
+    return bool(averaging_callbacks(objects)) or any(has_own_hook(one, hook) for one in objects for hook in _HOOKS)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import copy
 import csv
+import datetime
+import inspect
 import math
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +17,18 @@ import pytest
 import torch
 from torch import nn
 
+from hessian_callback.callbacks.edge import EdgeOfStabilityMonitor
 from hessian_callback.measurement.errors import LossError
-from tests.helpers.lightning import Callback, CSVLogger, EarlyStopping, ModelCheckpoint, TensorBoardLogger, Tuner
+from tests.helpers.lightning import (
+    Callback,
+    CSVLogger,
+    EarlyStopping,
+    LambdaCallback,
+    ModelCheckpoint,
+    TensorBoardLogger,
+    Trainer,
+    Tuner,
+)
 from tests.helpers.observed import observable, same
 from tests.helpers.toy_runs import NUM_EIGENVALUES, Net, loader, measure, seeded, trainer
 
@@ -72,6 +85,81 @@ def test_all_who_monitor_see_the_slope_of_the_same_epoch(path: str, stopper_firs
     if path != "check_val_every_n_epoch=2":
         last_of_epoch = {m.epoch: m.slope for m in callback.history[1:]}
         assert model.scheduler.seen == pytest.approx(list(last_of_epoch.values()))
+
+
+class Reader(Callback):
+    """Reads the logged slope after each validation, as pruners of tuning libraries do."""
+
+    def __init__(self, measured: Any, key: str = "hessian/slope", value: str = "slope") -> None:
+        self.seen: list[tuple[float, float]] = []
+        self._measured, self._key, self._value = measured, key, value
+
+    def on_validation_end(self, run: Any, module: Any) -> None:
+        if not run.sanity_checking:
+            last = getattr(self._measured.history[-1], self._value)
+            self.seen.append((float(run.callback_metrics[self._key]), last))
+
+
+WITHIN = {"val_check_interval": datetime.timedelta(microseconds=1)}
+# Callbacks that look after validation, and the trainer's options.
+READERS: dict[str, tuple[Callable[[Any, Any], Callback], dict[str, Any]]] = {
+    "EarlyStopping": (lambda source, path: Stopper(source, check_on_train_epoch_end=False), {}),
+    "ModelCheckpoint": (
+        lambda source, path: ModelCheckpoint(
+            path, monitor="hessian/slope", save_top_k=-1, save_on_train_epoch_end=False
+        ),
+        {"enable_checkpointing": True},
+    ),
+    "another hook": (lambda source, path: Reader(source), {"num_sanity_val_steps": 2}),
+    "hook of an instance": (
+        lambda source, path: LambdaCallback(on_validation_end=Reader(source).on_validation_end),
+        {},
+    ),
+    "intervals of time": (lambda source, path: Reader(source), WITHIN),
+    "intervals of time, told": (lambda source, path: Stopper(source, check_on_train_epoch_end=False), WITHIN),
+}
+
+
+@pytest.mark.parametrize("case", READERS)
+def test_a_reader_after_validation_sees_the_slope_of_the_same_epoch(case: str, tmp_path: Any) -> None:
+    make, options = READERS[case]
+    intervals = inspect.signature(Trainer.__init__).parameters["val_check_interval"].annotation
+    if options is WITHIN and "timedelta" not in str(intervals):
+        pytest.skip("this version of Lightning has no intervals of time")
+    callback = measure()
+    reader = make(callback, tmp_path)
+    logger = CSVLogger(tmp_path)
+    # Neither may a callback that looks after the training epoch see an old value.
+    later = Stopper(callback, mode="max", check_on_train_epoch_end=True)
+    run = trainer(tmp_path, reader, callback, later, max_epochs=3, logger=logger, **options)
+    run.fit(seeded(), loader(shuffle=True), loader(seed=1))
+
+    measured = [m for m in callback.history if m.when == "epoch"]
+    assert {m.epoch for m in measured} == {0, 1, 2}
+    assert len(measured) == (18 if options is WITHIN else 3)
+    assert len(later.seen) == 3
+    assert all(seen == last for seen, last in later.seen)
+    if isinstance(reader, ModelCheckpoint):
+        assert {float(score) for score in reader.best_k_models.values()} == {m.slope for m in measured}
+    else:
+        looked = reader if hasattr(reader, "seen") else reader.on_validation_end.__self__
+        assert looked.seen == [(m.slope, m.slope) for m in measured]
+    # The training loss is that of the same epoch as well.
+    in_epochs = dict(written(logger, "train_loss_epoch"))
+    last_of_epoch = {m.epoch: m.train_loss for m in measured}
+    assert list(last_of_epoch.values()) == pytest.approx(list(in_epochs.values()), rel=1e-6)
+
+
+@pytest.mark.parametrize("prefix", ["hessian", "edge"])
+def test_a_measurement_of_a_step_is_seen_after_the_next_validation(prefix: str, tmp_path: Any) -> None:
+    options = {"every_n_train_steps": 2, "num_samples": 32, "figures": False, "verbose": False}
+    value = {"hessian": "slope", "edge": "ratio"}[prefix]
+    source: Any = measure(**options) if prefix == "hessian" else EdgeOfStabilityMonitor(max_overhead=None, **options)
+    reader = Reader(source, f"{prefix}/{value}", value)
+    stopper = EarlyStopping(f"{prefix}/{value}", patience=100, check_on_train_epoch_end=False)
+    trainer(tmp_path, reader, stopper, source).fit(seeded(), loader(shuffle=True), loader(seed=1))
+    assert len(reader.seen) == 2
+    assert [seen for seen, _ in reader.seen] == pytest.approx([last for _, last in reader.seen], rel=1e-6)
 
 
 def test_the_start_is_in_history_and_logger_but_not_monitored(tmp_path: Any) -> None:
@@ -215,8 +303,6 @@ def test_fast_dev_run_measures_and_says_so_nowhere(tmp_path: Any) -> None:
 
 
 def test_barebones_is_left_alone(tmp_path: Any) -> None:
-    from tests.helpers.lightning import Trainer
-
     callback = measure()
     Trainer(barebones=True, max_epochs=1, callbacks=[callback], accelerator="cpu", default_root_dir=tmp_path).fit(
         seeded(), loader(), loader(seed=1)
