@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any
@@ -14,8 +13,8 @@ from hessian_callback.callbacks.lightning_packages import (
     LightningModule,
     MisconfigurationException,
     Trainer,
-    base_of,
     is_a,
+    sibling,
 )
 from hessian_callback.measurement.loss import CheckedLoss
 
@@ -115,18 +114,15 @@ def _training_step_of(pl_module: LightningModule) -> Callable[..., Any]:
             f"{name} optimises manually, so its training_step would step the optimizer instead of "
             f"returning a loss. {_REMEDY}"
         )
-    base = base_of(type(pl_module), "LightningModule") or LightningModule
-    if type(pl_module).training_step is base.training_step:
+    # Lightning's own functions: they count what it will pass, also for decorated steps and those of an instance.
+    if not sibling(pl_module, "utilities.model_helpers", "is_overridden")("training_step", pl_module):
         raise MisconfigurationException(f"{name} has no training_step to take the loss from. {_REMEDY}")
-    parameters = inspect.signature(pl_module.training_step).parameters
-    if "dataloader_iter" in parameters:
+    takes = sibling(pl_module, "utilities.signature_utils", "is_param_in_hook_signature")
+    if takes(pl_module.training_step, "dataloader_iter", explicit=True):
         raise MisconfigurationException(
             f"{name}.training_step takes the data loader's iterator, not a batch. {_REMEDY}"
         )
-    # Lightning passes the index only to a step that takes it.
-    takes_index = len(parameters) >= 2 or any(
-        parameter.kind is inspect.Parameter.VAR_POSITIONAL for parameter in parameters.values()
-    )
+    takes_index = takes(pl_module.training_step, "batch_idx", min_args=2)
 
     def training_step(module: Any, batch: Any) -> Any:
         return module.training_step(batch, 0) if takes_index else module.training_step(batch)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import types
 from typing import Any
 
 import pytest
@@ -10,22 +12,100 @@ import torch
 from hessian_callback.callbacks.module_loss import resolve_loss
 from hessian_callback.measurement.errors import LossError
 from tests.helpers.lightning import LightningModule, MisconfigurationException
+from tests.helpers.toy_runs import measure, trainer
 
 
-class Plain(LightningModule):
+class Weighted(LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(4))
+
+    def mean(self, batch: Any) -> Any:
+        return (self.weight.square() * batch).mean()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.01)
+
+
+class Plain(Weighted):
     def training_step(self, batch: Any, batch_idx: int) -> Any:
-        return batch.mean()
+        return self.mean(batch)
 
 
-class NoIndex(LightningModule):
+class NoIndex(Weighted):
     def training_step(self, batch: Any) -> Any:
-        return {"loss": batch.mean(), "logits": batch}
+        return {"loss": self.mean(batch), "logits": batch}
 
 
-class Flexible(LightningModule):
+class Flexible(Weighted):
     def training_step(self, *arguments: Any) -> Any:
         batch, _ = arguments
-        return batch.mean()
+        return self.mean(batch)
+
+
+class Keywords(Weighted):
+    def training_step(self, batch: Any, **options: Any) -> Any:
+        return self.mean(batch)
+
+
+class KeywordOnly(Weighted):
+    def training_step(self, batch: Any, *, scale: float = 1.0) -> Any:
+        return scale * self.mean(batch)
+
+
+class OtherNames(Weighted):
+    def training_step(self, data: Any, number: int) -> Any:
+        assert isinstance(number, int)
+        return self.mean(data)
+
+
+class BothKinds(Weighted):
+    def training_step(self, batch: Any, *others: Any, scale: float = 1.0, **options: Any) -> Any:
+        assert len(others) == 1
+        return scale * self.mean(batch)
+
+
+def logged(step: Any) -> Any:
+    @functools.wraps(step)
+    def call(*arguments: Any, **options: Any) -> Any:
+        return step(*arguments, **options)
+
+    return call
+
+
+class Decorated(Weighted):
+    @logged
+    def training_step(self, batch: Any, *, scale: float = 1.0) -> Any:
+        return scale * self.mean(batch)
+
+
+class DecoratedWithIndex(Weighted):
+    @logged
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return self.mean(batch) + 0 * batch_idx
+
+
+class OnInstance(Weighted):
+    """A class without a step, whose object gets one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.training_step = types.MethodType(lambda self, batch, batch_idx: self.mean(batch), self)  # type: ignore[method-assign]
+
+
+class Partial(Weighted):
+    def __init__(self) -> None:
+        super().__init__()
+        self.training_step = functools.partial(self.scaled, scale=1.0)  # type: ignore[method-assign]
+
+    def scaled(self, batch: Any, batch_idx: int, scale: float) -> Any:
+        return scale * self.mean(batch)
+
+
+STEPS = (
+    *(Plain, NoIndex, Flexible, Keywords, KeywordOnly, OtherNames, BothKinds),
+    *(Decorated, DecoratedWithIndex, OnInstance, Partial),
+)
 
 
 class Offers(Plain):
@@ -36,9 +116,7 @@ class Offers(Plain):
 @pytest.mark.parametrize(
     ("make", "loss_fn", "expected"),
     [
-        (Plain, None, 2.0),
-        (NoIndex, None, 2.0),
-        (Flexible, None, 2.0),
+        *((make, None, 2.0) for make in STEPS),
         (Offers, None, 8.0),
         (Offers, lambda module, batch: batch.max(), 2.0),
     ],
@@ -46,6 +124,15 @@ class Offers(Plain):
 def test_the_loss_that_is_found(make: Any, loss_fn: Any, expected: float) -> None:
     module = make()
     assert resolve_loss(module, loss_fn)(module, torch.full((4,), 2.0)).item() == expected
+
+
+@pytest.mark.parametrize("make", STEPS)
+def test_a_step_that_lightning_trains_is_measured(make: Any, tmp_path: Any) -> None:
+    callback = measure(num_eigenvalues=3, dataloader="train", on_error="raise")
+    batches = torch.utils.data.DataLoader(torch.rand(32, 4), batch_size=8)
+    trainer(tmp_path, callback, max_epochs=1).fit(make(), batches)
+    assert [m.when for m in callback.history] == ["fit_start", "epoch"]
+    assert all(m.slope is not None for m in callback.history)
 
 
 class Nothing(LightningModule):
