@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import itertools
+from collections.abc import Iterator
+from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -42,7 +45,7 @@ def in_full_precision(trainer: Trainer, pl_module: LightningModule) -> tuple[Lig
 
     In half precision rounding errors exceed the smaller eigenvalues of a Hessian. So a module with such parameters is
     copied, and the parameters of the copy are converted to float32: its Hessian is that of the float32 loss at the
-    same values. Any other module is returned as it is.
+    same values. Methods of the copy that were compiled run eagerly. Any other module is returned as it is.
 
     Args:
         trainer: its trainer, which the copy shares.
@@ -70,8 +73,7 @@ def in_full_precision(trainer: Trainer, pl_module: LightningModule) -> tuple[Lig
             f"{_REMEDY}"
         )
     try:
-        # Its attributes are copied as well, except for the trainer.
-        copied = copy.deepcopy(pl_module, {id(trainer): trainer})
+        copied = _copy_with_attributes(pl_module, trainer)
     except Exception as error:
         raise MisconfigurationException(f"{reason}, but the module cannot be copied ({error}): {_REMEDY}") from error
     if pl_module._trainer is not None:
@@ -79,6 +81,40 @@ def in_full_precision(trainer: Trainer, pl_module: LightningModule) -> tuple[Lig
     for parameter in copied.parameters():
         parameter.grad = None
     return copied.float(), f"float32 (a copy of {' and '.join(name for name in found if name != 'float32')})"
+
+
+def _copy_with_attributes(pl_module: LightningModule, trainer: Trainer) -> LightningModule:
+    """Copy a module with its attributes, and half-precision tensors in them as float32, except for the trainer."""
+    own = {id(tensor) for tensor in itertools.chain(pl_module.parameters(), pl_module.buffers())}
+    memo: dict[int, Any] = {id(trainer): trainer}
+    for tensor in _reachable_tensors(pl_module, trainer):
+        # Python refuses to copy results of an operation with their graph, such as losses in a list.
+        if id(tensor) not in own and (tensor.grad_fn is not None or tensor.dtype in _HALF):
+            values = tensor.detach()
+            memo[id(tensor)] = values.float() if values.dtype in _HALF else values.clone()
+    copied = copy.deepcopy(pl_module, memo)
+    # Methods that were compiled stay those of the original; Lightning compiles the steps, if the module is compiled.
+    for original in pl_module.modules():
+        for name, value in vars(original).items():
+            method = getattr(value, "_torchdynamo_orig_callable", None)
+            if isinstance(method, MethodType):
+                vars(memo[id(original)])[name] = copy.deepcopy(method, memo)
+    return copied
+
+
+def _reachable_tensors(root: Any, left_out: Any) -> Iterator[torch.Tensor]:
+    """Yield the tensors that a copy of an object would reach, without those behind another object."""
+    seen, waiting = {id(left_out)}, [root]
+    while waiting:
+        one = waiting.pop()
+        # `copy.deepcopy` does not enter these either.
+        if id(one) in seen or isinstance(one, (type, ModuleType, FunctionType, BuiltinFunctionType, str, int, float)):
+            continue
+        seen.add(id(one))
+        if isinstance(one, torch.Tensor):
+            yield one
+        else:
+            waiting.extend(gc.get_referents(one))
 
 
 def batch_in_full_precision(batch: Any) -> Any:

@@ -6,6 +6,7 @@ import gc
 import os
 import signal
 import threading
+import types
 from typing import Any
 
 import pytest
@@ -147,6 +148,60 @@ def test_a_module_that_is_compiled(tmp_path: Any) -> None:
     compiled = torch.compile(seeded(Quiet), backend="aot_eager")
     found = first_eigenvalues(tmp_path, compiled, loader(), loader(seed=1))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+
+
+class CompiledForward(Quiet):
+    def __init__(self) -> None:
+        super().__init__()
+        self.forward = torch.compile(self.forward, backend="aot_eager")  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("part", ["whole", "forward"])
+def test_a_compiled_module_in_half_precision(part: str, tmp_path: Any) -> None:
+    slopes = []
+    for compiled in (False, True):
+        model = seeded(CompiledForward if compiled and part == "forward" else Quiet)
+        if compiled and part == "whole":
+            model = torch.compile(model, backend="aot_eager")
+        callback = measure(on_error="raise")
+        run = trainer(tmp_path, callback, max_epochs=1, precision="bf16-true", limit_train_batches=1)
+        run.fit(model, loader(), loader(seed=1))
+        slopes.append([m.slope for m in callback.history])
+    assert slopes[1] == pytest.approx(slopes[0], rel=1e-5)
+
+
+class Keeps(Quiet):
+    """Collects results with their graphs, and a constant in half precision that is made at the first use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.outputs: list[Any] = []
+        self.kept = {"by": types.SimpleNamespace(last=None)}
+        self.eye: torch.Tensor | None = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.eye is None:
+            self.eye = torch.eye(5, dtype=x.dtype)
+        return self.net(x @ self.eye)
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        loss = super().training_step(batch, batch_idx)
+        self.outputs.append(loss)
+        self.kept["by"].last = (loss, loss.square())
+        return loss
+
+    def on_train_epoch_end(self) -> None:
+        assert all(loss.grad_fn is not None for loss in self.outputs)
+        self.outputs.clear()
+
+
+def test_results_and_constants_that_a_module_keeps_in_half_precision(tmp_path: Any) -> None:
+    spectra = []
+    for make in (Quiet, Keeps):
+        callback = measure(on_error="raise")
+        trainer(tmp_path, callback, precision="bf16-true").fit(seeded(make), loader(), loader(seed=1))
+        spectra.append([m.spectrum.eigenvalues for m in callback.history])
+    torch.testing.assert_close(spectra[1], spectra[0], rtol=1e-5, atol=0)
 
 
 class TwoOptimizers(LightningModule):
