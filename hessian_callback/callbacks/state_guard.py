@@ -6,6 +6,7 @@ import signal
 from collections import deque
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -40,8 +41,8 @@ _ABSENT = object()
 def preserve_training_state(trainer: Trainer, pl_module: LightningModule) -> Iterator[Snapshot]:
     """Evaluate losses of a module that is being trained, and restore all state afterwards.
 
-    Inside the block the module is in eval mode, ``log`` and ``log_dict`` do nothing, the trainer's loggers are
-    dummies, metrics do not synchronise, gradients are enabled, and hooks on gradients are removed (see
+    Inside the block the module is in eval mode, ``log`` and ``log_dict`` do nothing, the trainer's loggers log
+    nothing, metrics do not synchronise, gradients are enabled, and hooks on gradients are removed (see
     `suspend_hooks`). Signals whose handlers may save a checkpoint are deferred (see `defer_saving_signals`).
 
     Afterwards, also if an exception passes through, everything that follows is as before, bit for bit: parameters,
@@ -112,8 +113,7 @@ def _trainer_set_aside(trainer: Trainer) -> Iterator[None]:
     own = dict(vars(trainer))
     should_stop, stage, loggers = trainer.should_stop, trainer.state.stage, trainer.loggers
     try:
-        dummy = sibling(trainer, "loggers.logger", "DummyLogger")
-        trainer.loggers = [dummy() for _ in loggers]
+        trainer.loggers = [_silent(logger, sibling(trainer, "loggers.logger", "DummyLogger")) for logger in loggers]
         trainer.state.stage = RunningStage.TRAINING
         yield
     finally:
@@ -123,6 +123,22 @@ def _trainer_set_aside(trainer: Trainer) -> Iterator[None]:
         for name in vars(trainer).keys() - own.keys():
             del vars(trainer)[name]
         vars(trainer).update({name: value for name, value in own.items() if vars(trainer).get(name) is not value})
+
+
+def _silent(logger: Any, dummy: type[Any]) -> Any:
+    """Return a logger that logs nothing, and has the class, the folders and the names of another one.
+
+    ``trainer.log_dir`` depends on the class. They are read when the loss asks for them, because some loggers begin a
+    run then.
+    """
+    names = ("save_dir", "log_dir", "root_dir", "name", "version")
+    attributes = {name: property(partial(_read, logger, name)) for name in names if hasattr(type(logger), name)}
+    attributes["__class__"] = property(lambda _: type(logger))
+    return type(dummy.__name__, (dummy,), attributes)()
+
+
+def _read(logger: Any, name: str, _: Any) -> Any:
+    return getattr(logger, name)
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import copy
 import os
 import queue
 import random
+import shutil
 import signal
 import threading
 from collections import Counter, defaultdict, deque
@@ -27,7 +28,16 @@ from hessian_callback.callbacks.state_guard import (
 )
 from hessian_callback.measurement import state_guard
 from hessian_callback.measurement.state_records import UnrestorableStateError
-from tests.helpers.lightning import PACKAGE, Callback, LightningDataModule, LightningModule, SLURMEnvironment
+from tests.helpers.lightning import (
+    PACKAGE,
+    Callback,
+    CSVLogger,
+    LightningDataModule,
+    LightningModule,
+    Logger,
+    SLURMEnvironment,
+    TensorBoardLogger,
+)
 from tests.helpers.toy_runs import Net, loader, measure, seeded, trainer
 
 
@@ -264,6 +274,59 @@ def test_sigterm_is_handled_after_the_block() -> None:
 
 
 # -- the trainer -------------------------------------------------------------------------------------
+
+
+class Folders(Net):
+    """Writes a file beside the logs, as many steps do with their first batch."""
+
+    names = ("save_dir", "log_dir", "name", "version")
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        logger = self.logger
+        found = [self.trainer.log_dir, *(getattr(logger, name, None) for name in self.names)]
+        with open("folders", "a") as file:
+            print(*found, isinstance(logger, (CSVLogger, TensorBoardLogger)), file=file)
+        logger.log_metrics({"from the step": 1.0}, step=self.trainer.global_step)
+        os.makedirs(os.path.join(self.trainer.log_dir, "images"), exist_ok=True)
+        return super().training_step(batch, batch_idx)
+
+
+class Elsewhere(Logger):
+    """A logger that is none of Lightning's."""
+
+    name, version, experiment = "other", 7, None
+
+    def __init__(self, folder: Any) -> None:
+        super().__init__()
+        self.folder = str(folder / "elsewhere")
+        self.written: list[dict[str, float]] = []
+
+    @property
+    def save_dir(self) -> str:
+        return self.folder
+
+    def log_hyperparams(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+        self.written.append(dict(metrics))
+
+
+@pytest.mark.parametrize("make", [CSVLogger, TensorBoardLogger, Elsewhere])
+def test_a_step_finds_the_folders_of_its_logger_and_logs_nothing(make: Any, tmp_path: Any, monkeypatch: Any) -> None:
+    found = {}
+    for name in ("without", "with"):
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "folders").write_text("")
+        logger = make(tmp_path / "same")
+        callbacks = [measure(on_error="raise")] if name == "with" else []
+        trainer(tmp_path, *callbacks, max_epochs=1, logger=logger).fit(seeded(Folders), loader(), loader(seed=1))
+        found[name] = set((tmp_path / "folders").read_text().splitlines())
+        if isinstance(logger, Elsewhere):
+            assert sum("from the step" in row for row in logger.written) == 6
+        shutil.rmtree(tmp_path / "same")
+    assert len(found["without"]) == 1
+    assert found["with"] == found["without"]
 
 
 class Data(LightningDataModule):
