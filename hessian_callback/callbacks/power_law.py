@@ -484,7 +484,7 @@ class PowerLawHessianCallback(CallbackBase):
             prefix=self.prefix,
             history=self.history,
             values=values,
-            step=logged_step(trainer, measurement, hook),
+            step=logged_step(trainer, hook),
             can_log=hook != "on_train_start",
             prediction=self.prediction,
             states=self.run_measurer.states,

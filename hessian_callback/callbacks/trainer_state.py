@@ -81,18 +81,18 @@ def is_last(trainer: Trainer) -> bool:
     )
 
 
-def logged_step(trainer: Trainer, measurement: Measurement, hook: Hook) -> int:
-    """Return the step under which a measurement's scalars are in the logger.
+def logged_step(trainer: Trainer, hook: Hook) -> int:
+    """Return the step under which loggers get a measurement: batches with an optimizer step, as Lightning counts them.
+
+    With several optimizers, or several steps in a batch, ``trainer.global_step`` is larger.
 
     Args:
         trainer: the trainer.
-        measurement: the measurement.
         hook: the hook in which it is logged.
     """
-    if measurement.when not in ("epoch", "validate"):
-        return measurement.step
-    # Lightning subtracts one from the step of values that are logged after the training epoch.
-    return int(trainer.fit_loop.epoch_loop._batches_that_stepped) - (hook == "on_train_epoch_end")
+    # Lightning counts a batch after its hook, and subtracts one for values that are logged after the training epoch.
+    correction = {"on_train_batch_end": 1, "on_train_epoch_end": -1}.get(hook, 0)
+    return int(trainer.fit_loop.epoch_loop._batches_that_stepped) + correction
 
 
 class Run:

@@ -373,6 +373,56 @@ def test_measured_at_optimizer_steps(options: dict[str, Any], steps: list[int], 
     assert [step for step, _ in written(logger, "hessian/slope")] == steps
 
 
+class TwoSteps(Net):
+    """Two optimizers, which both step in each batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def hessian_loss(self, batch: Any) -> torch.Tensor:
+        return nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        for optimizer in self.optimizers():
+            optimizer.zero_grad()
+            loss = self.hessian_loss(batch)
+            self.manual_backward(loss)
+            optimizer.step()
+        self.log("train_loss", loss)
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.SGD(self.net[number].parameters(), lr=0.1) for number in (0, 4)]
+
+
+class EndsEarly(Callback):
+    def on_train_epoch_end(self, run: Any, module: Any) -> None:
+        run.should_stop = run.current_epoch == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "steps"),
+    [
+        ({"every_n_epochs": 3, "at_end": True}, [0, 5, 12]),
+        ({"every_n_train_steps": 12}, [0, 6, 12]),
+        ({"at_steps": [0, 8], "at_end": True}, [0, 4, 12]),
+    ],
+    ids=str,
+)
+def test_curves_count_batches_as_lightnings_do(options: dict[str, Any], steps: list[int], tmp_path: Any) -> None:
+    callback = measure(**options)
+    monitor = EdgeOfStabilityMonitor(
+        every_n_train_steps=8, optimizer=1, max_overhead=None, num_samples=32, figures=False
+    )
+    logger = CSVLogger(tmp_path)
+    run = trainer(tmp_path, callback, monitor, EndsEarly(), max_epochs=3, logger=logger)
+    run.fit(seeded(TwoSteps), loader(shuffle=True), loader(seed=1))
+    assert run.global_step == 24
+    assert [step for step, _ in written(logger, "val_loss")] == [5, 11]
+    assert [step for step, _ in written(logger, "hessian/slope")] == steps
+    assert [step for step, _ in written(logger, "edge/ratio")] == [0, 4, 8, 12]
+
+
 def test_no_step_is_measured_inside_an_accumulation(tmp_path: Any) -> None:
     gradients = {}
 
