@@ -20,6 +20,7 @@ from hessian_callback.callbacks.lightning_packages import (
     is_a,
     sibling,
 )
+from hessian_callback.measurement.inference_tensors import ordinary_tensors
 from hessian_callback.measurement.state_guard import (
     Snapshot,
     defer_signals,
@@ -70,6 +71,8 @@ def preserve_training_state(trainer: Trainer, pl_module: LightningModule) -> Ite
         # Tensors made inside must be ordinary ones, and those kept are written to again.
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
+        # Before the snapshot, which then takes the copies for the state.
+        stack.enter_context(ordinary_tensors(pl_module))
         stack.enter_context(preserve_random_state())
         stack.enter_context(_trainer_set_aside(trainer))
         stack.enter_context(eval_mode(pl_module))

@@ -118,7 +118,15 @@ class CheckedLoss:
                 f"{self.__name__} needs an attribute that the module does not have ({one_line(error)}). If a hook "
                 "of training sets it, only later measurements succeed; set it in __init__ or setup() instead"
             )
-        return LossError(f"{self.__name__} raised {one_line(error)}, {self._circumstances(model)}. {self._remedy}")
+        cause = ""
+        if "Inference tensors cannot be saved" in str(error):
+            cause = (
+                " It uses a tensor that was made under torch.inference_mode(); make it outside of that, or use "
+                "Trainer(inference_mode=False)."
+            )
+        return LossError(
+            f"{self.__name__} raised {one_line(error)}, {self._circumstances(model)}.{cause} {self._remedy}"
+        )
 
     def _circumstances(self, model: Any) -> str:
         mode = f" in {'train' if model.training else 'eval'} mode" if isinstance(model, nn.Module) else ""

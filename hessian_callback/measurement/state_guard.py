@@ -43,6 +43,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import Dataset, Sampler
 
+from hessian_callback.measurement.inference_tensors import ordinary_tensors
 from hessian_callback.measurement.state_records import (
     RANDOM_GENERATORS,
     REMEDY,
@@ -153,6 +154,7 @@ def preserve_state(model: nn.Module, *others: Any) -> Iterator[Snapshot]:
         # Tensors made inside must be ordinary ones: they are differentiated twice.
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
+        stack.enter_context(ordinary_tensors(model))
         stack.enter_context(preserve_random_state())
         stack.enter_context(eval_mode(model))
         stack.enter_context(suspend_hooks(model))
