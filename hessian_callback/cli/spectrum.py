@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +44,8 @@ def measure_module(
 ) -> Measurement:
     """Measure a module in this process, with the options of a callback.
 
-    The module's validation step and its hooks of training and validation are not called.
+    Module and data module are set up as the Trainer would do it. The module's validation step and its hooks of training
+    and validation are not called.
 
     Args:
         trainer: gives the device.
@@ -54,17 +57,19 @@ def measure_module(
     Raises:
         MisconfigurationException: if there is no loader or no loss.
     """
-    epoch, step = _load(module, ckpt_path)
     device = trainer.strategy.root_device
-    module.to(device).eval()
     source = callback.source
-    samples = collect(
-        _loader(module, datamodule, source.dataloader),
-        num_samples=source.num_samples,
-        seed=source.seed,
-        batch_size=source.batch_size,
-        batch_weight=source.batch_weight,
-    ).counted
+    with _attached(trainer, module, datamodule):
+        _set_up(module, datamodule, source.dataloader)
+        epoch, step = _load(module, ckpt_path)
+        module.to(device).eval()
+        samples = collect(
+            _loader(module, datamodule, source.dataloader),
+            num_samples=source.num_samples,
+            seed=source.seed,
+            batch_size=source.batch_size,
+            batch_weight=source.batch_weight,
+        ).counted
     model, precision = in_full_precision(trainer, module)
     batches = [_on_device(module, datamodule, batch, device) for batch in samples.batches]
     if model is not module:
@@ -85,6 +90,33 @@ def measure_module(
     return callback.measurer.measure(problem, Place(epoch, step, "validate")).measurement
 
 
+@contextmanager
+def _attached(trainer: Trainer, module: LightningModule, datamodule: LightningDataModule | None) -> Iterator[None]:
+    """Attach a module to a trainer inside the block, for hooks that ask for it; outside, it may log to none."""
+    before = module._trainer
+    module.trainer = trainer
+    trainer.strategy.connect(module)
+    if datamodule is not None:
+        datamodule.trainer = trainer
+        trainer.datamodule = datamodule  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        module.trainer = before
+
+
+def _set_up(module: LightningModule, datamodule: LightningDataModule | None, dataloader: Any) -> None:
+    """Call the hooks that build data and layers, in the Trainer's order."""
+    stage = "fit" if isinstance(dataloader, str) and dataloader == "train" else "validate"
+    if datamodule is not None:
+        datamodule.prepare_data()
+    module.prepare_data()
+    if datamodule is not None:
+        datamodule.setup(stage)
+    module.setup(stage if datamodule is None else "validate")
+    module.configure_model()
+
+
 def _load(module: LightningModule, ckpt_path: str | Path | None) -> tuple[int, int]:
     """Load the weights of a checkpoint; return its epoch and step."""
     if ckpt_path is None:
@@ -99,9 +131,6 @@ def _loader(module: LightningModule, datamodule: LightningDataModule | None, dat
     if not isinstance(dataloader, str):
         return dataloader
     owner = module if datamodule is None else datamodule
-    if datamodule is not None:
-        datamodule.prepare_data()
-        datamodule.setup("fit" if dataloader == "train" else "validate")
     name = f"{dataloader}_dataloader"
     if not _overrides(owner, name):
         raise MisconfigurationException(missing_loader(dataloader))

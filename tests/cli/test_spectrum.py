@@ -76,6 +76,55 @@ def test_transfer_hooks_of_the_data_module_run(tmp_path: Path) -> None:
     assert halved.slope != pytest.approx(plain.slope, rel=1e-4)
 
 
+class BuiltLate(Net):
+    """A module that builds its layers in a hook, from what the data module says."""
+
+    def __init__(self, hook: str) -> None:
+        super().__init__()
+        self.net = None  # type: ignore[assignment]
+        self.hook = hook
+
+    def build(self) -> None:
+        if self.net is None:
+            self.net = seeded(width=self.trainer.datamodule.width).net
+
+    def setup(self, stage: str) -> None:
+        if self.hook == "setup":
+            self.build()
+
+    def configure_model(self) -> None:
+        if self.hook == "configure_model":
+            self.build()
+
+
+class Wide(LightningDataModule):
+    """Data that exist after setup only."""
+
+    def setup(self, stage: str) -> None:
+        self.width = 7
+        self.sets = {"fit": ("train", "val"), "validate": ("val",)}[stage]
+
+    def train_dataloader(self) -> Any:
+        assert "train" in self.sets
+        return loader(shuffle=True)
+
+    def val_dataloader(self) -> Any:
+        assert "val" in self.sets
+        return loader(seed=3)
+
+
+@pytest.mark.parametrize("dataloader", ["val", "train"])
+@pytest.mark.parametrize("hook", ["setup", "configure_model"])
+def test_layers_that_are_built_in_a_hook(hook: str, dataloader: str, tmp_path: Path) -> None:
+    callback = measure(dataloader=dataloader, num_samples=48)
+    trained = trainer(tmp_path, callback, max_epochs=1)
+    trained.fit(BuiltLate(hook), datamodule=Wide())
+    trained.save_checkpoint(tmp_path / "a.ckpt")
+    other = measure(dataloader=dataloader, num_samples=48)
+    found = measure_module(quiet(tmp_path), BuiltLate(hook), Wide(), other, tmp_path / "a.ckpt")
+    assert found.slope == pytest.approx(callback.history[-1].slope, rel=1e-4)
+
+
 def test_a_module_without_a_loader_is_refused(tmp_path: Path) -> None:
     with pytest.raises(MisconfigurationException, match=r"no validation loader.*Define val_dataloader"):
         measure_module(quiet(tmp_path), seeded(), None, measure())
