@@ -23,10 +23,11 @@ from hessian_callback.callbacks.module_loss import resolve_loss
 from hessian_callback.callbacks.reporters.base import Report, Reporter
 from hessian_callback.callbacks.reporters.metrics import MetricReporter, restore_monitored
 from hessian_callback.callbacks.reporters.pictures import LayoutReporter, PictureReporter, edge_pictures
+from hessian_callback.callbacks.run_boundaries import are_same, has_trained
 from hessian_callback.callbacks.sample_source import SampleSource
 from hessian_callback.callbacks.schedule import MeasurementSchedule
 from hessian_callback.callbacks.trainer_observer import Announcements, TrainerObserver
-from hessian_callback.callbacks.trainer_state import callbacks_of
+from hessian_callback.callbacks.trainer_state import Run, callbacks_of
 from hessian_callback.callbacks.training_problem import ranks_of, run_guarded, training_problem
 from hessian_callback.linalg.distributed import PeerError, Ranks
 from hessian_callback.measurement.edge import EdgeMeasurement, EdgeMeasurer, EdgeState, edge_history
@@ -157,18 +158,23 @@ class EdgeOfStabilityMonitor(CallbackBase):
         self.history = []
         self._announcements = Announcements(self.prefix, self.verbose)
         self._state = EdgeState()
-        self._active, self._restored = False, False
+        self._active = False
+        # Whether states of checkpoints are for the present run, and whether it was begun earlier.
+        self._takes_states, self._restored = True, False
+        self._run = Run()
 
     # -- hooks -----------------------------------------------------------------------------------
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check that trainer, module and options go together."""
         self.source.clear()
+        self._takes_states = stage == "fit"
         self._active = stage == "fit" and not trainer.barebones
         if trainer.barebones:
             rank_zero_info("EdgeOfStabilityMonitor measures nothing under Trainer(barebones=True), which logs nothing")
         if not self._active:
             return
+        self._begin_run(trainer, pl_module)
         compatibility.check_strategy(trainer.strategy)
         compatibility.check_precision(str(trainer.precision))
         if sum(getattr(other, "prefix", None) == self.prefix for other in callbacks_of(trainer)) > 1:
@@ -178,15 +184,30 @@ class EdgeOfStabilityMonitor(CallbackBase):
         resolve_loss(pl_module, self.loss_fn)
         self.source.check(trainer)
 
+    def _begin_run(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forget another run that this object was used with."""
+        if not self._run.changes(trainer, pl_module):
+            return
+        if not self._restored:
+            self._forget_history()
+        self.measurer.forget()
+        self.failures.forget()
+        self._announcements.forget()
+
+    def _forget_history(self) -> None:
+        self.history = []
+        self._state = EdgeState()
+        self.schedule.reset()
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check the optimizer, and measure before the first step if its limits are known then."""
         if not self._active:
             return
         compatibility.check_parameters(pl_module, self.parameters, 1)
-        if trainer.global_step == 0 and not self._restored:
-            self.history = []
-            self._state = EdgeState()
-            self.schedule.reset()
+        self._restored |= has_trained(trainer)
+        if not self._restored:
+            # A run from the start: nothing of an earlier one of this trainer may be left.
+            self._forget_history()
         limits = self._limits(trainer, pl_module)
         place = self.schedule.at_train_start(**self._here(trainer))
         if place is not None and limits is not None:
@@ -218,7 +239,8 @@ class EdgeOfStabilityMonitor(CallbackBase):
         """Release the samples and the eigenvectors."""
         self.source.clear()
         self._state = EdgeState()
-        self._restored = False
+        self._takes_states, self._restored = True, False
+        self.schedule.stop()
         for reporter in self.reporters:
             reporter.forget()
 
@@ -341,12 +363,22 @@ class EdgeOfStabilityMonitor(CallbackBase):
         """Return the history and the time spent, as ``torch.load(weights_only=True)`` accepts them."""
         return {"edge": [entry.to_state() for entry in self.history], "time": self.schedule.state_dict()}
 
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Forget the history if the run resumes from a checkpoint without one."""
+        if self._takes_states and not self._restored and self.state_key not in checkpoint["callbacks"]:
+            self._forget_history()
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue the history of a checkpoint.
+        """Continue the history of a checkpoint, if `fit` resumes from it.
 
         Raises:
             ValueError: if the state is damaged.
         """
-        self.history = edge_history(state_dict["edge"])
+        if not self._takes_states:
+            return
+        history = edge_history(state_dict["edge"])
+        if are_same(history, self.history) and self.schedule.matches(state_dict["time"]):
+            return
+        self.history = history
         self.schedule.load_state_dict(state_dict["time"])
         self._restored = True

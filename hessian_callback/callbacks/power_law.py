@@ -31,6 +31,7 @@ from hessian_callback.callbacks.reporters.history_file import HistoryFileReporte
 from hessian_callback.callbacks.reporters.listeners import ListenerReporter
 from hessian_callback.callbacks.reporters.metrics import MetricReporter, restore_monitored
 from hessian_callback.callbacks.reporters.pictures import LayoutReporter, PictureReporter
+from hessian_callback.callbacks.run_boundaries import are_same, has_trained
 from hessian_callback.callbacks.run_measurer import RunMeasurer
 from hessian_callback.callbacks.run_prediction import RunPrediction
 from hessian_callback.callbacks.sample_source import SampleSource
@@ -227,7 +228,8 @@ class PowerLawHessianCallback(CallbackBase):
             on_training_data=self.source.on_training_data,
         )
         self._active = True
-        self._restored = False
+        # Whether states of checkpoints are for the present run, and whether it was begun earlier.
+        self._takes_states, self._restored = True, False
         self._validated_at: int | None = None
         self._epoch = EpochClock()
         self._run, self._module = Run(), Run()
@@ -260,11 +262,13 @@ class PowerLawHessianCallback(CallbackBase):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check that trainer, module and options go together; called again by ``lr_find``."""
         self.source.clear()  # A run that ended with an exception has no teardown.
+        self._takes_states = stage == "fit"
         self._active = stage in ("fit", "validate") and not trainer.barebones
         if trainer.barebones:
             rank_zero_info("PowerLawHessianCallback measures nothing under Trainer(barebones=True), which logs nothing")
         if not self._active:
             return
+        self._begin_run(trainer, pl_module, stage)
         compatibility.check_strategy(trainer.strategy)
         compatibility.check_precision(str(trainer.precision))
         callbacks = [other for other in callbacks_of(trainer) if isinstance(other, PowerLawHessianCallback)]
@@ -298,27 +302,31 @@ class PowerLawHessianCallback(CallbackBase):
         if not self._active or trainer.sanity_checking:
             return
         if trainer.state.fn == TrainerFn.VALIDATING:
-            self._begin_run(trainer, pl_module)
             self._check_parameters(pl_module)
         elif self.schedule.at_validation_end(**self._here(trainer)) is not None:
             others = [other for other in callbacks_of(trainer) if other is not self]
             if may_exchange_weights([*others, pl_module]):
                 self.run_measurer.weights.keep(pl_module)
 
-    def _begin_run(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Forget another run, or module, that this object was used with; a resumed run has restored its history."""
+    def _begin_run(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Forget another run, or module, that this object was used with."""
         another = self._module.changes(pl_module)
-        if trainer.state.fn == TrainerFn.FITTING:
+        if stage == "fit":
+            # To validate another module does not end a run, and such validations are no part of one.
+            another &= all(entry.when == "validate" for entry in self.history)
             another |= self._run.changes(trainer, pl_module)
             if another and not self._restored:
-                self.history = []
-                self.schedule.reset()
+                self._forget_history()
         if another:
             self.run_measurer.forget()
             self._validated_at = None
-            if self.prediction is not None:
-                self.prediction.follow(self.history)
         self.run_measurer.begin()
+
+    def _forget_history(self) -> None:
+        self.history = []
+        self.schedule.reset()
+        if self.prediction is not None:
+            self.prediction.follow(self.history)
 
     def _check_parameters(self, pl_module: LightningModule) -> None:
         num_eigenvalues = self.measurer.num_eigenvalues
@@ -332,7 +340,7 @@ class PowerLawHessianCallback(CallbackBase):
         """Check the parameters; measure before the first step, or collect the samples; continue a resumed run."""
         if not self._active:
             return
-        self._begin_run(trainer, pl_module)
+        self._restored |= has_trained(trainer)
         # Other callbacks may add parameters before.
         self._check_parameters(pl_module)
         compatibility.warn_of_strict_schedulers(trainer, self.prefix)
@@ -415,7 +423,8 @@ class PowerLawHessianCallback(CallbackBase):
         self.run_measurer.release()
         for reporter in self.reporters:
             reporter.forget()
-        self._restored = False
+        self._takes_states, self._restored = True, False
+        self.schedule.stop()
         self._epoch.stop()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -517,13 +526,23 @@ class PowerLawHessianCallback(CallbackBase):
             "time": self.schedule.state_dict(),
         }
 
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Forget the history if the run resumes from a checkpoint without one."""
+        if self._takes_states and not self._restored and self.state_key not in checkpoint["callbacks"]:
+            self._forget_history()
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue the history of a checkpoint.
+        """Continue the history of a checkpoint, if `fit` resumes from it.
 
         Raises:
             ValueError: if the state is of another version or damaged.
         """
-        self.history = history_from_state(state_dict)
+        if not self._takes_states:
+            return
+        history = history_from_state(state_dict)
+        if are_same(history, self.history) and self.schedule.matches(state_dict["time"]):
+            return
+        self.history = history
         if self.prediction is not None:
             self.prediction.follow(self.history)
         self.schedule.load_state_dict(state_dict["time"])

@@ -142,6 +142,10 @@ class TimeShare:
         self._earlier = self.elapsed
         self._started = self._clock()
 
+    def stop(self) -> None:
+        """Stop the clock until the next `start`."""
+        self._earlier, self._started = self.elapsed, None
+
     @property
     def elapsed(self) -> float:
         """Seconds of training, measurements included, over all parts of an interrupted run."""
@@ -174,7 +178,7 @@ class TimeShare:
         return {"spent": self.spent, "elapsed": self.elapsed, "recent": list(self._recent)}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Restore a state, also of the version that stored the last duration only; `start` starts the clock.
+        """Restore a state, also of the version that stored the last duration only; a running clock keeps running.
 
         Raises:
             ValueError: if the state lacks an entry, or one has the wrong type.
@@ -183,7 +187,9 @@ class TimeShare:
         elapsed = check_number("elapsed", state.get("elapsed"), at_least=0)
         durations = state["recent"] if "recent" in state else [state.get("last")]
         recent = check_each(check_number, "recent", durations, at_least=0)
-        self.spent, self._earlier, self._started = spent, elapsed, None
+        self.spent, self._earlier = spent, elapsed
+        # A callback that loads a checkpoint in the middle of a run does not start the run again.
+        self._started = None if self._started is None else self._clock()
         self._recent = deque(recent, maxlen=_RECENT)
 
 
@@ -340,10 +346,14 @@ class MeasurementSchedule:
         """Add time that the callback spent beside finished measurements: logging, samples, a given up measurement."""
         self.time.spent += seconds
 
+    def stop(self) -> None:
+        """End a run: what passes until the next one is not its time."""
+        self.time.stop()
+
     def reset(self) -> None:
         """Forget an earlier run."""
         self.owed = None
-        self.time = TimeShare(self.time.limit, self._clock)
+        self.time.restore({"spent": 0.0, "elapsed": 0.0, "recent": []})
 
     # -- state -----------------------------------------------------------------------------------
 
@@ -351,6 +361,11 @@ class MeasurementSchedule:
         """Return the time spent and the owed place, as ``torch.load(weights_only=True)`` accepts them."""
         owed = None if self.owed is None else [self.owed.epoch, self.owed.step, str(self.owed.when)]
         return {**self.time.state(), "owed": owed}
+
+    def matches(self, state: object) -> bool:
+        """Return whether a state is the present one, apart from the time that has passed since it was saved."""
+        own = {**self.state_dict(), "elapsed": None}
+        return isinstance(state, Mapping) and {**state, "elapsed": None} == own
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore a state, also of earlier versions, which had no owed place.

@@ -171,6 +171,10 @@ class EdgeMeasurer:
         self._statistics = TracingStatistics()
         self._checked = False
 
+    def forget(self) -> None:
+        """Forget the model of earlier measurements, so that the next one is checked as the first."""
+        self._statistics, self._checked = TracingStatistics(), False
+
     def measure(
         self,
         problem: Problem,
