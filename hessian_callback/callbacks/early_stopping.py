@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal, cast
 
 import torch
@@ -34,8 +35,8 @@ from hessian_callback.measurement.measurement import Measurement, logged_keys
 
 __all__ = ["PowerLawEarlyStopping"]
 
-# The number of PATIENCE_EXHAUSTED in Lightning's EarlyStoppingReason, which exists from 2.6 on.
-_PATIENCE_EXHAUSTED = 3
+# The numbers of Lightning's EarlyStoppingReason, which exists from 2.6 on.
+_NOT_STOPPED, _PATIENCE_EXHAUSTED = 0, 3
 
 
 class PowerLawEarlyStopping(EarlyStoppingBase):
@@ -131,11 +132,17 @@ class PowerLawEarlyStopping(EarlyStoppingBase):
         self.min_trend = check_number("min_trend", min_trend, at_least=0)
         # Lightning negates its own min_delta for mode="min".
         self.required_change = min_delta
-        self.verdict = None
-        self.stopping_reason_message: str | None = None
+        self._takes_states = True
         self._prefix = ""
         self._cursor = HistoryCursor()
         self._clear()
+        self._clear_verdict()
+
+    def _clear_verdict(self) -> None:
+        self.verdict = None
+        self.wait_count, self.stopped_epoch = 0, 0
+        self.best_score = torch.tensor(-math.inf if self.mode == "max" else math.inf, dtype=torch.float64)
+        self.stopping_reason_message: str | None = None
 
     def _clear(self) -> None:
         self._rule = PlateauRule(
@@ -164,6 +171,7 @@ class PowerLawEarlyStopping(EarlyStoppingBase):
         Raises:
             MisconfigurationException: if there is none, or its measurements do not have the key.
         """
+        self._takes_states = stage == "fit"
         if stage != "fit" or trainer.barebones:
             return
         source = self._find_source(trainer)
@@ -172,6 +180,9 @@ class PowerLawEarlyStopping(EarlyStoppingBase):
         # Another run may count other measurements.
         self._cursor.reset()
         self._clear()
+        # Before Lightning restores the verdict of a resumed run.
+        self._clear_verdict()
+        self._set_reason(trainer, _NOT_STOPPED)
         if self.required_change != "noise":
             return
         if not source.measurer.solver.proves_bounds:
@@ -224,6 +235,14 @@ class PowerLawEarlyStopping(EarlyStoppingBase):
     def _group(self) -> str | None:
         return self.monitor[len(self._prefix) + 1 :].partition("/")[2] or None
 
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Take the states of checkpoints again, whatever they are loaded for."""
+        self._takes_states = True
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """End the stage, because `teardown` is not called then."""
+        self.teardown(trainer, pl_module, "fit")
+
     # -- deciding --------------------------------------------------------------------------------
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -264,7 +283,7 @@ class PowerLawEarlyStopping(EarlyStoppingBase):
             trainer.should_stop = True
             self.stopped_epoch = trainer.current_epoch
             self.stopping_reason_message = message
-            self._set_reason(trainer)
+            self._set_reason(trainer, _PATIENCE_EXHAUSTED)
 
     def _add(self, entry: Measurement) -> None:
         verdict = self._rule.add(self._reading(entry))
@@ -298,12 +317,12 @@ class PowerLawEarlyStopping(EarlyStoppingBase):
             f"(patience={self.patience}, mode={self.mode!r})"
         )
 
-    def _set_reason(self, trainer: Trainer) -> None:
+    def _set_reason(self, trainer: Trainer, number: int) -> None:
         try:
             reasons = sibling(trainer, "callbacks.early_stopping", "EarlyStoppingReason")
         except AttributeError:  # Lightning before 2.6
             return
-        self.stopping_reason = reasons(_PATIENCE_EXHAUSTED)
+        self.stopping_reason = reasons(number)
 
     def _counts(self, entry: Measurement, source: PowerLawHessianCallback) -> bool:
         part = self._part(entry)
@@ -335,11 +354,13 @@ class PowerLawEarlyStopping(EarlyStoppingBase):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the state of a checkpoint; ``patience`` stays the option of this object.
+        """Restore the state of a checkpoint, if `fit` resumes from it; ``patience`` stays the option of this object.
 
         Raises:
             ValueError: if the state lacks an entry, or one has the wrong type.
         """
+        if not self._takes_states:
+            return
         try:
             wait_count = check_int("wait_count", state_dict.get("wait_count"), at_least=0)
             best_score = check_number("best_score", state_dict.get("best_score"), finite=False)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from hessian_callback import EdgeOfStabilityMonitor
+from hessian_callback import EdgeOfStabilityMonitor, PowerLawEarlyStopping
 from hessian_callback.measurement.history import FILE_NAME
 from hessian_callback.operators.product_check import WrongProductError
 from tests.helpers.lightning import (
@@ -265,3 +265,24 @@ def test_the_time_between_two_parts_of_a_run_is_not_its_time(tmp_path: Path) -> 
     trainer(tmp_path, callback, max_epochs=1).fit(seeded(), loader(), loader(seed=1))
     elapsed = callback.schedule.time.elapsed
     assert callback.schedule.time.elapsed == elapsed > callback.schedule.time.spent
+
+
+# -- the stopper -----------------------------------------------------------------------------------------------
+
+
+def test_a_used_stopper_says_nothing_of_an_earlier_run(tmp_path: Path) -> None:
+    callback, stopper = measure(), PowerLawEarlyStopping(mode="max", min_delta=1e6, patience=1)
+    saving = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
+    run = trainer(tmp_path, callback, stopper, saving, max_epochs=4, enable_checkpointing=True)
+    run.fit(seeded(WithTest), loader(), loader(seed=1))
+    stopped = stopper.stopped_epoch, stopper.stopping_reason_message, stopper.wait_count
+    assert (stopped[0], stopped[2]) == (1, 1)
+    assert stopped[1] is not None
+    run.test(seeded(WithTest), loader(seed=1), ckpt_path=tmp_path / "epoch=0.ckpt", verbose=False)
+    assert (stopper.stopped_epoch, stopper.stopping_reason_message, stopper.wait_count) == stopped
+    fresh = PowerLawEarlyStopping(mode="max", min_delta=1e6, patience=1)
+    for one in (stopper, fresh):
+        trainer(tmp_path, measure(), one, max_epochs=1).fit(seeded(), loader(), loader(seed=1))
+    assert stopper.state_dict() == fresh.state_dict()
+    assert getattr(stopper, "stopping_reason", None) == getattr(fresh, "stopping_reason", None)
+    assert (stopper.stopped_epoch, stopper.stopping_reason_message) == (0, None)
