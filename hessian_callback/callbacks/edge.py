@@ -23,7 +23,7 @@ from hessian_callback.callbacks.module_loss import resolve_loss
 from hessian_callback.callbacks.reporters.base import Report, Reporter
 from hessian_callback.callbacks.reporters.metrics import MetricReporter, restore_monitored
 from hessian_callback.callbacks.reporters.pictures import LayoutReporter, PictureReporter, edge_pictures
-from hessian_callback.callbacks.run_boundaries import are_same, has_trained
+from hessian_callback.callbacks.run_boundaries import UncountedSteps, are_same, has_trained
 from hessian_callback.callbacks.sample_source import SampleSource
 from hessian_callback.callbacks.schedule import MeasurementSchedule
 from hessian_callback.callbacks.trainer_observer import Announcements, TrainerObserver
@@ -162,6 +162,7 @@ class EdgeOfStabilityMonitor(CallbackBase):
         # Whether states of checkpoints are for the present run, and whether it was begun earlier.
         self._takes_states, self._restored = True, False
         self._run = Run()
+        self._uncounted_steps = UncountedSteps()
 
     # -- hooks -----------------------------------------------------------------------------------
 
@@ -193,6 +194,7 @@ class EdgeOfStabilityMonitor(CallbackBase):
         self.measurer.forget()
         self.failures.forget()
         self._announcements.forget()
+        self._uncounted_steps.forget()
 
     def _forget_history(self) -> None:
         self.history = []
@@ -224,14 +226,17 @@ class EdgeOfStabilityMonitor(CallbackBase):
         # Clocks differ, so one rank decides for all.
         if place is not None and ranks_of(trainer).agreed(self.schedule.is_affordable(self.history)):
             self._measure(trainer, pl_module, place)
+        if self._active:
+            self._uncounted_steps.warn(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure the end of training, and draw it."""
         if not self._active:
             return
         place = self.schedule.at_train_end(**self._here(trainer))
-        if place is not None and place.step > 0:
+        if place is not None and has_trained(trainer):
             self._measure(trainer, pl_module, place)
+        self._uncounted_steps.warn(trainer, pl_module, at_end=True)
         if self._pictures is not None and self.history:
             self._pictures.report(self._report(trainer, pl_module, {}, at_start=True))
 

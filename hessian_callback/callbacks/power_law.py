@@ -31,7 +31,7 @@ from hessian_callback.callbacks.reporters.history_file import HistoryFileReporte
 from hessian_callback.callbacks.reporters.listeners import ListenerReporter
 from hessian_callback.callbacks.reporters.metrics import MetricReporter, restore_monitored
 from hessian_callback.callbacks.reporters.pictures import LayoutReporter, PictureReporter
-from hessian_callback.callbacks.run_boundaries import are_same, has_trained
+from hessian_callback.callbacks.run_boundaries import UncountedSteps, are_same, has_trained
 from hessian_callback.callbacks.run_measurer import RunMeasurer
 from hessian_callback.callbacks.run_prediction import RunPrediction
 from hessian_callback.callbacks.sample_source import SampleSource
@@ -233,6 +233,7 @@ class PowerLawHessianCallback(CallbackBase):
         self._validated_at: int | None = None
         self._epoch = EpochClock()
         self._run, self._module = Run(), Run()
+        self._uncounted_steps = UncountedSteps()
 
     @property
     def prediction(self) -> LivePrediction | None:
@@ -319,6 +320,7 @@ class PowerLawHessianCallback(CallbackBase):
                 self._forget_history()
         if another:
             self.run_measurer.forget()
+            self._uncounted_steps.forget()
             self._validated_at = None
         self.run_measurer.begin()
 
@@ -380,6 +382,9 @@ class PowerLawHessianCallback(CallbackBase):
         if self._active:
             place = self.schedule.at_batch_end(**self._here(trainer))
             self._measure_if_affordable(trainer, pl_module, place, "on_train_batch_end")
+            self._uncounted_steps.warn(trainer, pl_module)
+            if trainer.global_step == 0:  # Steps that are not counted do not tell an old validation from a new one.
+                self._validated_at = None
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure in ``trainer.validate()``, and if values are read after validation."""
@@ -401,6 +406,7 @@ class PowerLawHessianCallback(CallbackBase):
         epoch_seconds = self._epoch.seconds(self.schedule.time.spent)
         place = self.schedule.at_epoch_end(**self._here(trainer), is_last=is_last(trainer))
         self._measure_if_affordable(trainer, pl_module, place, "on_train_epoch_end")
+        self._uncounted_steps.warn(trainer, pl_module, at_end=True)
         if self.history:
             self._epoch.warn_of(self.history[-1], epoch_seconds)
 

@@ -11,10 +11,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from hessian_callback.callbacks.lightning_packages import Trainer
+from lightning_utilities.core.rank_zero import rank_zero_warn
+
+from hessian_callback.callbacks.lightning_packages import LightningModule, Trainer
 from hessian_callback.measurement.place import Placed
 
-__all__ = ["Timed", "are_same", "has_trained"]
+__all__ = ["Timed", "UncountedSteps", "are_same", "has_trained"]
+
+# A module that accumulates gradients by itself takes its first step later than after the first batch.
+_MOST_BATCHES_BEFORE_A_STEP = 100
 
 
 class Timed(Placed, Protocol):
@@ -27,7 +32,7 @@ class Timed(Placed, Protocol):
 
 
 def has_trained(trainer: Trainer) -> bool:
-    """Return whether the trainer's run has had a batch; the steps of raw optimizers are not counted."""
+    """Return whether the trainer's run has had a batch; its steps are not always counted, see `UncountedSteps`."""
     return int(trainer.fit_loop.total_batch_idx) >= 0
 
 
@@ -38,3 +43,33 @@ def are_same(one: Sequence[Timed], other: Sequence[Timed]) -> bool:
 
 def _identity(entry: Timed) -> tuple[str, int, int, float]:
     return entry.when, entry.epoch, entry.step, entry.seconds
+
+
+class UncountedSteps:
+    """Warns once of steps that Lightning does not count: those of ``self.optimizers(use_pl_optimizer=False)``."""
+
+    def __init__(self) -> None:
+        self._warned = False
+
+    def forget(self) -> None:
+        """Forget the warning, so that another run gets it again."""
+        self._warned = False
+
+    def warn(self, trainer: Trainer, pl_module: LightningModule, *, at_end: bool = False) -> None:
+        """Warn if no step was counted yet.
+
+        Args:
+            trainer: the trainer, after a batch.
+            pl_module: its module.
+            at_end: whether an epoch or the training ends here, so that there should have been a step.
+        """
+        batches = int(trainer.fit_loop.total_batch_idx) + 1
+        enough = batches > 0 if at_end else batches >= _MOST_BATCHES_BEFORE_A_STEP
+        if self._warned or trainer.global_step > 0 or pl_module.automatic_optimization or not enough:
+            return
+        self._warned = True
+        rank_zero_warn(
+            f"trainer.global_step is still 0 after {batches} batches, because Lightning does not count the steps of "
+            "raw optimizers: no measurement by steps will be due, and all others get step 0. Take the optimizers from "
+            "self.optimizers(), without use_pl_optimizer=False"
+        )

@@ -260,6 +260,7 @@ class MeasurementSchedule:
         self._clock = clock
         self._after_validation = False
         self._steps_seen = 0
+        self._trained_since = False
 
     # -- places ----------------------------------------------------------------------------------
 
@@ -284,12 +285,13 @@ class MeasurementSchedule:
         # At another step the weights of the owed place no longer exist.
         if owed is not None and owed.step == step and not _is_measured(owed, history):
             return owed
-        start = Place(epoch, step, "fit_start")
-        return start if step == 0 and self.cadence.at_start and not _is_measured(start, history) else None
+        is_start = step == 0 and not any(entry.when == "fit_start" for entry in history)
+        return Place(epoch, step, "fit_start") if is_start and self.cadence.at_start else None
 
     def at_batch_end(self, *, epoch: int, step: int, history: Sequence[Placed]) -> Place | None:
         """Return the place after a training batch if one of its optimizer steps is due."""
         before, self._steps_seen = self._steps_seen, step
+        self._trained_since = True
         return _unmeasured(Place(epoch, step, "step"), history) if self.cadence.at_step(before, step) else None
 
     def at_validation_end(self, *, epoch: int, step: int, history: Sequence[Placed]) -> Place | None:
@@ -309,13 +311,13 @@ class MeasurementSchedule:
         """
         last = _last_epoch(history)
         due = self.cadence.at_epoch(epoch, last) and not (self._after_validation and last == epoch)
-        ends = self.at_end and is_last and not _is_measured_at(step, history)
+        ends = self.at_end and is_last and not self._is_measured_at(step, history)
         return _unmeasured(Place(epoch, step, "epoch"), history) if due or ends else None
 
     def at_train_end(self, *, epoch: int, step: int, history: Sequence[Placed]) -> Place | None:
         """Return the end of training, if it is wanted or measurements were left out, and it was not measured."""
         left_out = self.time.limit is not None and bool(history)
-        due = (self.at_end or left_out) and not _is_measured_at(step, history)
+        due = (self.at_end or left_out) and not self._is_measured_at(step, history)
         return Place(epoch, step, "fit_end") if due else None
 
     def is_affordable(self, history: Sequence[Placed], *, is_last: bool = False) -> bool:
@@ -331,6 +333,11 @@ class MeasurementSchedule:
         first = not any(entry.when in ("epoch", "step") for entry in history)
         return first or is_last or self.time.allows_another()
 
+    def _is_measured_at(self, step: int, history: Sequence[Placed]) -> bool:
+        # After a batch, step 0 means that steps are not counted.
+        uncounted = step == 0 and self._trained_since
+        return bool(history) and history[-1].step == step and not uncounted
+
     # -- a measurement ---------------------------------------------------------------------------
 
     def begin(self, place: Place) -> None:
@@ -340,6 +347,7 @@ class MeasurementSchedule:
     def finish(self, seconds: float) -> None:
         """Note that the measurement is in the history, failed or not, and took so many seconds."""
         self.owed = None
+        self._trained_since = False
         self.time.add(seconds)
 
     def add_overhead(self, seconds: float) -> None:
@@ -353,6 +361,7 @@ class MeasurementSchedule:
     def reset(self) -> None:
         """Forget an earlier run."""
         self.owed = None
+        self._trained_since = False
         self.time.restore({"spent": 0.0, "elapsed": 0.0, "recent": []})
 
     # -- state -----------------------------------------------------------------------------------
@@ -412,10 +421,6 @@ def _is_measured(place: Place, history: Sequence[Placed]) -> bool:
 def _unmeasured(place: Place, history: Sequence[Placed]) -> Place | None:
     """Return the place; ``None`` if it was measured, because a resumed run passes the place of its checkpoint again."""
     return None if _is_measured(place, history) else place
-
-
-def _is_measured_at(step: int, history: Sequence[Placed]) -> bool:
-    return bool(history) and history[-1].step == step
 
 
 def _last_epoch(history: Sequence[Placed]) -> int | None:

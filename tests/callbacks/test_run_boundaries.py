@@ -286,3 +286,68 @@ def test_a_used_stopper_says_nothing_of_an_earlier_run(tmp_path: Path) -> None:
     assert stopper.state_dict() == fresh.state_dict()
     assert getattr(stopper, "stopping_reason", None) == getattr(fresh, "stopping_reason", None)
     assert (stopper.stopped_epoch, stopper.stopping_reason_message) == (0, None)
+
+
+# -- steps that are not counted --------------------------------------------------------------------------------
+
+
+class Raw(Net):
+    """Steps an optimizer that Lightning does not wrap."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        optimizer = self.optimizers(use_pl_optimizer=False)
+        optimizer.zero_grad()
+        self.manual_backward(self.hessian_loss(batch))
+        optimizer.step()
+
+    def hessian_loss(self, batch: Any) -> torch.Tensor:
+        return nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+
+UNCOUNTED = "global_step is still 0 after .* without use_pl_optimizer=False"
+
+
+def test_the_end_of_training_is_measured_though_steps_are_not_counted(tmp_path: Path) -> None:
+    callback = measure(every_n_epochs=3, at_end=True)
+    run = trainer(tmp_path, callback, max_epochs=3)
+    with pytest.warns(UserWarning, match=UNCOUNTED) as caught:
+        run.fit(seeded(Raw), loader(), loader(seed=1))
+    assert sum("global_step is still 0" in str(one.message) for one in caught) == 1
+    assert run.global_step == 0
+    assert places(callback) == [("fit_start", 0, 0), ("epoch", 0, 0), ("epoch", 2, 0)]
+
+
+@pytest.mark.filterwarnings("ignore:trainer.global_step is still 0")
+def test_a_run_whose_steps_are_not_counted_goes_on(tmp_path: Path) -> None:
+    callback, module = measure(), seeded(Raw)
+    run = trainer(tmp_path, callback, max_epochs=1)
+    run.fit(module, loader(), loader(seed=1))
+    run.fit_loop.max_epochs = 2
+    run.fit(module, loader(), loader(seed=1))
+    assert places(callback) == [("fit_start", 0, 0), ("epoch", 0, 0), ("epoch", 1, 0)]
+
+
+@pytest.mark.filterwarnings("ignore:trainer.global_step is still 0")
+def test_a_validation_of_earlier_weights_is_not_taken_for_a_new_one(tmp_path: Path) -> None:
+    callback = measure(predict="val_loss")
+    run = trainer(tmp_path, callback, max_epochs=3, check_val_every_n_epoch=2)
+    run.fit(seeded(Raw), loader(), loader(seed=1))
+    assert [(entry.epoch, entry.val_loss is not None) for entry in callback.history[1:]] == [
+        (0, False),
+        (1, True),
+        (2, False),
+    ]
+
+
+@pytest.mark.parametrize("kind", CALLBACKS)
+def test_steps_that_never_become_due_are_warned_of_in_the_first_epoch(kind: str, tmp_path: Path) -> None:
+    callback = CALLBACKS[kind][0](every_n_train_steps=3)
+    run = trainer(tmp_path, callback, max_epochs=1, limit_val_batches=0)
+    with pytest.warns(UserWarning, match="after 100 batches"):
+        run.fit(seeded(Raw), loader(num=808), loader(seed=1))
+    ends = [("fit_end", 1, 0)] if kind == "edge" else []
+    assert places(callback) == [("fit_start", 0, 0), *ends]
