@@ -15,6 +15,8 @@ __all__ = ["ordinary_tensors"]
 
 # Attributes of a LightningModule behind which the run is, and not the model.
 _LEFT_OUT = frozenset({"_trainer", "_fabric"})
+# Longer containers hold data, and are not searched.
+_MANY_ITEMS = 1_000
 
 
 @contextmanager
@@ -22,8 +24,8 @@ def ordinary_tensors(model: nn.Module) -> Iterator[None]:
     """Replace a model's inference tensors by copies inside the block, because autograd cannot save them.
 
     ``trainer.validate()`` runs in inference mode, and a constant that a model makes then at its first use remains an
-    inference tensor. Attributes of modules and of the user's objects, and lists, tuples and dictionaries in them, are
-    searched. Parameters are left alone.
+    inference tensor. Attributes of modules and of the user's objects, and short lists, tuples and dictionaries in them,
+    are searched. Parameters are left alone.
 
     Args:
         model: the model.
@@ -49,7 +51,7 @@ def ordinary_tensors(model: nn.Module) -> Iterator[None]:
             if isinstance(value, nn.Parameter) or not value.is_inference():
                 return value
             return copies.setdefault(id(value), value.clone())
-        if isinstance(value, tuple):
+        if isinstance(value, tuple) and len(value) <= _MANY_ITEMS:
             items = [ordinary(item) for item in value]
             if all(item is before for item, before in zip(items, value, strict=True)):
                 return value
@@ -61,7 +63,7 @@ def ordinary_tensors(model: nn.Module) -> Iterator[None]:
         while waiting:
             owner = waiting.pop()
             container = _container_of(owner)
-            if container is None or id(owner) in seen:
+            if container is None or id(owner) in seen or len(container) > _MANY_ITEMS:
                 continue
             seen.add(id(owner))
             for key, value in _items(container):
