@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 
+from hessian_callback.callbacks.lightning_packages import TrainerFn
 from hessian_callback.callbacks.run_losses import losses_of
 from hessian_callback.linalg.distributed import Ranks
 
@@ -14,8 +16,11 @@ from hessian_callback.linalg.distributed import Ranks
 class Losses:
     """A trainer as far as its metrics go, which are of this rank."""
 
+    validating = False
+
     def __init__(self, rank: int, broken: bool = False) -> None:
         self.rank, self.broken = rank, broken
+        self.state = SimpleNamespace(fn=TrainerFn.FITTING)
 
     @property
     def callback_metrics(self) -> dict[str, torch.Tensor]:
