@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -35,6 +36,9 @@ _ROOM = 1.1
 
 
 _Result = TypeVar("_Result")
+
+# Names of functions that change their first argument.
+_IN_PLACE = re.compile(r"(?:[a-z0-9]_|^__setitem__|^__i(?:add|sub|mul|truediv|floordiv|mod|pow)__)$")
 
 
 class FunctionalLoss:
@@ -218,7 +222,10 @@ class _InFloat64(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in (Tensor.float, Tensor.half, Tensor.bfloat16):
             func = Tensor.double
-        return func(*map(_widened, args), **{name: _widened(value) for name, value in (kwargs or {}).items()})
+        # A change of a constant that the loss keeps, such as a running mean, would be lost on a copy.
+        changed = 1 if args and _IN_PLACE.search(getattr(func, "__name__", "")) else 0
+        given = {name: _widened(value) for name, value in (kwargs or {}).items()}
+        return func(*args[:changed], *map(_widened, args[changed:]), **given)
 
 
 def _widened(value: Any) -> Any:

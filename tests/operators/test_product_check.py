@@ -252,6 +252,36 @@ def test_parameters_out_of_reach_are_not_checked_against_zeros(dtype: torch.dtyp
         check_products(wrong, seed=0)
 
 
+class Averaging(nn.Module):
+    """Updates running statistics that are plain attributes, by several operations in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(3, 2)
+        self.mean, self.count, self.last = torch.zeros(3), torch.zeros(1), torch.zeros(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.mean.mul_(0.5).add_(x.detach().mean(0), alpha=0.5)
+        self.count += 1
+        self.last[0] = 2.0
+        return torch.tanh(self.layer(x + self.mean * self.count)) * self.last.sum()
+
+
+def test_what_a_loss_changes_in_place_is_changed_in_float64_as_well() -> None:
+    model, x = Averaging(), torch.randn(5, 3)
+
+    def restore() -> None:
+        for constant in (model.mean, model.count, model.last):
+            constant.zero_()
+
+    operator = HessianOperator(model, lambda m, x: m(x).square().mean(), [x], restore_state=restore)
+    precise = operator.precise_products(torch.eye(8))
+    assert precise is not None
+    torch.testing.assert_close(precise.float(), dense(operator), rtol=1e-4, atol=1e-5)
+    assert not any(constant.any() for constant in (model.mean, model.count, model.last))
+
+
 def test_all_ranks_refuse_together() -> None:
     outcomes = run_ranks(refused_on_rank, 3, expect_errors=True)
     assert [outcome.error for outcome in outcomes] == ["WrongProductError"] * 3
