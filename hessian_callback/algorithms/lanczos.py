@@ -166,7 +166,8 @@ def top_eigenvalues(
         The eigenvalues with their bounds, and how they were computed.
 
     Raises:
-        ValueError: for arguments of the wrong type or out of range.
+        TypeError: if a number is of the wrong type.
+        ValueError: for other arguments of the wrong type, or arguments out of range.
         CheckpointError: a `ValueError`, on all ranks together and before a product is spent that counts, if the
             checkpoint is damaged, or of another matrix or of other arguments, or if its folder can't be used.
         ArithmeticError: if a product holds NaN or infinity, or its squared norm overflows, or the basis lost its

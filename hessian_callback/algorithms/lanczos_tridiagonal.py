@@ -61,7 +61,8 @@ def lanczos_tridiagonal(
         The run; it has fewer than ``num_steps`` Ritz values if the Krylov space of the start vector is smaller.
 
     Raises:
-        ValueError: if ``num_steps`` is no integer of at least 1, or the start vector is zero or not finite.
+        TypeError: if ``num_steps`` is no integer.
+        ValueError: if it is below 1, or the start vector is zero or not finite.
         ArithmeticError: when the operator returns NaN or infinity, or when the basis lost its orthogonality.
 
     Source:

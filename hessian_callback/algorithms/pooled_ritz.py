@@ -75,7 +75,8 @@ class PooledRitzValues:
             and copies stand side by side.
 
         Raises:
-            ValueError: if k is no integer of at least 1.
+            TypeError: if k is no integer.
+            ValueError: if it is below 1.
         """
         k = whole_number("k", k, at_least=1)
         values, bounds = self.ritz_values[:k].clone(), self.residuals[:k] + self.rounding
@@ -124,7 +125,8 @@ def pooled_ritz_values(
         progress: called after every product.
 
     Raises:
-        ValueError: for arguments of the wrong type or out of range.
+        TypeError: if a number is of the wrong type.
+        ValueError: for arguments out of range.
         ArithmeticError: when a product holds NaN or infinity, or a basis lost its orthogonality.
 
     Example:

@@ -119,7 +119,10 @@ class Spectrum:
 
     @property
     def num_negative(self) -> int:
-        """Number of Ritz values below minus the rounding level: at least so many eigenvalues are negative."""
+        """Number of Ritz values below minus the rounding level: at least so many eigenvalues are negative.
+
+        Pooled runs count copies as well.
+        """
         return int((self.ritz_values < -self.rounding).sum())
 
     @property

@@ -27,7 +27,7 @@ from hessian_callback.callbacks.run_boundaries import UncountedSteps, are_same, 
 from hessian_callback.callbacks.sample_source import SampleSource
 from hessian_callback.callbacks.schedule import MeasurementSchedule
 from hessian_callback.callbacks.trainer_observer import Announcements, TrainerObserver
-from hessian_callback.callbacks.trainer_state import Run, callbacks_of
+from hessian_callback.callbacks.trainer_state import Run, callbacks_of, logged_step
 from hessian_callback.callbacks.training_problem import ranks_of, run_guarded, training_problem
 from hessian_callback.linalg.distributed import PeerError, Ranks
 from hessian_callback.measurement.edge import EdgeMeasurement, EdgeMeasurer, EdgeState, edge_history
@@ -342,6 +342,7 @@ class EdgeOfStabilityMonitor(CallbackBase):
     def _report(
         self, trainer: Trainer, pl_module: LightningModule, values: Mapping[str, float], *, at_start: bool
     ) -> Report:
+        after_batch = not at_start and self.history[-1].when == "step"
         return Report(
             trainer=trainer,
             pl_module=pl_module,
@@ -349,7 +350,7 @@ class EdgeOfStabilityMonitor(CallbackBase):
             prefix=self.prefix,
             history=self.history,
             values=values,
-            step=self.history[-1].step,
+            step=logged_step(trainer, "on_train_batch_end" if after_batch else "on_train_end"),
             can_log=not at_start,
             prediction=None,
             states={},
