@@ -19,13 +19,12 @@ from hessian_callback.operators.memory import is_out_of_memory
 
 __all__ = [
     "DoubleBackwardError",
-    "check_not_reentrant",
     "check_twice_differentiable",
     "differentiate",
     "exact_derivatives",
     "explained",
     "graph_nodes",
-    "with_parameters_visible",
+    "without_reentrant_checkpoints",
 ]
 
 
@@ -91,14 +90,15 @@ def check_twice_differentiable(gradients: Sequence[Tensor]) -> None:
             )
 
 
-def with_parameters_visible(evaluate: Callable[[], Tensor], parameters: Sequence[nn.Parameter]) -> Tensor:
-    """Evaluate a loss, and refuse it if reentrant checkpointing hides parameters from autograd.
+def without_reentrant_checkpoints(evaluate: Callable[[], Tensor], parameters: Sequence[nn.Parameter]) -> Tensor:
+    """Evaluate a loss, and refuse it if there is reentrant checkpointing, which hides parameters from autograd.
 
-    Such a checkpoint leaves no trace in the graph if only parameters lie behind it, and no input that requires grad.
-    Gradients and products then lack their parts. Losses that raise an error under observation are not searched.
+    `torch.autograd.grad` does not support such a checkpoint. It leaves no trace in the graph if only parameters lie
+    behind it, and no input that requires grad; gradients and products then lack their parts. So the evaluation is
+    observed as well, unless the loss raises an error under observation.
 
     Raises:
-        DoubleBackwardError: if a parameter is used inside of a reentrant checkpoint.
+        DoubleBackwardError: if a reentrant checkpoint is in the graph, or uses one of the parameters.
     """
     hidden = _HiddenParameters(parameters)
     try:
@@ -109,8 +109,8 @@ def with_parameters_visible(evaluate: Callable[[], Tensor], parameters: Sequence
             raise DoubleBackwardError(_REENTRANT) from error
         if is_out_of_memory(error):
             raise
-        return evaluate()
-    if hidden.found:
+        loss = evaluate()
+    if hidden.found or any(node.name() == "CheckpointFunctionBackward" for node in graph_nodes([loss])):
         raise DoubleBackwardError(_REENTRANT)
     return loss
 
@@ -139,16 +139,6 @@ def _inside_reentrant_checkpoint() -> bool:
             return True
         frame = frame.f_back
     return False
-
-
-def check_not_reentrant(loss: Tensor) -> None:
-    """Search the graph behind a loss for reentrant checkpointing, which `torch.autograd.grad` does not support.
-
-    Raises:
-        DoubleBackwardError: if there is a reentrant checkpoint.
-    """
-    if any(node.name() == "CheckpointFunctionBackward" for node in graph_nodes([loss])):
-        raise DoubleBackwardError(_REENTRANT)
 
 
 def differentiate(

@@ -16,11 +16,10 @@ from torch import Tensor, nn
 from hessian_callback.operators.batches import map_tensors, tensors
 from hessian_callback.operators.cuda_generators import own_cuda_state
 from hessian_callback.operators.derivatives import (
-    check_not_reentrant,
     exact_derivatives,
     explained,
     graph_nodes,
-    with_parameters_visible,
+    without_reentrant_checkpoints,
 )
 from hessian_callback.operators.hooks import suspend_hooks
 
@@ -147,8 +146,7 @@ class BatchLoss:
         values = []
         with self.differentiable():
             for index, batch in enumerate([*batches, *batches[:1]]):
-                loss = with_parameters_visible(partial(self.value, batch), self.parameters)
-                check_not_reentrant(loss)
+                loss = without_reentrant_checkpoints(partial(self.value, batch), self.parameters)
                 value = float(loss.detach())
                 if value != value or abs(value) == float("inf"):
                     raise ArithmeticError(

@@ -17,12 +17,7 @@ from hessian_callback.operators.functional_loss import FunctionalLoss
 from hessian_callback.operators.loss import BatchLoss
 from hessian_callback.operators.memory import is_out_of_memory, readable_size
 from hessian_callback.operators.micro_batches import MicroBatches
-from hessian_callback.operators.products import (
-    DoubleBackward,
-    FiniteDifference,
-    displacement_along,
-    trial_vector,
-)
+from hessian_callback.operators.products import DoubleBackward, trial_vector
 
 __all__ = ["MemoryPlan"]
 
@@ -37,6 +32,8 @@ _WORTH_CUTTING = 0.75
 # Relative difference of two means that are the same function, in float64. A loss that is no mean differs by more: by a
 # thousandth if a few of the labels do not count, which is more than a Hessian's error bounds allow.
 _VALUE_TOLERANCE = 1e-9
+# How far the parameters are moved to compare losses, relative to their norm or to 1.
+_SHARE_MOVED = 0.01
 
 
 class MemoryPlan:
@@ -234,7 +231,8 @@ class MemoryPlan:
         Returns:
             The relative tolerance of a sum, and the weighted losses of the batches of each set.
         """
-        displacement = self._loss.split(displacement_along(self._loss, trial_vector(self._loss)))
+        own = DisplacedLoss(self._loss)
+        displacement = self._displacement(own)
 
         def values(function: FunctionalLoss | DisplacedLoss) -> list[list[float]]:
             pairs = [zip(parts.batches, parts.weights, strict=True) for parts in sets]
@@ -242,17 +240,26 @@ class MemoryPlan:
 
         sharing = self._ranks.world_size if self._device.type == "cpu" else 1
         precise = FunctionalLoss.of(self._loss, bytes_per_graph=self.bytes_per_graph, sharing=sharing)
-        if precise is not None and precise.dtype == torch.float64:
+        if precise is not None:
             with suppress(Exception):  # There is no room, or the loss does not run in float64.
                 return _VALUE_TOLERANCE, values(precise)
-        return self._value_tolerance, values(DisplacedLoss(self._loss))
+        return self._value_tolerance, values(own)
 
     def _response(self, parts: MicroBatches) -> Tensor:
         """Return a quantity that is linear in the loss and sees all of it: a product along a random direction."""
         direction = trial_vector(self._loss)
         if self._exact:
             return DoubleBackward(self._loss, parts.batches, parts.weights, num_cached=0).product(direction)
-        return FiniteDifference(self._loss, parts.batches, parts.weights).displaced_gradient(direction)
+        own = DisplacedLoss(self._loss)
+        total, displacement = torch.zeros_like(direction), self._displacement(own)
+        for batch, weight in zip(parts.batches, parts.weights, strict=True):
+            self._loss.accumulate(total, own.gradient(batch, displacement), weight)
+        return total
+
+    def _displacement(self, own: DisplacedLoss) -> list[Tensor]:
+        """Return the random direction, as long as a share of the parameters' norm, in their shapes."""
+        direction = trial_vector(self._loss)
+        return self._loss.split(direction * (_SHARE_MOVED * max(1.0, own.parameter_norm) / direction.norm()))
 
     @property
     def _real_dtype(self) -> torch.dtype:

@@ -159,9 +159,7 @@ class _Comparison:
         assert self._reference is not None
         eps = torch.finfo(self._dtype).eps
         generator = torch.Generator().manual_seed(0)
-        moved = torch.randn(len(vector), generator=generator, dtype=torch.float64, device="cpu").to(
-            vector.device, self._dtype
-        )
+        moved = torch.randn(len(vector), generator=generator, dtype=torch.float64, device="cpu")
         moved *= 4 * eps * max(1.0, self._reference.function.parameter_norm) / len(vector) ** 0.5
         products = self._reference.products([vector], moved=moved.to(vector.device, self._dtype))
         return math.inf if products is None else self._norm(products[0] - product) / (self._norm(product) or 1.0)

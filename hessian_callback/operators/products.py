@@ -38,7 +38,6 @@ __all__ = [
     "Linearize",
     "ProductEngine",
     "check_agreement",
-    "displacement_along",
     "trial_directions",
     "trial_vector",
 ]
@@ -406,22 +405,6 @@ class FiniteDifference(ProductEngine):
                         self.loss.accumulate(total, gradients, sign * weight)
             total.div_(2 * step)
         return total
-
-    def displaced_gradient(self, vector: Tensor) -> Tensor:
-        """Return the gradient at parameters that are moved along a vector, see `displacement_along`."""
-        loss = self.loss
-        displacement = loss.split(displacement_along(loss, vector))
-        with loss.differentiable(), displaced(parameter_values(loss), displacement):
-            total = torch.zeros_like(vector)
-            for batch, weight in zip(self.batches, self.weights, strict=True):
-                self.loss.accumulate(total, loss.gradient(batch, create_graph=False)[1], weight)
-        return total
-
-
-def displacement_along(loss: BatchLoss, vector: Tensor, share: float = 0.01) -> Tensor:
-    """Return a vector ``(P,)`` in the direction of another, as long as a share of the parameters' norm."""
-    displacement: Tensor = vector * (share * _scale(loss) / vector.norm())
-    return displacement
 
 
 def _length(vector: Tensor) -> Tensor:

@@ -11,7 +11,6 @@ from torchmetrics import MeanMetric, Metric
 
 from hessian_callback.callbacks.lightning_packages import LightningModule, Trainer, base_of
 from hessian_callback.callbacks.reporters.base import Report, Reporter
-from hessian_callback.callbacks.trainer_state import Hook, logged_step
 from hessian_callback.metrics import PowerLawFitError, PowerLawSlope, SpectrumMetric
 
 __all__ = ["MetricReporter", "restore_monitored"]
@@ -42,13 +41,11 @@ class MetricReporter(Reporter):
                     batch_size=1,
                 )
         # `log` in on_train_start would reach callback_metrics, and does not exist in on_train_end.
-        hook: Hook = "on_train_batch_end" if report.can_log and measurement.when == "step" else "on_train_end"
-        step = logged_step(report.trainer, hook)
         named = {f"{report.prefix}/{name}": value for name, value in report.values.items()}
 
         def write() -> None:  # Only rank zero writes, so only it can fail.
             for logger in report.trainer.loggers:
-                logger.log_metrics({**named, "epoch": measurement.epoch}, step=step)
+                logger.log_metrics({**named, "epoch": measurement.epoch}, step=report.step)
                 logger.save()
 
         report.failures.run(
