@@ -224,7 +224,7 @@ class _InFloat64(TorchFunctionMode):
             func = Tensor.double
         # A change of a constant that the loss keeps, such as a running mean, would be lost on a copy.
         changed = 1 if args and _IN_PLACE.search(getattr(func, "__name__", "")) else 0
-        given = {name: _widened(value) for name, value in (kwargs or {}).items()}
+        given = {name: value if name == "out" else _widened(value) for name, value in (kwargs or {}).items()}
         return func(*args[:changed], *map(_widened, args[changed:]), **given)
 
 

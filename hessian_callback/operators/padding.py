@@ -69,7 +69,7 @@ def constant_padding(model: nn.Module, originals: Mapping[nn.Parameter, Tensor] 
 
 
 class _ConstantPadding(TorchFunctionMode):
-    """Put the original rows of parameters in the place of what ``F.embedding`` looks up at padding indices."""
+    """Put the original rows of parameters in the place of what is looked up at padding indices."""
 
     def __init__(self, model: nn.Module, originals: Mapping[nn.Parameter, Tensor]) -> None:
         super().__init__()
@@ -82,15 +82,20 @@ class _ConstantPadding(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if func is not nn.functional.embedding:
+        if func is nn.functional.embedding:
+            given = inspect.signature(func).bind(*args, **(kwargs or {})).arguments
+            index, weight, indices = given.get("padding_idx"), given["weight"], given["input"]
+        elif func is torch.embedding:
+            given = {**dict(zip(("weight", "indices", "padding_idx"), args, strict=False)), **(kwargs or {})}
+            index, weight, indices = given.get("padding_idx", -1), given["weight"], given["indices"]
+            index = None if index < 0 else index
+        else:
             return result
-        given = inspect.signature(func).bind(*args, **(kwargs or {})).arguments
-        index, weight = given.get("padding_idx"), given["weight"]
         if index is None:
             return result
         for entries, name, original in self._places:
             if entries.get(name) is weight:  # Another tensor may stand in the parameter's place.
-                return _replaced(result, given["input"], index % len(original), original[index])
+                return _replaced(result, indices, index % len(original), original[index])
         return result
 
 

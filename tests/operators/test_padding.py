@@ -32,6 +32,11 @@ class Functional(nn.Module):
         return F.embedding(input, self.table, padding_idx=self.padding_idx)
 
 
+class LowLevel(Functional):
+    def forward(self, input: Tensor) -> Tensor:
+        return torch.embedding(self.table, input, self.padding_idx)
+
+
 class Doubled(nn.Module):
     def forward(self, weight: Tensor) -> Tensor:
         return 2 * weight
@@ -47,6 +52,7 @@ EMBEDDINGS: dict[str, Any] = {
     "plain": nn.Embedding,
     "scaled": Scaled,
     "functional": Functional,
+    "low-level": LowLevel,
     "functional, from the end": lambda num, width, padding_idx: Functional(num, width, padding_idx - num),
     "parametrized": parametrized,
 }
