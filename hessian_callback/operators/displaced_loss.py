@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
 from hessian_callback.operators.derivatives import check_twice_differentiable, differentiate
 from hessian_callback.operators.loss import BatchLoss
@@ -89,14 +88,11 @@ def displaced(originals: Mapping[nn.Parameter, Tensor], displacement: Iterable[T
         originals: copies of the parameters' values.
         displacement: what is added to them, in their shapes.
     """
-    # Graphs that others keep stay valid.
-    with _unsafe_preserve_version_counter(tuple(originals)):
-        try:
-            with torch.no_grad():
-                for parameter, part in zip(originals, displacement, strict=True):
-                    parameter.add_(part)
-            yield
-        finally:
-            with torch.no_grad():
-                for parameter, original in originals.items():
-                    parameter.copy_(original)
+    try:
+        # Changes of `data` are not counted, so graphs that others keep stay valid.
+        for parameter, part in zip(originals, displacement, strict=True):
+            parameter.data.add_(part)
+        yield
+    finally:
+        for parameter, original in originals.items():
+            parameter.data.copy_(original)
