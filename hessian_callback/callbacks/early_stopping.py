@@ -27,6 +27,7 @@ from hessian_callback.callbacks.lightning_packages import (
 )
 from hessian_callback.callbacks.power_law import PowerLawHessianCallback
 from hessian_callback.callbacks.progress import announce
+from hessian_callback.callbacks.run_boundaries import CheckpointStates
 from hessian_callback.callbacks.stopping_rule import Noise, Plateau, PlateauRule, Reading
 from hessian_callback.callbacks.trainer_state import callbacks_of
 from hessian_callback.measurement.extras.numerical_interval import numerical_interval_of
@@ -132,7 +133,7 @@ class PowerLawEarlyStopping(EarlyStoppingBase):
         self.min_trend = check_number("min_trend", min_trend, at_least=0)
         # Lightning negates its own min_delta for mode="min".
         self.required_change = min_delta
-        self._takes_states = True
+        self._checkpoint_states = CheckpointStates()
         self._prefix = ""
         self._cursor = HistoryCursor()
         self._clear()
@@ -171,7 +172,7 @@ class PowerLawEarlyStopping(EarlyStoppingBase):
         Raises:
             MisconfigurationException: if there is none, or its measurements do not have the key.
         """
-        self._takes_states = stage == "fit"
+        self._checkpoint_states.enter(stage)
         if stage != "fit" or trainer.barebones:
             return
         source = self._find_source(trainer)
@@ -237,7 +238,7 @@ class PowerLawEarlyStopping(EarlyStoppingBase):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Take the states of checkpoints again, whatever they are loaded for."""
-        self._takes_states = True
+        self._checkpoint_states.leave()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """End the stage, because `teardown` is not called then."""
@@ -359,7 +360,7 @@ class PowerLawEarlyStopping(EarlyStoppingBase):
         Raises:
             ValueError: if the state lacks an entry, or one has the wrong type.
         """
-        if not self._takes_states:
+        if not self._checkpoint_states.are_taken:
             return
         try:
             wait_count = check_int("wait_count", state_dict.get("wait_count"), at_least=0)

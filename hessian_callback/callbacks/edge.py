@@ -23,7 +23,7 @@ from hessian_callback.callbacks.module_loss import resolve_loss
 from hessian_callback.callbacks.reporters.base import Report, Reporter
 from hessian_callback.callbacks.reporters.metrics import MetricReporter, restore_monitored
 from hessian_callback.callbacks.reporters.pictures import LayoutReporter, PictureReporter, edge_pictures
-from hessian_callback.callbacks.run_boundaries import UncountedSteps, are_same, has_trained
+from hessian_callback.callbacks.run_boundaries import CheckpointStates, UncountedSteps, are_same, has_trained
 from hessian_callback.callbacks.sample_source import SampleSource
 from hessian_callback.callbacks.schedule import MeasurementSchedule
 from hessian_callback.callbacks.trainer_observer import Announcements, TrainerObserver
@@ -159,8 +159,7 @@ class EdgeOfStabilityMonitor(CallbackBase):
         self._announcements = Announcements(self.prefix, self.verbose)
         self._state = EdgeState()
         self._active = False
-        # Whether states of checkpoints are for the present run, and whether it was begun earlier.
-        self._takes_states, self._restored = True, False
+        self._checkpoint_states = CheckpointStates()
         self._run = Run()
         self._uncounted_steps = UncountedSteps()
 
@@ -169,7 +168,7 @@ class EdgeOfStabilityMonitor(CallbackBase):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check that trainer, module and options go together."""
         self.source.clear()
-        self._takes_states = stage == "fit"
+        self._checkpoint_states.enter(stage)
         self._active = stage == "fit" and not trainer.barebones
         if trainer.barebones:
             rank_zero_info("EdgeOfStabilityMonitor measures nothing under Trainer(barebones=True), which logs nothing")
@@ -189,7 +188,7 @@ class EdgeOfStabilityMonitor(CallbackBase):
         """Forget another run that this object was used with."""
         if not self._run.changes(trainer, pl_module):
             return
-        if not self._restored:
+        if not self._checkpoint_states.resumed:
             self._forget_history()
         self.measurer.forget()
         self.failures.forget()
@@ -206,8 +205,8 @@ class EdgeOfStabilityMonitor(CallbackBase):
         if not self._active:
             return
         compatibility.check_parameters(pl_module, self.parameters, 1)
-        self._restored |= has_trained(trainer)
-        if not self._restored:
+        self._checkpoint_states.resumed |= has_trained(trainer)
+        if not self._checkpoint_states.resumed:
             # A run from the start: nothing of an earlier one of this trainer may be left.
             self._forget_history()
         limits = self._limits(trainer, pl_module)
@@ -244,7 +243,7 @@ class EdgeOfStabilityMonitor(CallbackBase):
         """Release the samples and the eigenvectors."""
         self.source.clear()
         self._state = EdgeState()
-        self._takes_states, self._restored = True, False
+        self._checkpoint_states.leave()
         self.schedule.stop()
         for reporter in self.reporters:
             reporter.forget()
@@ -371,7 +370,7 @@ class EdgeOfStabilityMonitor(CallbackBase):
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Forget the history if the run resumes from a checkpoint without one."""
-        if self._takes_states and not self._restored and self.state_key not in checkpoint["callbacks"]:
+        if self._checkpoint_states.are_missing(checkpoint, self.state_key):
             self._forget_history()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -380,11 +379,11 @@ class EdgeOfStabilityMonitor(CallbackBase):
         Raises:
             ValueError: if the state is damaged.
         """
-        if not self._takes_states:
+        if not self._checkpoint_states.are_taken:
             return
         history = edge_history(state_dict["edge"])
         if are_same(history, self.history) and self.schedule.matches(state_dict["time"]):
             return
         self.history = history
         self.schedule.load_state_dict(state_dict["time"])
-        self._restored = True
+        self._checkpoint_states.resumed = True

@@ -31,7 +31,7 @@ from hessian_callback.callbacks.reporters.history_file import HistoryFileReporte
 from hessian_callback.callbacks.reporters.listeners import ListenerReporter
 from hessian_callback.callbacks.reporters.metrics import MetricReporter, restore_monitored
 from hessian_callback.callbacks.reporters.pictures import LayoutReporter, PictureReporter
-from hessian_callback.callbacks.run_boundaries import UncountedSteps, are_same, has_trained
+from hessian_callback.callbacks.run_boundaries import CheckpointStates, UncountedSteps, are_same, has_trained
 from hessian_callback.callbacks.run_measurer import RunMeasurer
 from hessian_callback.callbacks.run_prediction import RunPrediction
 from hessian_callback.callbacks.sample_source import SampleSource
@@ -228,8 +228,7 @@ class PowerLawHessianCallback(CallbackBase):
             on_training_data=self.source.on_training_data,
         )
         self._active = True
-        # Whether states of checkpoints are for the present run, and whether it was begun earlier.
-        self._takes_states, self._restored = True, False
+        self._checkpoint_states = CheckpointStates()
         self._validated_at: int | None = None
         self._epoch = EpochClock()
         self._run, self._module = Run(), Run()
@@ -263,7 +262,7 @@ class PowerLawHessianCallback(CallbackBase):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check that trainer, module and options go together; called again by ``lr_find``."""
         self.source.clear()  # A run that ended with an exception has no teardown.
-        self._takes_states = stage == "fit"
+        self._checkpoint_states.enter(stage)
         self._active = stage in ("fit", "validate") and not trainer.barebones
         if trainer.barebones:
             rank_zero_info("PowerLawHessianCallback measures nothing under Trainer(barebones=True), which logs nothing")
@@ -316,7 +315,7 @@ class PowerLawHessianCallback(CallbackBase):
             # To validate another module does not end a run, and such validations are no part of one.
             another &= all(entry.when == "validate" for entry in self.history)
             another |= self._run.changes(trainer, pl_module)
-            if another and not self._restored:
+            if another and not self._checkpoint_states.resumed:
                 self._forget_history()
         if another:
             self.run_measurer.forget()
@@ -342,11 +341,11 @@ class PowerLawHessianCallback(CallbackBase):
         """Check the parameters; measure before the first step, or collect the samples; continue a resumed run."""
         if not self._active:
             return
-        self._restored |= has_trained(trainer)
+        self._checkpoint_states.resumed |= has_trained(trainer)
         # Other callbacks may add parameters before.
         self._check_parameters(pl_module)
         compatibility.warn_of_strict_schedulers(trainer, self.prefix)
-        if trainer.global_step == 0 and not self._restored:
+        if trainer.global_step == 0 and not self._checkpoint_states.resumed:
             # A run from the start: nothing of an earlier one of this trainer may be left.
             self.history = [entry for entry in self.history if entry.when == "validate"]
             self.schedule.reset()
@@ -360,7 +359,7 @@ class PowerLawHessianCallback(CallbackBase):
         )
         if place is not None:
             self._measure(trainer, pl_module, place, "on_train_start")
-        elif trainer.global_step == 0 and not self._restored:
+        elif trainer.global_step == 0 and not self._checkpoint_states.resumed:
             began = time.monotonic()
             self.run_measurer.collect_ahead(trainer, pl_module)
             self.schedule.add_overhead(time.monotonic() - began)
@@ -429,7 +428,7 @@ class PowerLawHessianCallback(CallbackBase):
         self.run_measurer.release()
         for reporter in self.reporters:
             reporter.forget()
-        self._takes_states, self._restored = True, False
+        self._checkpoint_states.leave()
         self.schedule.stop()
         self._epoch.stop()
 
@@ -534,7 +533,7 @@ class PowerLawHessianCallback(CallbackBase):
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Forget the history if the run resumes from a checkpoint without one."""
-        if self._takes_states and not self._restored and self.state_key not in checkpoint["callbacks"]:
+        if self._checkpoint_states.are_missing(checkpoint, self.state_key):
             self._forget_history()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -543,7 +542,7 @@ class PowerLawHessianCallback(CallbackBase):
         Raises:
             ValueError: if the state is of another version or damaged.
         """
-        if not self._takes_states:
+        if not self._checkpoint_states.are_taken:
             return
         history = history_from_state(state_dict)
         if are_same(history, self.history) and self.schedule.matches(state_dict["time"]):
@@ -552,7 +551,7 @@ class PowerLawHessianCallback(CallbackBase):
         if self.prediction is not None:
             self.prediction.follow(self.history)
         self.schedule.load_state_dict(state_dict["time"])
-        self._restored = True
+        self._checkpoint_states.resumed = True
 
 
 def _check_group(pl_module: LightningModule, group: str, parameters: ParameterFilter, num_eigenvalues: int) -> None:

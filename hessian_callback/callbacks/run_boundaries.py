@@ -8,15 +8,15 @@ another run. It takes states in ``fit`` only, and none that it already has.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from hessian_callback.callbacks.lightning_packages import LightningModule, Trainer
 from hessian_callback.measurement.place import Placed
 
-__all__ = ["Timed", "UncountedSteps", "are_same", "has_trained"]
+__all__ = ["CheckpointStates", "Timed", "UncountedSteps", "are_same", "has_trained"]
 
 # A module that accumulates gradients by itself takes its first step later than after the first batch.
 _MOST_BATCHES_BEFORE_A_STEP = 100
@@ -43,6 +43,37 @@ def are_same(one: Sequence[Timed], other: Sequence[Timed]) -> bool:
 
 def _identity(entry: Timed) -> tuple[str, int, int, float]:
     return entry.when, entry.epoch, entry.step, entry.seconds
+
+
+class CheckpointStates:
+    """Tells which states of checkpoints a callback takes, and whether its run was begun earlier.
+
+    Attributes:
+        are_taken: whether a state that is loaded now is of the callback's run: in `fit`, and outside all stages, where
+            a user loads it.
+        resumed: whether the present run has a part that was trained before.
+
+    Example:
+        >>> states = CheckpointStates()
+        >>> states.enter("validate")
+        >>> states.are_taken
+        False
+    """
+
+    def __init__(self) -> None:
+        self.leave()
+
+    def enter(self, stage: str) -> None:
+        """Enter a stage of the trainer."""
+        self.are_taken = stage == "fit"
+
+    def leave(self) -> None:
+        """Leave the stage."""
+        self.are_taken, self.resumed = True, False
+
+    def are_missing(self, checkpoint: Mapping[str, Any], state_key: str) -> bool:
+        """Return whether a run resumes from a checkpoint without the callback's state, and none was loaded before."""
+        return self.are_taken and not self.resumed and state_key not in checkpoint["callbacks"]
 
 
 class UncountedSteps:
