@@ -369,7 +369,7 @@ class Watched(PowerLawHessianCallback):
     st.integers(1, 60),
     st.sampled_from([None, 0, 2000]),
 )
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_restoration_is_a_property(
     tmp_path: Any, name: str, precision: str, hook: str, fault: str, evaluation: int, memory_budget: int | None
 ) -> None:
