@@ -291,6 +291,11 @@ def _adam(group: Mapping[str, Any], state: Mapping[str, Any]) -> Update | None:
     return _averaging(group, beta1, _map(lambda d: d * (1 - beta1**step), root))
 
 
+def _adamw(group: Mapping[str, Any], state: Mapping[str, Any]) -> Update | None:
+    # In torch 2.6 it is no Adam, and its groups do not say so.
+    return _adam({"decoupled_weight_decay": True, **group}, state)
+
+
 def _nadam(group: Mapping[str, Any], state: Mapping[str, Any]) -> Update | None:
     step = _steps(state)
     if step is None:
@@ -371,7 +376,7 @@ def _map(function: Callable[..., Tensor], *states: Tensor) -> Tensor:
 _RULES: dict[type[Optimizer], Callable[[Mapping[str, Any], Mapping[str, Any]], Update | None]] = {
     SGD: _sgd,
     Adam: _adam,
-    AdamW: _adam,
+    AdamW: _adamw,
     NAdam: _nadam,
     RAdam: _radam,
     RMSprop: _rmsprop,
