@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from hessian_callback.callbacks.edge import EdgeOfStabilityMonitor
 from hessian_callback.callbacks.lightning_packages import Trainer, is_a
 from hessian_callback.callbacks.power_law import PowerLawHessianCallback
 from hessian_callback.callbacks.trainer_state import callbacks_of
@@ -24,7 +25,10 @@ def print_report(trainer: Trainer) -> None:
     measuring = [one for one in callbacks_of(trainer) if isinstance(one, PowerLawHessianCallback)]
     for callback in measuring:
         print_history(callback)
-    if not measuring:
+    monitors = [one for one in callbacks_of(trainer) if isinstance(one, EdgeOfStabilityMonitor)]
+    for monitor in monitors:
+        _print_edge(monitor)
+    if not measuring and not monitors:
         print(
             "Nothing was measured: no PowerLawHessianCallback is among the trainer's callbacks. Add it with\n"
             "  --trainer.callbacks+=hessian_callback.PowerLawHessianCallback"
@@ -83,6 +87,15 @@ def print_history(callback: PowerLawHessianCallback, history: Sequence[Measureme
             f"At 5 % a power law is rejected above a fit error of {last.critical_distance_fitted:.3f} "
             f"(K = {last.num_eigenvalues}, exponent fitted; the paper has {last.critical_distance_paper:.3f})."
         )
+
+
+def _print_edge(monitor: EdgeOfStabilityMonitor) -> None:
+    measured = [(entry.ratio, entry) for entry in monitor.history if entry.ratio is not None]
+    print(f"\n{monitor.prefix}: {len(monitor.history)} measurements, {len(measured)} of them with a ratio")
+    if measured:
+        print(f"the largest ratio: {max(measured, key=lambda one: one[0])[1].summary()}")
+    if monitor.history:
+        print(f"the last one: {monitor.history[-1].summary()}")
 
 
 def table_row(measurement: Measurement) -> list[str]:

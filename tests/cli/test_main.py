@@ -553,6 +553,24 @@ def test_run_without_the_callback_says_how_to_add_it(capsys: pytest.CaptureFixtu
     assert "--trainer.callbacks+=hessian_callback.PowerLawHessianCallback" in capsys.readouterr().out
 
 
+def test_a_run_with_the_monitor_alone_was_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    from hessian_callback import EdgeOfStabilityMonitor
+    from hessian_callback.measurement.edge import EdgeMeasurement
+
+    monitor = EdgeOfStabilityMonitor()
+    for step, ratio in ((0, 0.5), (50, 1.25), (100, 0.75), (150, None)):
+        reason = "the loss is NaN" if ratio is None else None
+        monitor.history.append(
+            EdgeMeasurement(0, step, "step", ratio=ratio, ratio_error=0.01, lr=0.1, max_lr=0.1, reason=reason)
+        )
+    print_report(Trainer(logger=False, enable_checkpointing=False, accelerator="cpu", callbacks=[monitor]))
+    text = capsys.readouterr().out
+    assert "Nothing was measured" not in text
+    assert "edge: 4 measurements, 3 of them with a ratio" in text
+    assert "the largest ratio: epoch 0, step 50: 1.250 ± 0.010 of the edge of stability" in text
+    assert "the last one: epoch 0, step 150: no ratio (the loss is NaN)" in text
+
+
 def test_other_loggers_are_not_passed_off_as_tensorboard(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     print_report(Trainer(logger=CSVLogger(tmp_path), enable_checkpointing=False, accelerator="cpu"))
     assert "TensorBoard" not in capsys.readouterr().out
