@@ -23,7 +23,7 @@ SITUATIONS: list[tuple[str, str, str]] = [
     ),
     (
         "hooks of parameters and backward hooks of modules",
-        "prevented: they don't see our gradients",
+        "prevented: they are not called",
         f"{_CALLBACKS}field_state.py::test_observers_of_gradients_see_those_of_training_alone",
     ),
     (
@@ -174,7 +174,7 @@ SITUATIONS: list[tuple[str, str, str]] = [
     ),
     (
         "a loss that draws",
-        "measured, with the draws of a batch fixed, and said once",
+        "measured, with the draws of a batch fixed, and one message",
         f"{_CALLBACKS}power_law.py::test_a_loss_that_draws_is_measured_with_fixed_draws",
     ),
     (
@@ -189,7 +189,7 @@ SITUATIONS: list[tuple[str, str, str]] = [
     ),
     (
         "weights that another callback averages or exchanges for validation, in any order of callbacks",
-        "measured: the weights that the optimizer trains, and said once",
+        "measured: the weights that the optimizer trains, with one message",
         f"{_CALLBACKS}training_weights.py::test_the_trained_weights_are_measured_in_any_order",
     ),
     (
@@ -209,7 +209,7 @@ SITUATIONS: list[tuple[str, str, str]] = [
     ),
     (
         "`parameters=` or `groups=` that name frozen parameters",
-        "measured as soon as they are trained, and said",
+        "measured as soon as they are trained, with a message",
         f"{_CALLBACKS}finetuning.py::test_frozen_parameters_are_measured_as_soon_as_they_are_trained",
     ),
     (
@@ -260,7 +260,7 @@ SITUATIONS: list[tuple[str, str, str]] = [
     ),
     (
         "attributes that hooks set after the start",
-        "measured later, and said",
+        "measured later, with a message",
         f"{_CALLBACKS}field_losses.py::test_attributes_that_a_hook_sets_after_the_start",
     ),
     (
