@@ -10,6 +10,7 @@ import pytest
 from tests.helpers.ddp_results import results
 from tests.helpers.ddp_runs import COMPARISON_RUNS
 from tests.helpers.launched import launch_ranks
+from tests.helpers.ranks import needs_sharding
 from tests.helpers.toy_runs import loader, measure, seeded, trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:a measurement of the Hessian took", "ignore:.*samples are few")
@@ -46,6 +47,7 @@ def test_the_later_measurement_is_compared_with_the_first(two_ranks: Path) -> No
     assert set(last.groups) == {"first", "head"}
 
 
+@needs_sharding
 @pytest.mark.parametrize("name", ["sharded compared", "sharded differences compared"])
 def test_sharded_modules_are_compared_as_well(name: str, two_ranks: Path) -> None:
     one, other = results(two_ranks, name)

@@ -14,6 +14,7 @@ from hessian_callback.measurement.measurement import Measurement
 from tests.helpers.ddp_results import results
 from tests.helpers.ddp_runs import RUNS
 from tests.helpers.launched import TIMEOUT, launch, launch_ranks
+from tests.helpers.ranks import needs_sharding
 from tests.helpers.toy_runs import loader, measure, seeded, trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:a measurement of the Hessian took")
@@ -125,6 +126,7 @@ def test_resuming_with_another_number_of_ranks(two_ranks: Path, tmp_path: Path) 
     assert {m.num_samples for m in callback.history} == {32}
 
 
+@needs_sharding
 def test_a_sharded_model_has_the_same_hessian_and_trains_on_untouched(two_ranks: Path, one_rank: Any) -> None:
     sharded, without, replicated = (results(two_ranks, name) for name in ("sharded", "sharded none", "plain"))
     for one, other in zip(sharded, without, strict=True):
@@ -137,6 +139,7 @@ def test_a_sharded_model_has_the_same_hessian_and_trains_on_untouched(two_ranks:
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=0)
 
 
+@needs_sharding
 def test_differences_leave_the_parameters_sharded(two_ranks: Path) -> None:
     one, other = results(two_ranks, "sharded differences")
     assert one["error"] is other["error"] is None

@@ -12,12 +12,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from hessian_callback.linalg.distributed import Ranks
 from tests.helpers.forks import context
+
+
+needs_sharding = pytest.mark.skipif(
+    not hasattr(torch.cpu.Stream, "record_event"), reason="fully_shard of this PyTorch does not run on a CPU"
+)
 
 
 class DiagonalOperator:

@@ -13,11 +13,9 @@ from torch.distributed.fsdp import fully_shard
 
 from hessian_callback import HessianOperator, top_eigenvalues
 from tests.helpers.cases import assign_to_ranks
-from tests.helpers.ranks import run_ranks
+from tests.helpers.ranks import needs_sharding, run_ranks
 
-pytestmark = pytest.mark.skipif(
-    not hasattr(torch.cpu.Stream, "record_event"), reason="fully_shard of this PyTorch does not run on a CPU"
-)
+pytestmark = needs_sharding
 
 
 def sharded_and_whole(
