@@ -20,7 +20,6 @@ from torch import Tensor
 from hessian_callback.linalg.distributed import Ranks
 from tests.helpers.forks import context
 
-
 needs_sharding = pytest.mark.skipif(
     not hasattr(torch.cpu.Stream, "record_event"), reason="fully_shard of this PyTorch does not run on a CPU"
 )
