@@ -20,6 +20,7 @@ from hessian_callback.callbacks.lightning_packages import (
     Trainer,
 )
 from hessian_callback.callbacks.module_loss import resolve_loss
+from hessian_callback.callbacks.power_law import PowerLawHessianCallback
 from hessian_callback.callbacks.reporters.base import Report, Reporter
 from hessian_callback.callbacks.reporters.metrics import MetricReporter, restore_monitored
 from hessian_callback.callbacks.reporters.pictures import LayoutReporter, PictureReporter, edge_pictures
@@ -27,7 +28,7 @@ from hessian_callback.callbacks.run_boundaries import CheckpointStates, Uncounte
 from hessian_callback.callbacks.sample_source import SampleSource
 from hessian_callback.callbacks.schedule import MeasurementSchedule
 from hessian_callback.callbacks.trainer_observer import Announcements, TrainerObserver
-from hessian_callback.callbacks.trainer_state import Run, callbacks_of, logged_step
+from hessian_callback.callbacks.trainer_state import Run, callbacks_of, logged_step, move_to_front
 from hessian_callback.callbacks.training_problem import ranks_of, run_guarded, training_problem
 from hessian_callback.linalg.distributed import PeerError, Ranks
 from hessian_callback.measurement.edge import EdgeMeasurement, EdgeMeasurer, EdgeState, edge_history
@@ -50,7 +51,8 @@ class EdgeOfStabilityMonitor(CallbackBase):
     On a quadratic loss with Hessian :math:`H`, gradient descent at rate :math:`\eta` with momentum :math:`\beta`
     diverges if the largest eigenvalue exceeds :math:`(2 + 2\beta)/\eta`, and Adam if that of
     :math:`P^{-1/2} H P^{-1/2}` exceeds :math:`(2 + 2\beta_1)/((1 - \beta_1)\eta)`, with the preconditioner :math:`P`
-    of its step. Logged, under ``prefix``:
+    of its step. The callback comes before those that exchange weights, whatever their order was. Logged, under
+    ``prefix``:
 
     - ``ratio``: the largest eigenvalue over that threshold; 1 is the edge of stability;
     - ``ratio_error``: a bound on its error, see `Spectrum`;
@@ -181,6 +183,9 @@ class EdgeOfStabilityMonitor(CallbackBase):
             raise MisconfigurationException(
                 f"two callbacks log under prefix={self.prefix!r}; give one of them another prefix"
             )
+        # Callbacks that exchange weights at the end of training come after.
+        kinds = (PowerLawHessianCallback, EdgeOfStabilityMonitor)
+        move_to_front(trainer, [one for one in callbacks_of(trainer) if isinstance(one, kinds)])
         resolve_loss(pl_module, self.loss_fn)
         self.source.check(trainer)
 

@@ -43,10 +43,11 @@ from hessian_callback.callbacks.trainer_state import (
     callbacks_of,
     is_last,
     logged_step,
+    move_to_front,
     values_are_read_after_validation,
 )
 from hessian_callback.callbacks.training_problem import ranks_of
-from hessian_callback.callbacks.training_weights import may_exchange_weights
+from hessian_callback.callbacks.training_weights import may_exchange_before_validation, may_exchange_weights
 from hessian_callback.linalg.distributed import PeerError, Ranks
 from hessian_callback.measurement.errors import NotReadyError, UserCodeError
 from hessian_callback.measurement.extras.base import Extra
@@ -277,10 +278,8 @@ class PowerLawHessianCallback(CallbackBase):
                 f"two PowerLawHessianCallbacks log under prefix={self.prefix!r}, and Lightning would average "
                 "their values; give one of them another prefix"
             )
-        if callbacks_of(trainer)[: len(callbacks)] != callbacks:
-            # The hooks of callbacks that exchange weights come after, whatever their order.
-            others = [other for other in callbacks_of(trainer) if other not in callbacks]
-            trainer.callbacks = [*callbacks, *others]  # type: ignore[attr-defined]
+        # The hooks of callbacks that exchange weights come after, whatever their order.
+        move_to_front(trainer, callbacks)
         resolve_loss(pl_module, self.loss_fn)
         cadence = self.schedule.cadence
         self.source.check(trainer)
@@ -305,7 +304,8 @@ class PowerLawHessianCallback(CallbackBase):
             self._check_parameters(pl_module)
         elif self.schedule.at_validation_end(**self._here(trainer)) is not None:
             others = [other for other in callbacks_of(trainer) if other is not self]
-            if may_exchange_weights([*others, pl_module]):
+            # Those of a module that exchanges them before were kept before.
+            if not may_exchange_before_validation(pl_module) and may_exchange_weights([*others, pl_module]):
                 self.run_measurer.weights.keep(pl_module)
 
     def _begin_run(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -372,6 +372,7 @@ class PowerLawHessianCallback(CallbackBase):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Compare the structure of the first batch with that of the samples."""
         if self._active:
+            self.run_measurer.weights.discard()
             self.run_measurer.follow_training(pl_module, batch)
 
     def on_train_batch_end(
@@ -382,6 +383,9 @@ class PowerLawHessianCallback(CallbackBase):
             place = self.schedule.at_batch_end(**self._here(trainer))
             self._measure_if_affordable(trainer, pl_module, place, "on_train_batch_end")
             self._uncounted_steps.warn(trainer, pl_module)
+            due = self.schedule.at_validation_end(**self._here(trainer))
+            if due is not None and may_exchange_before_validation(pl_module):
+                self.run_measurer.weights.keep_before_validation(pl_module)
             if trainer.global_step == 0:  # Steps that are not counted do not tell an old validation from a new one.
                 self._validated_at = None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import weakref
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from lightning_utilities.core.rank_zero import rank_zero_warn
@@ -19,11 +20,12 @@ __all__ = [
     "has_own_hook",
     "is_last",
     "logged_step",
+    "move_to_front",
     "values_are_read_after_validation",
 ]
 
 # Packages whose callbacks and modules are known.
-_KNOWN = ("lightning.", "pytorch_lightning.", "hessian_callback.")
+_KNOWN = ("lightning.", "pytorch_lightning.", "hessian_callback.", "torch.")
 
 
 #: The hooks of Lightning in which measurements are made.
@@ -34,6 +36,13 @@ def callbacks_of(trainer: Trainer) -> list[CallbackBase]:
     """Return the trainer's callbacks."""
     callbacks: list[CallbackBase] = trainer.callbacks  # type: ignore[attr-defined]
     return callbacks
+
+
+def move_to_front(trainer: Trainer, callbacks: Sequence[Any]) -> None:
+    """Put some of the trainer's callbacks before the others, each part in its order."""
+    if callbacks_of(trainer)[: len(callbacks)] != callbacks:
+        others = [other for other in callbacks_of(trainer) if other not in callbacks]
+        trainer.callbacks = [*callbacks, *others]  # type: ignore[attr-defined]
 
 
 def has_own_hook(one: Any, hook: str) -> bool:

@@ -14,10 +14,12 @@ from hessian_callback.callbacks.state_guard import defer_saving_signals
 from hessian_callback.callbacks.trainer_state import has_own_hook
 from hessian_callback.measurement.state_records import own_part
 
-__all__ = ["TrainingWeights", "averaging_callbacks", "may_exchange_weights"]
+__all__ = ["TrainingWeights", "averaging_callbacks", "may_exchange_before_validation", "may_exchange_weights"]
 
 # Hooks between the start of validation and a measurement at its end.
 _HOOKS = ("on_validation_start", "on_validation_epoch_start", "on_validation_batch_start", "on_validation_batch_end")
+# The module's hook before all of these, in which Lightning calls its `eval`.
+_FIRST_HOOK = "on_validation_model_eval"
 
 
 class TrainingWeights:
@@ -29,6 +31,7 @@ class TrainingWeights:
 
     def __init__(self) -> None:
         self._kept: list[tuple[Tensor, Tensor]] = []
+        self._hooked: tuple[dict[str, Any], dict[str, Any]] | None = None
 
     def keep(self, module: nn.Module) -> None:
         """Copy the values of parameters and buffers."""
@@ -40,8 +43,29 @@ class TrainingWeights:
                 if not tensor.is_meta and not isinstance(tensor, (nn.UninitializedParameter, nn.UninitializedBuffer))
             ]
 
+    def keep_before_validation(self, module: nn.Module) -> None:
+        """Copy the values when a validation begins, before the module's own hook can exchange them."""
+        self._unhook()
+        attributes = vars(module)
+        self._hooked = attributes, {name: attributes[name] for name in (_FIRST_HOOK,) if name in attributes}
+
+        def keep_first() -> None:
+            self._unhook()
+            self.keep(module)
+            getattr(module, _FIRST_HOOK)()
+
+        attributes[_FIRST_HOOK] = keep_first
+
+    def _unhook(self) -> None:
+        if self._hooked is not None:
+            attributes, own = self._hooked
+            attributes.pop(_FIRST_HOOK, None)
+            attributes.update(own)
+            self._hooked = None
+
     def discard(self) -> None:
         """Discard the copies."""
+        self._unhook()
         self._kept = []
 
     @contextmanager
@@ -88,6 +112,18 @@ def averaging_callbacks(callbacks: Iterable[Any]) -> list[str]:
         for callback in callbacks
         if any("Averag" in base.__name__ or "EMA" in base.__name__ for base in type(callback).__mro__)
     ]
+
+
+def may_exchange_before_validation(module: nn.Module) -> bool:
+    """Return whether a module may exchange its weights when Lightning sets it to eval mode for a validation.
+
+    Optimizers without a schedule are used so: the module overrides ``on_validation_model_eval``, ``eval`` or ``train``.
+
+    Example:
+        >>> may_exchange_before_validation(nn.Linear(1, 1))
+        False
+    """
+    return any(has_own_hook(module, hook) for hook in (_FIRST_HOOK, "eval", "train"))
 
 
 def may_exchange_weights(objects: Iterable[Any]) -> bool:

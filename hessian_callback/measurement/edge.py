@@ -144,10 +144,13 @@ class EdgeState:
     Attributes:
         vectors: by matrix, the eigenvector of the largest eigenvalue, ``(P,)``, from which the next one starts.
         errors: by matrix, the measured error of a product relative to the largest eigenvalue.
+        parameter_names: the names of the chosen parameters. If others are chosen, as when layers are unfrozen, the next
+            measurement starts anew; empty if they are not known.
     """
 
     vectors: Mapping[str, Tensor] = field(default_factory=dict)
     errors: Mapping[str, float] = field(default_factory=dict)
+    parameter_names: Sequence[str] = ()
 
 
 class EdgeMeasurer:
@@ -209,6 +212,9 @@ class EdgeMeasurer:
             return replace(here, reason="all learning rates are 0, so every curvature is stable"), state or EdgeState()
         with problem.operator(hvp="auto", memory_budget=None, tracing_statistics=self._statistics) as hessian:
             loss = hessian.mean_loss
+            if state is not None and state.parameter_names and state.parameter_names != hessian.parameter_names:
+                state = None
+                self._checked = False
             if not self._checked:
                 check_products(hessian, seed=self.seed)
                 self._checked = True
@@ -220,6 +226,7 @@ class EdgeMeasurer:
             if not known and self.sharpness:
                 plain, known = solve.largest("plain", hessian, torch.ones_like(scale), None), True
                 factor, added = 1.0, 0.0
+            names = hessian.parameter_names
         ratio = float(scaled.eigenvalues[0])
         measured = replace(
             here,
@@ -233,7 +240,7 @@ class EdgeMeasurer:
             num_hvps=solve.num_hvps,
             seconds=seconds_since(began, problem.ranks),
         )
-        return measured, EdgeState(solve.vectors, solve.errors)
+        return measured, EdgeState(solve.vectors, solve.errors, names)
 
 
 class _Solves:

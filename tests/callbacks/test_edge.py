@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from hessian_callback import EdgeOfStabilityMonitor
 from hessian_callback.measurement.preconditioners import UnsupportedOptimizerError
 from tests.helpers.lightning import (
+    Callback,
     CSVLogger,
     LightningModule,
     MisconfigurationException,
@@ -213,6 +214,39 @@ def test_a_failed_measurement_is_noted_and_training_goes_on(tmp_path: Path) -> N
         run.fit(seeded(AdamNet), loader(num=48), loader(num=16, seed=1))
     assert [m.ratio is None for m in callback.history] == [True, False]
     assert run.global_step == 6
+
+
+class Unfreezes(Callback):
+    """Lets more layers train in the second epoch, and puts other weights in when training ends."""
+
+    def on_train_start(self, run: Any, module: Any) -> None:
+        self.count = 0
+        self.set(module, trained=False)
+
+    def on_train_epoch_start(self, run: Any, module: Any) -> None:
+        self.set(module, trained=run.current_epoch > 0)
+
+    def set(self, module: Any, *, trained: bool) -> None:
+        next(module.parameters()).requires_grad_(trained)
+
+    def on_train_end(self, run: Any, module: Any) -> None:
+        self.trained = [parameter.detach().clone() for parameter in module.parameters()]
+        for parameter in module.parameters():
+            parameter.data.zero_()
+
+
+def test_layers_that_are_unfrozen_start_anew_and_the_trained_weights_are_measured(tmp_path: Path) -> None:
+    last, module = monitor(num_samples=40), seeded(Net)
+    other = Unfreezes()
+    trainer(tmp_path, other, last, max_epochs=2).fit(module, loader(num=40), loader())
+    assert [entry.reason for entry in last.history] == [None] * len(last.history)
+    assert len({entry.loss for entry in last.history}) == len(last.history) > 3
+    for parameter, value in zip(module.parameters(), other.trained, strict=True):
+        parameter.data.copy_(value)
+    module.eval()
+    losses = [float(nn.functional.cross_entropy(module(x), y)) * len(x) for x, y in loader(num=40)]
+    assert last.history[-1].when == "fit_end"
+    assert last.history[-1].loss == pytest.approx(sum(losses) / 40, rel=1e-5)
 
 
 class TwoOptimizers(Net):

@@ -154,6 +154,53 @@ def test_a_line_says_once_which_weights_are_measured(average: str, words: str, t
     assert capsys.readouterr().out.count(f"the weights that the optimizer trains are measured, and not {words}") == 1
 
 
+class Schedulefree(Plain):
+    """Exchanges its weights where Lightning sets its mode for a validation."""
+
+    def on_validation_model_eval(self) -> None:
+        super().on_validation_model_eval()
+        self.scale(3.0)
+
+    def on_validation_model_train(self) -> None:
+        super().on_validation_model_train()
+        self.scale(1 / 3)
+
+    def scale(self, factor: float) -> None:
+        for parameter in self.parameters():
+            parameter.data.mul_(factor)
+
+
+class SchedulefreeByMode(Plain):
+    """The same where its mode is set."""
+
+    def train(self, mode: bool = True) -> Any:
+        if mode != self.training:
+            for parameter in self.parameters():
+                parameter.data.mul_(1 / 3 if mode else 3.0)
+        return super().train(mode)
+
+
+class Norms(Callback):
+    """Notes the norm of the weights after each step."""
+
+    def __init__(self) -> None:
+        self.norms: dict[int, float] = {}
+
+    def on_train_batch_end(self, run: Any, module: Any, *_: Any) -> None:
+        self.norms[run.global_step] = float(nn.utils.parameters_to_vector(module.parameters()).norm())
+
+
+@pytest.mark.parametrize("kind", [Schedulefree, SchedulefreeByMode])
+def test_modules_that_exchange_weights_with_their_mode(kind: Any, tmp_path: Any) -> None:
+    callback, norms, module = measure(extras=["norms"]), Norms(), seeded(kind)
+    trainer(tmp_path, callback, norms, max_epochs=3, val_check_interval=0.5).fit(module, loader(num=40), loader())
+    measured = [entry for entry in callback.history if entry.when == "epoch"]
+    assert len(measured) == 6
+    for entry in measured:
+        assert entry.comparisons["parameter_norm"] == pytest.approx(norms.norms[entry.step], rel=1e-5)
+    assert "on_validation_model_eval" not in vars(module)
+
+
 def test_weights_are_copied_only_if_something_may_exchange_them(tmp_path: Any, monkeypatch: Any) -> None:
     copies: list[Any] = []
     monkeypatch.setattr(TrainingWeights, "keep", lambda self, module: copies.append(module))
