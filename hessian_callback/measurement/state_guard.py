@@ -51,6 +51,7 @@ from hessian_callback.measurement.state_records import (
     SCALARS,
     ArrayContent,
     ByteContent,
+    CellContents,
     CheckedArray,
     CheckedTensor,
     ClassAttributes,
@@ -678,6 +679,8 @@ class _Walk:
             slot = StreamSlot(owner, key, value, kept, path_text((path, form, key)))
             self._snapshot._slots.append(slot)
             slot.renew()
+            if isinstance(value, io.IOBase):
+                self._file(value, path, _RESTORED, 0)
             self._snapshot._seen[id(value)] = value, _RESTORED
             self._snapshot._seen[id(kept[key])] = kept[key], _RESTORED
 
@@ -747,7 +750,7 @@ class _Walk:
             state._compared.append((CheckedArray(value), path))
 
     def _callable(self, value: Any, path: Path, mode: int, limit: int) -> None:
-        """Follow what a function refers to. A closure is only searched: it may belong to the user's own checks."""
+        """Follow what a function refers to. The closure of a method is only searched, that of its class."""
         if isinstance(value, types.MethodType):
             self._queue.append((value.__self__, path, mode, limit))
             self._queue.append((value.__func__, path, _SEARCHED, limit))
@@ -756,10 +759,20 @@ class _Walk:
             self._push([*value.args, *value.keywords.values()], path, "(...)", itertools.repeat(None), mode, limit)
         elif isinstance(value, types.CellType):
             with suppress(ValueError):  # An empty cell.
-                self._queue.append((value.cell_contents, path, _SEARCHED, limit))
+                self._queue.append((value.cell_contents, path, mode, limit))
+                if mode == _RESTORED:
+                    self._snapshot._add(CellContents(value))
         elif is_of_the_user(value.__module__ or ""):
-            inner = [*(value.__closure__ or ()), *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
-            self._push(inner, path, "(...)", itertools.repeat(None), _SEARCHED, limit)
+            limit = min(self._copied_bytes, _COPIED_BYTES_OF_DATA)
+            # It is restored also if a library's object refers to it, such as a loader to a collator.
+            enclosing = mode if mode == _SEARCHED else _RESTORED
+            self._push(value.__closure__ or (), path, "(...)", itertools.repeat(None), enclosing, limit)
+            defaults = [*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
+            self._push(defaults, path, "(...)", itertools.repeat(None), _RESTORED, limit)
+            if value.__dict__:
+                self._items(value.__dict__, path, ".{}", limit)
+            else:
+                self._snapshot._empty.append(value.__dict__)
             self._globals(value)
 
     def _globals(self, function: types.FunctionType) -> None:

@@ -10,6 +10,7 @@ import argparse
 import ast
 import collections
 import copy
+import csv
 import ctypes
 import enum
 import functools
@@ -41,6 +42,7 @@ __all__ = [
     "SCALAR_TYPES",
     "ArrayContent",
     "ByteContent",
+    "CellContents",
     "CheckedArray",
     "CheckedTensor",
     "ClassAttributes",
@@ -414,6 +416,23 @@ class FilePosition:
             self._file.seek(self._position)
 
 
+class CellContents:
+    """The object that a variable of a closure refers to."""
+
+    def __init__(self, cell: types.CellType) -> None:
+        self._cell, self.kept = cell, cell.cell_contents
+
+    def changed(self) -> bool:
+        try:
+            return self._cell.cell_contents is not self.kept
+        except ValueError:  # It was deleted.
+            return True
+
+    def restore(self) -> None:
+        if self.changed():
+            self._cell.cell_contents = self.kept
+
+
 class SlotValues:
     """The attributes of an object that are in slots."""
 
@@ -439,7 +458,7 @@ class SlotValues:
 
 
 class ClassAttributes:
-    """The attributes of a class that are not methods, properties, or the interpreter's own."""
+    """The attributes of a class that are no functions, properties, classes, or the interpreter's own."""
 
     def __init__(self, owner: type) -> None:
         self._owner = owner
@@ -449,7 +468,13 @@ class ClassAttributes:
         return {
             name: value
             for name, value in vars(self._owner).items()
-            if not (name.startswith("__") or name == "_abc_impl" or hasattr(type(value), "__get__") or callable(value))
+            if not (
+                name.startswith("__")
+                or name == "_abc_impl"
+                or hasattr(type(value), "__get__")
+                # Called by instances; an object with a state of its own may be as well.
+                or isinstance(value, (type, types.BuiltinFunctionType))
+            )
         }
 
     def changed(self) -> bool:
@@ -614,7 +639,11 @@ class StreamSlot:
     def __init__(self, owner: Any, key: Any, original: Any, kept: Any, path: str) -> None:
         self._owner, self._key, self._original, self._kept = owner, key, original, kept
         self._refusing = None
-        if isinstance(original, (io.IOBase, *_QUEUES)) or _copied_iterator(original) is None:
+        if (
+            isinstance(original, (io.IOBase, *_QUEUES))
+            or is_writer(type(original))
+            or _copied_iterator(original) is None
+        ):
             self._refusing = RefusingStream(original, path)
 
     def renew(self) -> None:
@@ -632,15 +661,17 @@ class StreamSlot:
 
 
 class RefusingStream:
-    """Stands for a stream inside the block: it refuses to be read, and a queue takes no items of this thread.
+    """Stands for a stream inside the block: it refuses to be read, and takes nothing that this thread writes.
 
-    Everything else is passed on, items that other threads put into a queue as well.
+    Everything else is passed on: what other threads write, and reading from a file that can be rewound.
     """
 
     def __init__(self, original: Any, path: str) -> None:
         object.__setattr__(self, "_original", original)
         object.__setattr__(self, "_thread", threading.get_ident())
         object.__setattr__(self, "_path", path)
+        writes = isinstance(original, io.IOBase) and FilePosition.of(original) is not None
+        object.__setattr__(self, "_reads", writes or is_writer(type(original)))
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
@@ -652,12 +683,22 @@ class RefusingStream:
             f"restored, so training would miss what was read. {REMEDY}, or dataloader=..., a loader of its own data"
         )
 
-    __next__ = __iter__ = _refuse
+    def __next__(self) -> Any:
+        return next(self._original) if self._reads else self._refuse()
+
+    def __iter__(self) -> Any:
+        return iter(self._original) if self._reads else self._refuse()
+
+    def __enter__(self) -> RefusingStream:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        return None
 
     def __getattr__(self, name: str) -> Any:
-        if name in _READING:
+        if name in _READING and not self._reads:
             return self._refuse
-        if name in _PUTTING and isinstance(self._original, _QUEUES) and threading.get_ident() == self._thread:
+        if threading.get_ident() == self._thread and _takes(self._original, name):
             return _discard
         return getattr(self._original, name)
 
@@ -681,6 +722,31 @@ _QUEUES = (
     multiprocessing.queues.SimpleQueue,
 )
 _PUTTING = frozenset(["put", "put_nowait"])
+_WRITING = frozenset(["write", "writelines", "truncate", "close", "writerow", "writerows", "writeheader"])
+_CSV_WRITER = type(csv.writer(io.StringIO()))
+
+
+@cached
+def is_writer(kind: type) -> bool:
+    """Whether a class writes what it is given to a file: to a table, or for TensorBoard."""
+    if issubclass(kind, (_CSV_WRITER, csv.DictWriter)):
+        return True
+    return any(base.__name__ == "SummaryWriter" and not is_of_the_user(base.__module__) for base in kind.__mro__)
+
+
+def _is_channel(kind: type) -> bool:
+    return issubclass(kind, (io.IOBase, *_QUEUES)) or is_writer(kind)
+
+
+def _takes(original: Any, name: str) -> bool:
+    """Whether a method gives something to a stream that would stay there."""
+    if isinstance(original, _QUEUES):
+        return name in _PUTTING
+    if isinstance(original, io.IOBase) or issubclass(type(original), (_CSV_WRITER, csv.DictWriter)):
+        return name in _WRITING
+    return is_writer(type(original)) and (name.startswith("add_") or name == "close")
+
+
 _READING = frozenset(
     [
         *("get", "get_nowait", "peek", "read", "read1", "readall", "readinto", "readinto1", "readline", "readlines"),
@@ -692,7 +758,7 @@ _READING = frozenset(
 @cached
 def may_be_stream(kind: type) -> bool:
     """Whether instances of a class may be streams; asked of every attribute, and so remembered."""
-    if issubclass(kind, (io.IOBase, *_QUEUES)):
+    if _is_channel(kind):
         return True
     if not hasattr(kind, "__next__") or issubclass(kind, (nn.Module, Tensor, Dataset, dict, list, RefusingStream)):
         return False
@@ -703,7 +769,11 @@ def may_be_stream(kind: type) -> bool:
 def is_stream(value: Any) -> bool:
     """Whether a value continues where it was when it is read again, and cannot be rewound in its place."""
     if isinstance(value, io.IOBase):
-        return not value.closed and value.readable() and FilePosition.of(value) is None
+        if value.closed or isinstance(value, (io.StringIO, io.BytesIO)):
+            return False
+        # What is printed may be seen twice.
+        written = value.writable() and value not in (sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__)
+        return written or (value.readable() and FilePosition.of(value) is None)
     return True
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import array
 import collections
+import csv
 import functools
 import importlib
 import io
@@ -25,10 +26,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torchmetrics
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from torch.nn.utils import parametrizations, prune
+from torch.utils.data import DataLoader
+from torch.utils.tensorboard import SummaryWriter
 
 from hessian_callback.measurement import state_guard
 from hessian_callback.measurement.state_guard import (
@@ -269,6 +274,85 @@ def test_class_attributes_of_the_users_classes_are_restored() -> None:
     assert Counted.seen == []
     assert not hasattr(Derived, "late")
     assert "calls" not in vars(Derived)
+
+
+class Noisy:
+    """Called like a function, with a state of its own."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self) -> None:
+        self.calls += 1
+
+
+def test_callable_objects_that_are_class_attributes_are_restored() -> None:
+    class Augmented:
+        transform = Noisy()
+        mean = torchmetrics.MeanMetric()
+
+    holder = Augmented()
+    with preserve_state(nn.Linear(1, 1), holder):
+        holder.transform()
+        holder.mean.update(3.0)
+        Augmented.transform = Noisy()
+    assert holder.transform.calls == 0
+    assert float(holder.mean.weight) == 0
+
+
+def test_what_functions_hold_is_restored() -> None:
+    count, seen = 0, []
+
+    def collate(batch: Any, calls: list[int] = []) -> Any:  # noqa: B006 - the fault
+        nonlocal count
+        count += 1
+        seen.append(batch)
+        calls.append(1)
+        collate.calls = getattr(collate, "calls", 0) + 1  # type: ignore[attr-defined]
+        return torch.utils.data.default_collate(batch)
+
+    loader = DataLoader([1, 2], collate_fn=collate)
+    with preserve_state(nn.Linear(1, 1), loader):
+        assert len(list(loader)) == 2
+        assert count == 2
+    assert (count, seen) == (0, [])
+    assert collate.__defaults__ == ([],)
+    assert not hasattr(collate, "calls")
+
+
+@pytest.mark.parametrize("mode", ["w", "a", "r+"])
+def test_files_are_not_written_to(mode: str, tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    path.write_text("before\n")
+    module = nn.Linear(1, 1)
+    with open(path, mode) as file:
+        file.write("kept\n")
+        module.logs = [file]
+        with preserve_state(module):
+            module.logs[0].write("measured\n")
+            print("measured", file=module.logs[0])
+        assert module.logs[0] is file
+        file.write("also kept\n")
+    text = path.read_text()
+    assert "measured" not in text
+    assert text.endswith("kept\nalso kept\n")
+
+
+def test_tables_and_writers_for_tensorboard_get_nothing(tmp_path: Path) -> None:
+    module = nn.Linear(1, 1)
+    with open(tmp_path / "rows.csv", "w", newline="") as file, SummaryWriter(str(tmp_path)) as writer:
+        module.rows, module.named, module.writer = csv.writer(file), csv.DictWriter(file, ["x"]), writer
+        module.rows.writerow([1])
+        with preserve_state(module):
+            module.rows.writerow([2])
+            module.named.writerow({"x": 3})
+            module.writer.add_scalar("x", 2.0, 2)
+        module.named.writerow({"x": 4})
+        module.writer.add_scalar("x", 4.0, 4)
+    assert (tmp_path / "rows.csv").read_text().split() == ["1", "4"]
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert [event.value for event in events.Scalars("x")] == [4.0]
 
 
 @pytest.mark.parametrize("kind", [list, deque, dict], ids=["list", "deque", "dict"])
