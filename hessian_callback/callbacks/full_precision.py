@@ -5,12 +5,15 @@ from __future__ import annotations
 import copy
 import gc
 import itertools
-from collections.abc import Iterator
-from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from types import BuiltinFunctionType, CellType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from hessian_callback.callbacks.lightning_packages import LightningModule, MisconfigurationException, Trainer
 from hessian_callback.linalg.free_memory import free_memory
@@ -18,7 +21,7 @@ from hessian_callback.measurement.batch_copies import map_tensors
 from hessian_callback.operators.fully_shard import is_sharded
 from hessian_callback.operators.memory import readable_size
 
-__all__ = ["batch_in_full_precision", "has_half_precision", "in_full_precision"]
+__all__ = ["batch_in_full_precision", "check_copy_is_used", "has_half_precision", "in_full_precision"]
 
 _HALF = (torch.float16, torch.bfloat16)
 # Largest share of the free memory for a copy. Products and their graphs need the rest.
@@ -45,7 +48,8 @@ def in_full_precision(trainer: Trainer, pl_module: LightningModule) -> tuple[Lig
 
     In half precision rounding errors exceed the smaller eigenvalues of a Hessian. So a module with such parameters is
     copied, and the parameters of the copy are converted to float32: its Hessian is that of the float32 loss at the
-    same values. Methods of the copy that were compiled run eagerly. Any other module is returned as it is.
+    same values. Methods of the copy that were compiled run eagerly. Functions of the module, such as hooks, whose
+    closures refer to it are made again for the copy. Any other module is returned as it is.
 
     Args:
         trainer: its trainer, which the copy shares.
@@ -92,7 +96,8 @@ def _copy_with_attributes(pl_module: LightningModule, trainer: Trainer) -> Light
         if id(tensor) not in own and (tensor.grad_fn is not None or tensor.dtype in _HALF):
             values = tensor.detach()
             memo[id(tensor)] = values.float() if values.dtype in _HALF else values.clone()
-    copied = copy.deepcopy(pl_module, memo)
+    with _functions_of_the_copy(pl_module, trainer, own | {id(module) for module in pl_module.modules()}, memo):
+        copied = copy.deepcopy(pl_module, memo)
     # Methods that were compiled stay those of the original; Lightning compiles the steps, if the module is compiled.
     for original in pl_module.modules():
         for name, value in vars(original).items():
@@ -102,19 +107,92 @@ def _copy_with_attributes(pl_module: LightningModule, trainer: Trainer) -> Light
     return copied
 
 
-def _reachable_tensors(root: Any, left_out: Any) -> Iterator[torch.Tensor]:
-    """Yield the tensors that a copy of an object would reach, without those behind another object."""
+def _reachable_tensors(root: Any, left_out: Any) -> Iterator[Tensor]:
+    return (one for one in _reachable(root, left_out) if isinstance(one, Tensor))
+
+
+def _reachable(root: Any, left_out: Any) -> Iterator[Any]:
+    """Yield the objects that a copy of an object would reach, without those behind another object."""
     seen, waiting = {id(left_out)}, [root]
     while waiting:
         one = waiting.pop()
-        # `copy.deepcopy` does not enter these either.
-        if id(one) in seen or isinstance(one, (type, ModuleType, FunctionType, BuiltinFunctionType, str, int, float)):
+        if id(one) in seen or isinstance(one, (type, ModuleType, BuiltinFunctionType, str, int, float)):
             continue
         seen.add(id(one))
-        if isinstance(one, torch.Tensor):
-            yield one
-        else:
+        yield one
+        if isinstance(one, FunctionType):
+            # Not its global variables.
+            waiting.extend((*(one.__closure__ or ()), *(one.__defaults__ or ()), *(one.__kwdefaults__ or {}).values()))
+        elif not isinstance(one, Tensor):
             waiting.extend(gc.get_referents(one))
+
+
+@contextmanager
+def _functions_of_the_copy(root: Any, left_out: Any, own: set[int], memo: dict[int, Any]) -> Iterator[None]:
+    """Let a copy of an object have functions of its own, if their closures reach the object.
+
+    `copy.deepcopy` takes functions as they are, so a hook ``lambda *_: setattr(self, ...)`` of the copy would change
+    the original.
+
+    Args:
+        root: the object that is copied inside the block.
+        left_out: an object that is not copied.
+        own: the ids of the object's parts.
+        memo: the memory of `copy.deepcopy`, which gets the functions.
+    """
+    cells: dict[int, tuple[CellType, CellType]] = {}
+    made: list[tuple[FunctionType, FunctionType]] = []
+    for function in [one for one in _reachable(root, left_out) if isinstance(one, FunctionType)]:
+        closure = function.__closure__ or ()
+        held = (*closure, *(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
+        if not any(id(one) in own for one in _reachable(held, left_out)):
+            continue
+        inner = tuple(cells.setdefault(id(cell), (cell, CellType()))[1] for cell in closure)
+        copied = FunctionType(function.__code__, function.__globals__, function.__name__, None, inner or None)
+        memo[id(function)] = copied
+        made.append((function, copied))
+    yield
+    for function, copied in made:
+        copied.__defaults__ = copy.deepcopy(function.__defaults__, memo)
+        copied.__kwdefaults__ = copy.deepcopy(function.__kwdefaults__, memo)
+        copied.__dict__.update(copy.deepcopy(function.__dict__, memo))
+    for cell, own_cell in cells.values():
+        with suppress(ValueError):  # An empty cell.
+            own_cell.cell_contents = copy.deepcopy(cell.cell_contents, memo)
+
+
+class _Uses(TorchDispatchMode):
+    """Note whether operations use parameters or buffers of a module."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.found = False
+        tensors = itertools.chain(module.parameters(), module.buffers())
+        self._storages = {tensor.untyped_storage().data_ptr() for tensor in tensors if tensor.numel() > 0}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        for value in tree_leaves((args, kwargs)):
+            plain = type(value) in (Tensor, nn.Parameter) and value.layout == torch.strided
+            self.found |= plain and value.untyped_storage().data_ptr() in self._storages
+        return func(*args, **(kwargs or {}))
+
+
+def check_copy_is_used(loss: Callable[[Any, Any], Tensor], copied: nn.Module, original: nn.Module, batch: Any) -> None:
+    """Evaluate the loss of a copy, and raise an error if it uses tensors of the original.
+
+    Raises:
+        MisconfigurationException: if it does.
+    """
+    with _Uses(original) as uses:  # type: ignore[no-untyped-call]
+        loss(copied, batch)
+    if uses.found:
+        raise MisconfigurationException(
+            "the Hessian of half-precision parameters is formed on a copy in float32, but the loss uses parameters or "
+            "buffers of the original, through a global variable or the optimizers, for example; reach them through "
+            f"the module, or use another precision: {_REMEDY}"
+        )
 
 
 def batch_in_full_precision(batch: Any) -> Any:

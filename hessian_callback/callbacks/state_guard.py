@@ -42,7 +42,7 @@ _ABSENT = object()
 def preserve_training_state(trainer: Trainer, pl_module: LightningModule) -> Iterator[Snapshot]:
     """Evaluate losses of a module that is being trained, and restore all state afterwards.
 
-    Inside the block the module is in eval mode, ``log`` and ``log_dict`` do nothing, the trainer's loggers log
+    Inside the block the module is in eval mode, nothing is logged, the trainer's loggers log
     nothing, metrics do not synchronise, gradients are enabled, and hooks on gradients are removed (see
     `suspend_hooks`). Signals whose handlers may save a checkpoint are deferred (see `defer_saving_signals`).
 
@@ -113,19 +113,36 @@ def _trainer_set_aside(trainer: Trainer) -> Iterator[None]:
         (vars(owner), {name: value for name, value in vars(owner).items() if isinstance(value, _SCALARS)})
         for owner in owners
     ]
+    epoch_loop, connector = trainer.fit_loop.epoch_loop, trainer._logger_connector
+    collecting = [vars(loop) for loop in (epoch_loop, epoch_loop.val_loop, trainer.validate_loop)]
+    collected, last_hook = [attributes["_results"] for attributes in collecting], connector._current_fx
     own = dict(vars(trainer))
     should_stop, stage, loggers = trainer.should_stop, trainer.state.stage, trainer.loggers
     try:
         trainer.loggers = [_silent(logger, sibling(trainer, "loggers.logger", "DummyLogger")) for logger in loggers]
         trainer.state.stage = RunningStage.TRAINING
+        for attributes in collecting:
+            attributes["_results"] = _NoResults()
         yield
     finally:
+        for attributes, results in zip(collecting, collected, strict=True):
+            attributes["_results"] = results
+        connector._current_fx = last_hook
         trainer.should_stop, trainer.state.stage, trainer.loggers = should_stop, stage, loggers
         for attributes, values in kept:
             attributes.update(values)
         for name in vars(trainer).keys() - own.keys():
             del vars(trainer)[name]
         vars(trainer).update({name: value for name, value in own.items() if vars(trainer).get(name) is not value})
+
+
+class _NoResults:
+    """Stands for the logged values of a loop, for calls of ``log`` by another name, such as ``partial(self.log)``."""
+
+    def log(self, *_: Any, **__: Any) -> None:
+        """Do nothing."""
+
+    reset = log
 
 
 def _silent(logger: Any, dummy: type[Any]) -> Any:
@@ -151,7 +168,8 @@ def _silenced(pl_module: LightningModule, *, alone: bool) -> Iterator[None]:
     for module in pl_module.modules():
         # In the instance's dictionary, past whatever the class thinks of assignments.
         if is_a(module, "LightningModule"):
-            functions = {"log": _do_nothing, "log_dict": _do_nothing}
+            # Not all hooks may log.
+            functions = {"log": _do_nothing, "log_dict": _do_nothing, "_current_fx_name": "training_step"}
             if not alone:
                 functions["all_gather"] = _refuse_to_gather
             replaced.append((module.__dict__, functions))

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from hessian_callback.callbacks.full_precision import in_full_precision
+from hessian_callback.callbacks.full_precision import check_copy_is_used, in_full_precision
 from hessian_callback.callbacks.lightning_packages import LightningModule, Trainer
 from hessian_callback.callbacks.module_loss import as_in_a_step, resolve_loss
 from hessian_callback.callbacks.sample_source import SampleSource
@@ -60,6 +60,8 @@ def training_problem(
         loss = as_in_a_step(trainer, pl_module, resolve_loss(pl_module, loss_fn, origin=source.description))
         batches = source.batches_on_device(trainer, pl_module, counted)
         model, precision = in_full_precision(trainer, pl_module)
+        if model is not pl_module and batches:
+            check_copy_is_used(loss, model, pl_module, batches[0])
     return Problem(
         model=model,
         loss_fn=loss,

@@ -51,6 +51,7 @@ from hessian_callback.measurement.state_records import (
     SCALARS,
     ArrayContent,
     ByteContent,
+    CachedFunction,
     CellContents,
     CheckedArray,
     CheckedTensor,
@@ -676,13 +677,17 @@ class _Walk:
         for key, value in list(kept.items() if isinstance(kept, dict) else enumerate(kept)):
             if not may_be_stream(type(value)) or not is_stream(value):
                 continue
-            slot = StreamSlot(owner, key, value, kept, path_text((path, form, key)))
-            self._snapshot._slots.append(slot)
-            slot.renew()
-            if isinstance(value, io.IOBase):
-                self._file(value, path, _RESTORED, 0)
-            self._snapshot._seen[id(value)] = value, _RESTORED
+            self._stand_in(StreamSlot(owner, key, value, kept, path_text((path, form, key))), value, path)
             self._snapshot._seen[id(kept[key])] = kept[key], _RESTORED
+
+    def _stand_in(self, slot: StreamSlot, value: Any, path: Path) -> None:
+        self._snapshot._slots.append(slot)
+        slot.renew()
+        self._snapshot._seen[id(value)] = value, _RESTORED
+        if isinstance(value, io.IOBase):
+            self._file(value, path, _RESTORED, 0)
+        elif isinstance(value, CachedFunction):
+            self._queue.append((value.__wrapped__, path, _RESTORED, self._copied_bytes))
 
     def _tensor(self, tensor: Tensor, path: Path, mode: int, limit: int) -> None:
         if mode != _RESTORED:
@@ -848,7 +853,9 @@ class _Walk:
             record = ClassAttributes(base)
             self._snapshot._add(record)
             self._push(record.kept.values(), base.__name__, ".{}", record.kept, _RESTORED, self._copied_bytes)
-            for value in vars(base).values():
+            for name, value in list(vars(base).items()):
+                if isinstance(value, CachedFunction):
+                    self._stand_in(StreamSlot(base, name, value, {}, path_text((path, ".{}", name))), value, path)
                 function = value.__func__ if isinstance(value, (classmethod, staticmethod)) else value
                 if isinstance(function, types.FunctionType):
                     self._queue.append((function, path, _SEARCHED, 0))

@@ -42,6 +42,7 @@ __all__ = [
     "SCALAR_TYPES",
     "ArrayContent",
     "ByteContent",
+    "CachedFunction",
     "CellContents",
     "CheckedArray",
     "CheckedTensor",
@@ -633,8 +634,14 @@ def _discard(*_: Any, **__: Any) -> None:
     return None
 
 
+CachedFunction = type(functools.lru_cache(lambda: None))
+
+
 class StreamSlot:
-    """A place that refers to an iterator or a stream, with a copy of it, or one that refuses, inside the block."""
+    """A place that refers to an iterator, a stream or a cached function, with a stand-in inside the block.
+
+    An iterator has a copy there, a cached function one with an empty cache, and a stream one that refuses.
+    """
 
     def __init__(self, owner: Any, key: Any, original: Any, kept: Any, path: str) -> None:
         self._owner, self._key, self._original, self._kept = owner, key, original, kept
@@ -656,6 +663,9 @@ class StreamSlot:
 
     def _put(self, value: Any) -> None:
         self._kept[self._key] = value
+        if isinstance(self._owner, type):
+            type.__setattr__(self._owner, self._key, value)
+            return
         base: Any = next(base for base in (OrderedDict, dict, list, deque) if isinstance(self._owner, base))
         base.__setitem__(self._owner, self._key, value)
 
@@ -758,7 +768,7 @@ _READING = frozenset(
 @cached
 def may_be_stream(kind: type) -> bool:
     """Whether instances of a class may be streams; asked of every attribute, and so remembered."""
-    if _is_channel(kind):
+    if _is_channel(kind) or kind is CachedFunction:
         return True
     if not hasattr(kind, "__next__") or issubclass(kind, (nn.Module, Tensor, Dataset, dict, list, RefusingStream)):
         return False
@@ -774,12 +784,19 @@ def is_stream(value: Any) -> bool:
         # What is printed may be seen twice.
         written = value.writable() and value not in (sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__)
         return written or (value.readable() and FilePosition.of(value) is None)
+    if type(value) is CachedFunction:
+        return is_of_the_user(value.__module__ or "")
     return True
 
 
 def _copied_iterator(iterator: Any) -> Any:
-    """Return a copy of an iterator at its position, which shares the items with it; ``None`` if there is no way."""
+    """Return a copy of an iterator at its position, which shares the items with it; ``None`` if there is no way.
+
+    The copy of a cached function has an empty cache.
+    """
     kind = type(iterator)
+    if kind is CachedFunction:
+        return functools.lru_cache(**iterator.cache_parameters())(iterator.__wrapped__)
     if not hasattr(kind, "__next__") or root_of(kind) not in ("builtins", "itertools"):
         return None
     # One that calls a function for each item changes whatever the function changes.

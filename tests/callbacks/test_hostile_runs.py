@@ -204,6 +204,58 @@ def test_results_and_constants_that_a_module_keeps_in_half_precision(tmp_path: A
     torch.testing.assert_close(spectra[1], spectra[0], rtol=1e-5, atol=0)
 
 
+class Penalised(Quiet):
+    """A loss with a term that a step adds to it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: Any = None
+        self.prepare()
+
+    def prepare(self) -> None:
+        self.net[0].register_forward_hook(self.see)
+
+    def see(self, layer: Any, inputs: Any, output: Any) -> None:
+        self.seen = output
+
+    def penalty(self) -> torch.Tensor:
+        return self.seen.float().pow(4).mean()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return super().training_step(batch, batch_idx) + self.penalty()
+
+
+class PenalisedByClosure(Penalised):
+    """The same through functions that refer to the module."""
+
+    def prepare(self) -> None:
+        self.net[0].register_forward_hook(lambda layer, inputs, output: setattr(self, "seen", output))
+        self.inner = lambda: self.seen.float().pow(4)
+        self.penalty = lambda inner=self.inner: inner().mean()  # type: ignore[method-assign]
+
+
+class PenalisedByOptimizer(Penalised):
+    """A term of the parameters that the optimizer has."""
+
+    def penalty(self) -> torch.Tensor:
+        return self.optimizers().param_groups[0]["params"][0].float().square().sum()
+
+
+def test_functions_that_refer_to_a_module_in_half_precision(tmp_path: Any) -> None:
+    spectra = []
+    for make in (Penalised, PenalisedByClosure):
+        callback = measure(on_error="raise")
+        trainer(tmp_path, callback, precision="bf16-true").fit(seeded(make), loader(), loader(seed=1))
+        spectra.append([m.spectrum.eigenvalues for m in callback.history])
+    torch.testing.assert_close(spectra[1], spectra[0], rtol=1e-5, atol=0)
+
+
+def test_parameters_that_are_reached_past_the_copy_are_refused(tmp_path: Any) -> None:
+    run = trainer(tmp_path, measure(), precision="bf16-true")
+    with pytest.raises(MisconfigurationException, match="the loss uses parameters or buffers of the original"):
+        run.fit(seeded(PenalisedByOptimizer), loader(), loader(seed=1))
+
+
 class TwoOptimizers(LightningModule):
     def __init__(self) -> None:
         super().__init__()

@@ -320,6 +320,41 @@ def test_what_functions_hold_is_restored() -> None:
     assert not hasattr(collate, "calls")
 
 
+class Cached:
+    """Keeps what it draws."""
+
+    @functools.lru_cache(maxsize=8)  # noqa: B019 - the fault
+    def noise(self, index: int) -> float:
+        return random.random()
+
+
+@functools.cache
+def drawn(index: int) -> float:
+    return random.random()
+
+
+def uses_drawn(index: int) -> float:
+    return drawn(index)
+
+
+def test_cached_functions_have_an_empty_cache_in_the_block() -> None:
+    holder = Cached()
+    holder.inner = functools.lru_cache(lambda index: random.random())  # type: ignore[attr-defined]
+    holder.uses = uses_drawn  # type: ignore[attr-defined]
+    functions = [holder.noise, holder.inner, holder.uses]  # type: ignore[attr-defined]
+    before = [function(0) for function in functions]
+    whole = vars(Cached)["noise"], drawn
+    with preserve_state(nn.Linear(1, 1), holder) as snapshot:
+        inside = [holder.noise(1), holder.inner(1), holder.uses(1)]  # type: ignore[attr-defined]
+        assert [holder.noise(1), holder.inner(1), holder.uses(1)] == inside  # type: ignore[attr-defined]
+        snapshot.restore_loss_state()
+        assert holder.noise(1) != inside[0]
+    assert whole == (vars(Cached)["noise"], drawn)
+    assert [function(0) for function in functions] == before
+    assert [whole[0].cache_info().currsize, holder.inner.cache_info().currsize, drawn.cache_info().currsize] == [1] * 3  # type: ignore[attr-defined]
+    drawn.cache_clear()
+
+
 @pytest.mark.parametrize("mode", ["w", "a", "r+"])
 def test_files_are_not_written_to(mode: str, tmp_path: Path) -> None:
     path = tmp_path / "log"
