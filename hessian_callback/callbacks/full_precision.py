@@ -165,7 +165,7 @@ class _Uses(TorchDispatchMode):
     """Note whether operations use parameters or buffers of a module."""
 
     def __init__(self, module: nn.Module) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.found = False
         tensors = itertools.chain(module.parameters(), module.buffers())
         self._storages = {tensor.untyped_storage().data_ptr() for tensor in tensors if tensor.numel() > 0}
@@ -185,7 +185,7 @@ def check_copy_is_used(loss: Callable[[Any, Any], Tensor], copied: nn.Module, or
     Raises:
         MisconfigurationException: if it does.
     """
-    with _Uses(original) as uses:  # type: ignore[no-untyped-call]
+    with _Uses(original) as uses:
         loss(copied, batch)
     if uses.found:
         raise MisconfigurationException(

@@ -72,7 +72,8 @@ class CheckedLoss:
 
         Raises:
             LossError: if the function raises, or returns no tensor. The function's own error is the cause.
-            NotReadyError: if the model lacks an attribute that its class uses, and that may be set later.
+            NotReadyError: if the model lacks an attribute that its class uses, or has ``None`` there, and a hook may
+                set it later.
             DoubleBackwardError: if the function raises what is known to mean a missing second derivative.
         """
         try:
@@ -118,6 +119,13 @@ class CheckedLoss:
                 f"{self.__name__} needs an attribute that the module does not have ({one_line(error)}). If a hook "
                 "of training sets it, only later measurements succeed; set it in __init__ or setup() instead"
             )
+        unset = _unset_attributes(model, error)
+        if unset:
+            return NotReadyError(
+                f"{self.__name__} raised {one_line(error)}, {self._circumstances(model)}. It uses attributes that are "
+                f"None ({', '.join(unset)}). If a hook of training sets them, only later measurements succeed; set "
+                "them in __init__ or setup() instead"
+            )
         cause = ""
         if "Inference tensors cannot be saved" in str(error):
             cause = (
@@ -140,6 +148,25 @@ def _may_be_set_later(model: Any, error: Exception) -> bool:
         return False
     functions = [function for kind in type(owner).__mro__ for function in vars(kind).values()]
     return any(error.name in function.__code__.co_names for function in functions if hasattr(function, "__code__"))
+
+
+def _unset_attributes(model: Any, error: BaseException) -> list[str]:
+    """Return the attributes of a module that are ``None``, used where an error was raised, and named by its hooks."""
+    if not isinstance(model, nn.Module):
+        return []
+    used: set[str] = set()
+    trace = error.__traceback__
+    while trace is not None:
+        used.update(trace.tb_frame.f_code.co_names)
+        trace = trace.tb_next
+    hooks = [
+        function.__code__.co_names
+        for kind in type(model).__mro__
+        for name, function in vars(kind).items()
+        if name.startswith("on_") and hasattr(function, "__code__")
+    ]
+    named = {name for names in hooks for name in names}
+    return [name for name, value in vars(model).items() if value is None and name in used and name in named]
 
 
 @contextmanager

@@ -5,18 +5,24 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from hessian_callback.linalg.free_memory import free_memory
 
 __all__ = [
+    "Results",
     "SavedTensors",
+    "count_results",
     "count_saved_tensors",
     "device_with_room",
     "is_out_of_memory",
     "readable_size",
+    "refuses_to_be_counted",
 ]
 
 
@@ -115,6 +121,49 @@ def count_saved_tensors(exclude: Iterable[Tensor]) -> Iterator[SavedTensors]:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         yield saved
+
+
+@contextmanager
+def count_results() -> Iterator[Results]:
+    """Count the bytes of all results inside the block, which a graph may keep: at least those that it does.
+
+    For losses that transform functions by ``torch.func``, which refuse to have what they save counted.
+
+    Example:
+        >>> with count_results() as results:
+        ...     y = torch.ones(1000, dtype=torch.float64).exp().sum()
+        >>> results.num_bytes
+        16008
+    """
+    with Results() as results:
+        yield results
+
+
+class Results(TorchDispatchMode):
+    """The bytes of results of operations, see `count_results`."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.num_bytes = 0
+
+    def add(self, tensor: Tensor) -> None:
+        """Count nothing: a result was counted when it was made."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        results = func(*args, **(kwargs or {}))
+        self.num_bytes += sum(one.numel() * one.element_size() for one in tree_leaves(results) if _is_dense(one))
+        return results
+
+
+def _is_dense(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.layout == torch.strided
+
+
+def refuses_to_be_counted(error: BaseException) -> bool:
+    """Return whether an error is that of a transform of ``torch.func`` inside `count_saved_tensors`."""
+    return any(words in str(error) for words in ("saved tensor hooks", "invalid python storage"))
 
 
 def _dense_parts(tensor: Tensor) -> Sequence[Tensor]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, ClassVar
 
@@ -27,7 +28,14 @@ from hessian_callback.operators.derivatives import (
 from hessian_callback.operators.displaced_loss import displaced, parameter_values
 from hessian_callback.operators.functional_loss import FunctionalLoss
 from hessian_callback.operators.loss import BatchLoss, LossModule
-from hessian_callback.operators.memory import count_saved_tensors, is_out_of_memory
+from hessian_callback.operators.memory import (
+    Results,
+    SavedTensors,
+    count_results,
+    count_saved_tensors,
+    is_out_of_memory,
+    refuses_to_be_counted,
+)
 from hessian_callback.operators.padding import constant_padding
 from hessian_callback.operators.substitution import substituted
 from hessian_callback.operators.tracing import TracedProduct, signature
@@ -115,7 +123,16 @@ class DoubleBackward(ProductEngine):
             DoubleBackwardError: if the graph ends in a function that can't be differentiated again.
         """
         present = [*loss.model.parameters(), *loss.model.buffers(), *tensors(batch)]
-        with loss.differentiable(), count_saved_tensors(present) as saved:
+        try:
+            return DoubleBackward._counted(loss, batch, count_saved_tensors(present))
+        except Exception as error:
+            if not refuses_to_be_counted(error):
+                raise
+        return DoubleBackward._counted(loss, batch, count_results())
+
+    @staticmethod
+    def _counted(loss: BatchLoss, batch: Any, counting: AbstractContextManager[SavedTensors | Results]) -> int:
+        with loss.differentiable(), counting as saved:
             _, gradients = loss.gradient(batch, create_graph=True)
             for gradient in gradients:
                 saved.add(gradient)

@@ -149,6 +149,23 @@ def hooks() -> list[type]:
         def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
             self.temperature = 2.0
 
+    class NoneBefore(Plain):
+        def __init__(self) -> None:
+            super().__init__()
+            self.temperature = None
+
+        def on_train_start(self) -> None:
+            self.temperature = torch.tensor(2.0)
+
+    class Refuses(NoneBefore):
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+            self.on_train_start()
+
+    def refusing_step(self: Any, batch: Any, batch_idx: int) -> Any:
+        if self.temperature is None:
+            raise ValueError("no temperature")
+        return training_step(self, batch, batch_idx)
+
     class BeforeZeroGrad(Plain):
         def on_before_zero_grad(self, optimizer: Any) -> None:
             self.temperature = 2.0
@@ -158,9 +175,10 @@ def hooks() -> list[type]:
             return self.loss(batch["x"], batch["y"])
         return functional.cross_entropy(self.net(batch["x"]) / self.temperature, batch["y"])
 
-    for kind in (TrainEpochStart, TrainBatchStart, BeforeZeroGrad):
+    for kind in (TrainEpochStart, TrainBatchStart, NoneBefore, BeforeZeroGrad):
         kind.training_step = training_step  # type: ignore[method-assign]
-    return [TrainEpochStart, TrainBatchStart, BeforeZeroGrad]
+    Refuses.training_step = refusing_step  # type: ignore[method-assign]
+    return [TrainEpochStart, TrainBatchStart, NoneBefore, Refuses, BeforeZeroGrad]
 
 
 @pytest.mark.parametrize("make", hooks(), ids=lambda kind: kind.__name__)
@@ -170,7 +188,7 @@ def test_attributes_that_a_hook_sets_after_the_start(make: Any, tmp_path: Any) -
     logged = [entry.logged for entry in callback.history]
     assert logged[1:] == [True, True]
     if not logged[0]:
-        assert "set it in __init__ or setup() instead" in callback.history[0].reason
+        assert "in __init__ or setup() instead" in callback.history[0].reason
 
 
 ERRORS = [

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import parameters_to_vector
 from torch.utils.checkpoint import checkpoint
 
 from hessian_callback import HessianOperator
@@ -211,3 +212,33 @@ def test_a_reentrant_checkpoint_without_chosen_parameters_is_no_obstacle() -> No
     expected = HessianOperator(model, lambda m, x: m(x).square().mean(), [x], parameters="1")
     vector = torch.ones(head.num_parameters, dtype=torch.float64)
     torch.testing.assert_close(head.matvec(vector), expected.matvec(vector))
+
+
+def jacobian_penalty(model: nn.Module, x: Tensor) -> Tensor:
+    return torch.func.vmap(torch.func.jacrev(lambda one: model(one[None])[0]))(x).square().mean()
+
+
+def gradient_penalty(model: nn.Module, x: Tensor) -> Tensor:
+    return torch.func.vmap(torch.func.grad(lambda one: model(one[None]).sum()))(x).square().mean()
+
+
+def directional_penalty(model: nn.Module, x: Tensor) -> Tensor:
+    return torch.func.jvp(model, (x,), (torch.ones_like(x),))[1].square().mean()
+
+
+@pytest.mark.parametrize("hvp", ["double_backward", "linearize", "auto"])
+@pytest.mark.parametrize("penalty", [jacobian_penalty, gradient_penalty, directional_penalty])
+def test_losses_that_transform_functions_by_torch_func(penalty: Any, hvp: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    x, y = torch.randn(12, 3, dtype=torch.float64), torch.randint(2, (12,))
+
+    def loss(model: Any, batch: Any) -> Tensor:
+        return F.cross_entropy(model(batch[0]), batch[1]) + penalty(model, batch[0])
+
+    operator = HessianOperator(model, loss, [(x[:6], y[:6]), (x[6:], y[6:])], hvp=hvp)
+    hessian = torch.stack([operator.matvec(row) for row in torch.eye(operator.num_parameters, dtype=torch.float64)])
+    parameters = list(model.parameters())
+    gradient = parameters_to_vector(torch.autograd.grad(loss(model, (x, y)), parameters, create_graph=True))
+    rows = [torch.autograd.grad(entry, parameters, retain_graph=True, materialize_grads=True) for entry in gradient]
+    torch.testing.assert_close(hessian, torch.stack([parameters_to_vector(row) for row in rows]))
