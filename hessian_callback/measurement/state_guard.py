@@ -29,10 +29,11 @@ import itertools
 import mmap
 import random
 import signal
+import sys
 import threading
 import types
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from multiprocessing import shared_memory, sharedctypes
 from typing import Any
@@ -783,9 +784,7 @@ class _Walk:
     def _globals(self, function: types.FunctionType) -> None:
         """Visit the global variables that a function names, also those of other modules of the user's."""
         names = names_in(function.__code__)
-        named = (function.__globals__.get(name) for name in names)
-        modules = [value for value in named if isinstance(value, types.ModuleType) and is_of_the_user(value.__name__)]
-        for namespace in (function.__globals__, *map(vars, modules)):
+        for namespace in (function.__globals__, *map(vars, _modules_named(function, names))):
             known = self._snapshot._globals.setdefault(id(namespace), set())
             record = NamedItems(namespace, [name for name in names if name not in known])
             known.update(names)
@@ -856,9 +855,32 @@ class _Walk:
             for name, value in list(vars(base).items()):
                 if isinstance(value, CachedFunction):
                     self._stand_in(StreamSlot(base, name, value, {}, path_text((path, ".{}", name))), value, path)
-                function = value.__func__ if isinstance(value, (classmethod, staticmethod)) else value
-                if isinstance(function, types.FunctionType):
+                for function in _functions_of(value):
                     self._queue.append((function, path, _SEARCHED, 0))
+
+
+def _modules_named(function: types.FunctionType, names: Sequence[str]) -> list[types.ModuleType]:
+    """Return the user's modules that a function names, such as ``package`` and ``inner`` in ``package.inner.count``."""
+    waiting: list[Any] = [function.__globals__.get(name) for name in names]
+    waiting += [sys.modules.get(name) for name in names]  # Imported inside the function.
+    found: dict[int, types.ModuleType] = {}
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, types.ModuleType) and id(one) not in found and is_of_the_user(one.__name__):
+            found[id(one)] = one
+            waiting += [vars(one).get(name) for name in names]
+    return list(found.values())
+
+
+def _functions_of(value: Any) -> list[types.FunctionType]:
+    """Return the functions of an attribute of a class."""
+    if isinstance(value, property):
+        parts = [value.fget, value.fset, value.fdel]
+    elif isinstance(value, functools.cached_property):
+        parts = [value.func]
+    else:
+        parts = [value.__func__ if isinstance(value, (classmethod, staticmethod)) else value]
+    return [part for part in parts if isinstance(part, types.FunctionType)]
 
 
 # The first row with a class of the value's decides.

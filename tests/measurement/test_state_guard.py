@@ -1007,7 +1007,19 @@ def note():
 """
 
 
-@pytest.mark.parametrize("how", ["function", "attribute"])
+COLLATE_BY = {
+    "function": "def collate(rows):\n    other.note()",
+    "attribute": "def collate(rows):\n    other.SEEN.append(1)",
+    "attribute of a package": "def collate(rows):\n    package.inner.SEEN.append(1); package.inner.CALLS += 1",
+    "imported inside": "def collate(rows):\n    import globals_of_a_test as inside\n    inside.CALLS += 1",
+    "property": (
+        "class Collate:\n    @property\n    def noted(self):\n        return other.note()\n"
+        "    def __call__(self, rows):\n        return self.noted\ncollate = Collate()"
+    ),
+}
+
+
+@pytest.mark.parametrize("how", COLLATE_BY)
 def test_global_variables_of_another_module_are_restored(how: str, tmp_path: Path) -> None:
     (tmp_path / "globals_of_a_test.py").write_text(OTHER_MODULE)
     sys.path.insert(0, str(tmp_path))
@@ -1017,11 +1029,10 @@ def test_global_variables_of_another_module_are_restored(how: str, tmp_path: Pat
         sys.path.remove(str(tmp_path))
         sys.modules.pop("globals_of_a_test", None)
     sys.modules["globals_of_a_test"] = other
-    code = (
-        "def collate(rows):\n    other.note()" if how == "function" else "def collate(rows):\n    other.SEEN.append(1)"
-    )
-    namespace: dict[str, Any] = {"other": other, "__name__": "__main__"}
-    exec(code, namespace)
+    package = types.ModuleType("package_of_a_test")
+    package.inner = other  # type: ignore[attr-defined]
+    namespace: dict[str, Any] = {"other": other, "package": package, "__name__": "__main__"}
+    exec(COLLATE_BY[how], namespace)
     try:
         with Snapshot() as snapshot:
             snapshot.remember(namespace["collate"])
