@@ -11,6 +11,7 @@ import signal
 import threading
 from collections import Counter, defaultdict, deque
 from contextlib import nullcontext, suppress
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -327,6 +328,36 @@ def test_a_step_finds_the_folders_of_its_logger_and_logs_nothing(make: Any, tmp_
         shutil.rmtree(tmp_path / "same")
     assert len(found["without"]) == 1
     assert found["with"] == found["without"]
+
+
+class Renames(Net):
+    """Calls `log` by other names than ``self.log``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.log_epoch = partial(self.log, on_epoch=True)
+        self.log_it = self.log
+
+    def log(self, *values: Any, **options: Any) -> None:
+        super().log(*values, **options)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = super().training_step(batch, batch_idx)["loss"]
+        self.log_epoch("by partial", loss)
+        self.log_it("by method", loss, on_step=True)
+        super().log("by super", loss, on_step=True, on_epoch=True)
+        return loss
+
+
+def test_log_by_another_name_logs_nothing(tmp_path: Any) -> None:
+    metrics = []
+    for callbacks in ([], [measure(on_error="raise"), measure(prefix="steps", every_n_train_steps=2)]):
+        run = trainer(tmp_path, *callbacks, max_epochs=2)
+        run.fit(seeded(Renames), loader(), loader(seed=1))
+        own = {name: value for name, value in run.callback_metrics.items() if not name.startswith(("hessian", "steps"))}
+        metrics.append(own)
+    assert {"by partial", "by method", "by super_step", "by super_epoch"} <= metrics[0].keys()
+    assert metrics[0] == metrics[1]
 
 
 class Data(LightningDataModule):

@@ -32,9 +32,59 @@ SITUATIONS: list[tuple[str, str, str]] = [
         f"{_MEASUREMENT}state_guard.py::test_structural_hooks_keep_working",
     ),
     (
-        "counters, queues, ring buffers, files, hyperparameters, class attributes, iterators of a module",
+        "counters, queues, ring buffers, positions in files, hyperparameters, class attributes, iterators of a module",
         "restored",
         f"{_CALLBACKS}field_state.py::test_state_of_every_kind_in_a_module_is_restored",
+    ),
+    (
+        "closures, default arguments and attributes of functions: collators, hooks, transforms",
+        "restored",
+        f"{_MEASUREMENT}state_guard.py::test_what_functions_hold_is_restored",
+    ),
+    (
+        "class attributes that can be called: a transform or a metric that all instances share",
+        "restored",
+        f"{_MEASUREMENT}state_guard.py::test_callable_objects_that_are_class_attributes_are_restored",
+    ),
+    (
+        "`functools.lru_cache` and `cache`, of functions and methods",
+        "prevented: their cache is empty inside",
+        f"{_MEASUREMENT}state_guard.py::test_cached_functions_have_an_empty_cache_in_the_block",
+    ),
+    (
+        "files that a step writes to",
+        "prevented: nothing is written",
+        f"{_MEASUREMENT}state_guard.py::test_files_are_not_written_to",
+    ),
+    (
+        "`csv.writer`, `csv.DictWriter`, a `SummaryWriter` of the module's own",
+        "prevented: nothing is written",
+        f"{_MEASUREMENT}state_guard.py::test_tables_and_writers_for_tensorboard_get_nothing",
+    ),
+    (
+        "`log` by another name: `partial(self.log)`, `super().log`",
+        "prevented: nothing is logged",
+        f"{_CALLBACKS}state_guard.py::test_log_by_another_name_logs_nothing",
+    ),
+    (
+        "losses that transform functions by `torch.func`: `jacrev`, `grad`, `vmap`, `jvp`",
+        "measured",
+        f"{_OPERATORS}derivatives.py::test_losses_that_transform_functions_by_torch_func",
+    ),
+    (
+        "weights that a module exchanges in `on_validation_model_eval`, `eval` or `train`",
+        "measured: the weights that the optimizer trains",
+        f"{_CALLBACKS}training_weights.py::test_modules_that_exchange_weights_with_their_mode",
+    ),
+    (
+        "closures of a module in half precision that refer to it",
+        "measured, with functions of the copy's own",
+        f"{_CALLBACKS}hostile_runs.py::test_functions_that_refer_to_a_module_in_half_precision",
+    ),
+    (
+        "parameters in half precision that a loss reaches through the optimizers or a global variable",
+        "refused",
+        f"{_CALLBACKS}hostile_runs.py::test_parameters_that_are_reached_past_the_copy_are_refused",
     ),
     (
         "global variables that a step or a data set names: containers, arrays, objects, numbers, iterators",
