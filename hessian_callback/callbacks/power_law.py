@@ -385,7 +385,7 @@ class PowerLawHessianCallback(CallbackBase):
             self._uncounted_steps.warn(trainer, pl_module)
             due = self.schedule.at_validation_end(**self._here(trainer))
             if due is not None and may_exchange_before_validation(pl_module):
-                self.run_measurer.weights.keep_before_validation(pl_module)
+                self.run_measurer.weights.keep_before_validation(trainer, pl_module)
             if trainer.global_step == 0:  # Steps that are not counted do not tell an old validation from a new one.
                 self._validated_at = None
 

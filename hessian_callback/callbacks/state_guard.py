@@ -42,9 +42,9 @@ _ABSENT = object()
 def preserve_training_state(trainer: Trainer, pl_module: LightningModule) -> Iterator[Snapshot]:
     """Evaluate losses of a module that is being trained, and restore all state afterwards.
 
-    Inside the block the module is in eval mode, nothing is logged, the trainer's loggers log
-    nothing, metrics do not synchronise, gradients are enabled, and hooks on gradients are removed (see
-    `suspend_hooks`). Signals whose handlers may save a checkpoint are deferred (see `defer_saving_signals`).
+    Inside the block the module is in eval mode, nothing is logged, metrics do not synchronise, gradients are enabled,
+    and hooks on gradients are removed (see `suspend_hooks`). Signals whose handlers may save a checkpoint are deferred
+    (see `defer_saving_signals`).
 
     Afterwards, also if an exception passes through, everything that follows is as before, bit for bit: parameters,
     buffers, ``.grad``, modes, hooks, ``requires_grad``, attributes of all modules with the containers, tensors,
@@ -122,7 +122,7 @@ def _trainer_set_aside(trainer: Trainer) -> Iterator[None]:
         trainer.loggers = [_silent(logger, sibling(trainer, "loggers.logger", "DummyLogger")) for logger in loggers]
         trainer.state.stage = RunningStage.TRAINING
         for attributes in collecting:
-            attributes["_results"] = _NoResults()
+            attributes["_results"] = _NothingLogged(attributes["_results"])
         yield
     finally:
         for attributes, results in zip(collecting, collected, strict=True):
@@ -136,13 +136,25 @@ def _trainer_set_aside(trainer: Trainer) -> Iterator[None]:
         vars(trainer).update({name: value for name, value in own.items() if vars(trainer).get(name) is not value})
 
 
-class _NoResults:
-    """Stands for the logged values of a loop, for calls of ``log`` by another name, such as ``partial(self.log)``."""
+class _NothingLogged:
+    """Stands for the logged values of a loop: for calls of ``log`` by another name, such as ``partial(self.log)``.
+
+    The values are read as before, by ``trainer.callback_metrics`` for example.
+    """
+
+    def __init__(self, results: Any) -> None:
+        self._results = results
 
     def log(self, *_: Any, **__: Any) -> None:
         """Do nothing."""
 
     reset = log
+
+    def __len__(self) -> int:
+        return len(self._results)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._results, name)
 
 
 def _silent(logger: Any, dummy: type[Any]) -> Any:

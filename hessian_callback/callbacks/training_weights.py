@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hessian_callback.callbacks.lightning_packages import Trainer
 from hessian_callback.callbacks.state_guard import defer_saving_signals
 from hessian_callback.callbacks.trainer_state import has_own_hook
 from hessian_callback.measurement.state_records import own_part
@@ -18,8 +19,6 @@ __all__ = ["TrainingWeights", "averaging_callbacks", "may_exchange_before_valida
 
 # Hooks between the start of validation and a measurement at its end.
 _HOOKS = ("on_validation_start", "on_validation_epoch_start", "on_validation_batch_start", "on_validation_batch_end")
-# The module's hook before all of these, in which Lightning calls its `eval`.
-_FIRST_HOOK = "on_validation_model_eval"
 
 
 class TrainingWeights:
@@ -31,7 +30,7 @@ class TrainingWeights:
 
     def __init__(self) -> None:
         self._kept: list[tuple[Tensor, Tensor]] = []
-        self._hooked: tuple[dict[str, Any], dict[str, Any]] | None = None
+        self._waiting_in: dict[str, Any] | None = None
 
     def keep(self, module: nn.Module) -> None:
         """Copy the values of parameters and buffers."""
@@ -43,29 +42,30 @@ class TrainingWeights:
                 if not tensor.is_meta and not isinstance(tensor, (nn.UninitializedParameter, nn.UninitializedBuffer))
             ]
 
-    def keep_before_validation(self, module: nn.Module) -> None:
-        """Copy the values when a validation begins, before the module's own hook can exchange them."""
-        self._unhook()
-        attributes = vars(module)
-        self._hooked = attributes, {name: attributes[name] for name in (_FIRST_HOOK,) if name in attributes}
+    def keep_before_validation(self, trainer: Trainer, module: nn.Module) -> None:
+        """Copy the values when the next validation begins, before the module can exchange them in its first hook."""
+        loop = trainer.fit_loop.epoch_loop.val_loop
+        # Of another callback that waits as well.
+        other = {name: value for name, value in vars(loop).items() if name == "run"}
+        self._waiting_in = vars(loop)
 
-        def keep_first() -> None:
-            self._unhook()
+        def keep_and_run() -> Any:
+            self._stop_waiting()
+            vars(loop).update(other)
             self.keep(module)
-            getattr(module, _FIRST_HOOK)()
+            return loop.run()
 
-        attributes[_FIRST_HOOK] = keep_first
+        # No hook of a callback comes before `on_validation_model_eval` of the module.
+        vars(loop)["run"] = keep_and_run
 
-    def _unhook(self) -> None:
-        if self._hooked is not None:
-            attributes, own = self._hooked
-            attributes.pop(_FIRST_HOOK, None)
-            attributes.update(own)
-            self._hooked = None
+    def _stop_waiting(self) -> None:
+        if self._waiting_in is not None:
+            self._waiting_in.pop("run", None)
+            self._waiting_in = None
 
     def discard(self) -> None:
         """Discard the copies."""
-        self._unhook()
+        self._stop_waiting()
         self._kept = []
 
     @contextmanager
@@ -123,7 +123,7 @@ def may_exchange_before_validation(module: nn.Module) -> bool:
         >>> may_exchange_before_validation(nn.Linear(1, 1))
         False
     """
-    return any(has_own_hook(module, hook) for hook in (_FIRST_HOOK, "eval", "train"))
+    return any(has_own_hook(module, hook) for hook in ("on_validation_model_eval", "eval", "train"))
 
 
 def may_exchange_weights(objects: Iterable[Any]) -> bool:

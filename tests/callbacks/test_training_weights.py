@@ -192,13 +192,15 @@ class Norms(Callback):
 
 @pytest.mark.parametrize("kind", [Schedulefree, SchedulefreeByMode])
 def test_modules_that_exchange_weights_with_their_mode(kind: Any, tmp_path: Any) -> None:
-    callback, norms, module = measure(extras=["norms"]), Norms(), seeded(kind)
-    trainer(tmp_path, callback, norms, max_epochs=3, val_check_interval=0.5).fit(module, loader(num=40), loader())
-    measured = [entry for entry in callback.history if entry.when == "epoch"]
-    assert len(measured) == 6
-    for entry in measured:
-        assert entry.comparisons["parameter_norm"] == pytest.approx(norms.norms[entry.step], rel=1e-5)
-    assert "on_validation_model_eval" not in vars(module)
+    callbacks, norms = [measure(extras=["norms"]), measure(extras=["norms"], prefix="other")], Norms()
+    run = trainer(tmp_path, *callbacks, norms, max_epochs=3, val_check_interval=0.5)
+    run.fit(seeded(kind), loader(num=40), loader())
+    for callback in callbacks:
+        measured = [entry for entry in callback.history if entry.when == "epoch"]
+        assert len(measured) == 6
+        for entry in measured:
+            assert entry.comparisons["parameter_norm"] == pytest.approx(norms.norms[entry.step], rel=1e-5)
+    assert "run" not in vars(run.fit_loop.epoch_loop.val_loop)
 
 
 def test_weights_are_copied_only_if_something_may_exchange_them(tmp_path: Any, monkeypatch: Any) -> None:
