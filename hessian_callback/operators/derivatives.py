@@ -38,8 +38,9 @@ def exact_derivatives(model: nn.Module) -> Iterator[None]:
 
     Inside the block gradients are on and autocast is off. Attention runs on the math kernel, and layers of
     `nn.TransformerEncoder` run one by one, because the fused ones have no double backward. Compiled modules run eagerly
-    for the same reason. Float32 is not rounded to TF32. Embeddings have dense gradients. cuDNN is off if the model
-    holds a recurrent layer on a GPU. All settings are as before when the block is left.
+    for the same reason. Weights with `weight_norm` on the CPU are composed of other operations, because PyTorch's own
+    has a wrong second derivative there. Float32 is not rounded to TF32. Embeddings have dense gradients. cuDNN is off
+    if the model holds a recurrent layer on a GPU. All settings are as before when the block is left.
     """
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
@@ -56,6 +57,8 @@ def exact_derivatives(model: nn.Module) -> Iterator[None]:
             if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.sparse:
                 stack.callback(setattr, module, "sparse", True)
                 module.sparse = False
+        if any(map(_has_weight_norm, model.modules())):
+            stack.enter_context(_ComposedWeightNorm())
         if _is_compiled(model):
             # Imports the compiler, which takes a second.
             stack.enter_context(torch.compiler.set_stance("force_eager"))
@@ -64,6 +67,26 @@ def exact_derivatives(model: nn.Module) -> Iterator[None]:
             stack.callback(setattr, torch.backends.cudnn, "enabled", torch.backends.cudnn.enabled)
             torch.backends.cudnn.enabled = False
         yield
+
+
+def _has_weight_norm(module: nn.Module) -> bool:
+    kinds = [type(module), *map(type, module._forward_pre_hooks.values())]
+    return any(kind.__name__ in ("_WeightNorm", "WeightNorm") for kind in kinds)
+
+
+class _ComposedWeightNorm(TorchFunctionMode):
+    """Form weights with `weight_norm` as :math:`g v / |v|`, by operations that can be differentiated twice."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch._weight_norm and args[0].device.type == "cpu":
+            return _composed_weight_norm(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _composed_weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    # The dimension -1 stands for the whole weight, see `torch.norm_except_dim`.
+    others = None if dim == -1 else [other for other in range(v.dim()) if other != dim]
+    return v * (g / torch.linalg.vector_norm(v, dim=others, keepdim=dim != -1))
 
 
 def _is_compiled(model: nn.Module) -> bool:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils import parameters_to_vector
+from torch.nn.utils import parameters_to_vector, parametrizations
 from torch.utils.checkpoint import checkpoint
 
 from hessian_callback import HessianOperator
@@ -242,3 +243,40 @@ def test_losses_that_transform_functions_by_torch_func(penalty: Any, hvp: str) -
     gradient = parameters_to_vector(torch.autograd.grad(loss(model, (x, y)), parameters, create_graph=True))
     rows = [torch.autograd.grad(entry, parameters, retain_graph=True, materialize_grads=True) for entry in gradient]
     torch.testing.assert_close(hessian, torch.stack([parameters_to_vector(row) for row in rows]))
+
+
+def by_hook(layer: nn.Module, dim: int | None) -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        return torch.nn.utils.weight_norm(layer, dim=dim)
+
+
+@pytest.mark.parametrize("hvp", ["double_backward", "linearize"])
+@pytest.mark.parametrize("dim", [0, 1, None])
+@pytest.mark.parametrize("normed", [parametrizations.weight_norm, by_hook], ids=["parametrization", "hook"])
+def test_weight_norm(normed: Any, dim: int | None, hvp: str) -> None:
+    """The oracle is the same function of the same numbers, written with other operations."""
+    torch.manual_seed(0)
+    model = nn.Sequential(normed(nn.Linear(3, 4), dim=dim), nn.Tanh(), normed(nn.Linear(4, 2), dim=dim)).double()
+    x, y = torch.randn(8, 3, dtype=torch.float64), torch.randint(2, (8,))
+    operator = HessianOperator(model, lambda m, batch: F.cross_entropy(m(batch), y), [x], hvp=hvp)
+    sizes = [parameter.shape for parameter in model.parameters()]
+    names = [name.rpartition(".")[2] for name, _ in model.named_parameters()]
+    split = [shape.numel() for shape in sizes]
+
+    def loss(flat: Tensor) -> Tensor:
+        values = [piece.view(shape) for piece, shape in zip(flat.split(split), sizes, strict=True)]
+        outputs = x
+        for number in (0, 3):
+            named = dict(zip(names[number : number + 3], values[number : number + 3], strict=True))
+            g, v = (named.get("original0", named.get("weight_g")), named.get("original1", named.get("weight_v")))
+            assert g is not None
+            assert v is not None
+            length = v.square().sum().sqrt() if dim is None else v.square().sum(1 - dim, keepdim=True).sqrt()
+            outputs = F.linear(outputs, g * v / length, named["bias"])
+            outputs = outputs.tanh() if number == 0 else outputs
+        return F.cross_entropy(outputs, y)
+
+    expected = torch.autograd.functional.hessian(loss, parameters_to_vector(model.parameters()).detach())
+    hessian = torch.stack([operator.matvec(row) for row in torch.eye(operator.num_parameters, dtype=torch.float64)])
+    torch.testing.assert_close(hessian, expected)

@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils.parametrizations import weight_norm
 
 from hessian_callback import HessianOperator
 from hessian_callback.operators.derivatives import DoubleBackwardError
@@ -101,8 +100,15 @@ def relu_network() -> nn.Module:
     return nn.Sequential(nn.Linear(5, 20), nn.ReLU(), nn.Linear(20, 3))
 
 
+class Normed(nn.Linear):
+    """Forms its weight by itself."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, torch._weight_norm(self.weight, torch.ones(3, 1, dtype=x.dtype)), self.bias)
+
+
 def normed() -> nn.Module:
-    return nn.Sequential(nn.Linear(5, 12), nn.Tanh(), nn.Linear(12, 12), nn.Tanh(), weight_norm(nn.Linear(12, 3)))
+    return nn.Sequential(nn.Linear(5, 12), nn.Tanh(), nn.Linear(12, 12), nn.Tanh(), Normed(12, 3))
 
 
 def rounded_by_detach(m: Any, b: Any) -> Tensor:
