@@ -86,7 +86,8 @@ class _ComposedWeightNorm(TorchFunctionMode):
 def _composed_weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     # The dimension -1 stands for the whole weight, see `torch.norm_except_dim`.
     others = None if dim == -1 else [other for other in range(v.dim()) if other != dim]
-    return v * (g / torch.linalg.vector_norm(v, dim=others, keepdim=dim != -1))
+    length: Tensor = torch.linalg.vector_norm(v, dim=others, keepdim=dim != -1)
+    return v * (g / length)
 
 
 def _is_compiled(model: nn.Module) -> bool:
