@@ -43,7 +43,7 @@ SECTIONS = [
     (
         "Faults",
         "The run continues, or ends, as it would have without the callback; what cannot work is reported before "
-        "training. The last row is 120 drawn cases of module, precision, hook, fault and its place.",
+        "training. The last row is 30 drawn cases of module, precision, hook, fault and its place.",
         "tests/callbacks/test_faults.py",
     ),
 ]
@@ -79,7 +79,7 @@ def page(outcomes: dict[str, str]) -> str:
         "# What has been run",
         "",
         f"Written by `python -m tests.helpers.compatibility` from its own run: Python {platform.python_version()}, "
-        f"{versions}, on the CPU; all but the last two sections, which are written by hand. Runs of "
+        f"{versions}, on the CPU; all but the last three sections, which are written by hand. Runs of "
         "several processes: [distributed.md](distributed.md).",
     ]
     for heading, promise, tests in SECTIONS:
