@@ -765,9 +765,14 @@ class _Walk:
             self._push([*value.args, *value.keywords.values()], path, "(...)", itertools.repeat(None), mode, limit)
         elif isinstance(value, types.CellType):
             with suppress(ValueError):  # An empty cell.
-                self._queue.append((value.cell_contents, path, mode, limit))
+                contents = value.cell_contents
                 if mode == _RESTORED:
-                    self._snapshot._add(CellContents(value))
+                    record = CellContents(value)
+                    self._snapshot._add(record)
+                    if may_be_stream(type(contents)) and is_stream(contents):
+                        slot = StreamSlot(value, "kept", contents, vars(record), path_text(path))
+                        self._stand_in(slot, contents, path)
+                self._queue.append((contents, path, mode, limit))
         elif is_of_the_user(value.__module__ or ""):
             limit = min(self._copied_bytes, _COPIED_BYTES_OF_DATA)
             # It is restored also if a library's object refers to it, such as a loader to a collator.

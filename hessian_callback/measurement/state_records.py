@@ -646,11 +646,7 @@ class StreamSlot:
     def __init__(self, owner: Any, key: Any, original: Any, kept: Any, path: str) -> None:
         self._owner, self._key, self._original, self._kept = owner, key, original, kept
         self._refusing = None
-        if (
-            isinstance(original, (io.IOBase, *_QUEUES))
-            or is_writer(type(original))
-            or _copied_iterator(original) is None
-        ):
+        if _is_channel(type(original)) or _copied_iterator(original) is None:
             self._refusing = RefusingStream(original, path)
 
     def renew(self) -> None:
@@ -665,6 +661,9 @@ class StreamSlot:
         self._kept[self._key] = value
         if isinstance(self._owner, type):
             type.__setattr__(self._owner, self._key, value)
+            return
+        if isinstance(self._owner, types.CellType):
+            self._owner.cell_contents = value
             return
         base: Any = next(base for base in (OrderedDict, dict, list, deque) if isinstance(self._owner, base))
         base.__setitem__(self._owner, self._key, value)

@@ -340,7 +340,8 @@ def uses_drawn(index: int) -> float:
 def test_cached_functions_have_an_empty_cache_in_the_block() -> None:
     holder = Cached()
     holder.inner = functools.lru_cache(lambda index: random.random())  # type: ignore[attr-defined]
-    holder.uses = uses_drawn  # type: ignore[attr-defined]
+    enclosed = functools.lru_cache(lambda index: random.random())
+    holder.uses = lambda index: uses_drawn(index) + enclosed(index)  # type: ignore[attr-defined]
     functions = [holder.noise, holder.inner, holder.uses]  # type: ignore[attr-defined]
     before = [function(0) for function in functions]
     whole = vars(Cached)["noise"], drawn
@@ -363,14 +364,17 @@ def test_files_are_not_written_to(mode: str, tmp_path: Path) -> None:
     with open(path, mode) as file:
         file.write("kept\n")
         module.logs = [file]
+        module.log = lambda text: file.write(text)
         with preserve_state(module):
             module.logs[0].write("measured\n")
+            module.log("measured\n")
             print("measured", file=module.logs[0])
         assert module.logs[0] is file
+        assert file.write("kept as well\n") == 13
         file.write("also kept\n")
     text = path.read_text()
     assert "measured" not in text
-    assert text.endswith("kept\nalso kept\n")
+    assert text.endswith("kept\nkept as well\nalso kept\n")
 
 
 def test_tables_and_writers_for_tensorboard_get_nothing(tmp_path: Path) -> None:
