@@ -122,14 +122,19 @@ def _reachable(root: Any, left_out: Any) -> Iterator[Any]:
         yield one
         if isinstance(one, FunctionType):
             # Not its global variables.
-            waiting.extend((*(one.__closure__ or ()), *(one.__defaults__ or ()), *(one.__kwdefaults__ or {}).values()))
+            waiting.extend(_held_by(one))
         elif not isinstance(one, Tensor):
             waiting.extend(gc.get_referents(one))
 
 
+def _held_by(function: FunctionType) -> tuple[Any, ...]:
+    defaults, named = function.__defaults__ or (), function.__kwdefaults__ or {}
+    return *(function.__closure__ or ()), *defaults, *named.values()
+
+
 @contextmanager
 def _functions_of_the_copy(root: Any, left_out: Any, own: set[int], memo: dict[int, Any]) -> Iterator[None]:
-    """Let a copy of an object have functions of its own, if their closures reach the object.
+    """Let a copy of an object have functions of its own, if their closures reach the object or what has a copy.
 
     `copy.deepcopy` takes functions as they are, so a hook ``lambda *_: setattr(self, ...)`` of the copy would change
     the original.
@@ -143,11 +148,9 @@ def _functions_of_the_copy(root: Any, left_out: Any, own: set[int], memo: dict[i
     cells: dict[int, tuple[CellType, CellType]] = {}
     made: list[tuple[FunctionType, FunctionType]] = []
     for function in [one for one in _reachable(root, left_out) if isinstance(one, FunctionType)]:
-        closure = function.__closure__ or ()
-        held = (*closure, *(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
-        if not any(id(one) in own for one in _reachable(held, left_out)):
+        if not any(id(one) in own or id(one) in memo for one in _reachable(_held_by(function), left_out)):
             continue
-        inner = tuple(cells.setdefault(id(cell), (cell, CellType()))[1] for cell in closure)
+        inner = tuple(cells.setdefault(id(cell), (cell, CellType()))[1] for cell in function.__closure__ or ())
         copied = FunctionType(function.__code__, function.__globals__, function.__name__, None, inner or None)
         memo[id(function)] = copied
         made.append((function, copied))

@@ -17,7 +17,6 @@ from hessian_callback.linalg.free_memory import free_memory
 __all__ = [
     "Results",
     "SavedTensors",
-    "count_results",
     "count_saved_tensors",
     "device_with_room",
     "is_out_of_memory",
@@ -123,24 +122,17 @@ def count_saved_tensors(exclude: Iterable[Tensor]) -> Iterator[SavedTensors]:
         yield saved
 
 
-@contextmanager
-def count_results() -> Iterator[Results]:
+class Results(TorchDispatchMode):
     """Count the bytes of all results inside the block, which a graph may keep: at least those that it does.
 
     For losses that transform functions by ``torch.func``, which refuse to have what they save counted.
 
     Example:
-        >>> with count_results() as results:
+        >>> with Results() as results:
         ...     y = torch.ones(1000, dtype=torch.float64).exp().sum()
         >>> results.num_bytes
         16008
     """
-    with Results() as results:
-        yield results
-
-
-class Results(TorchDispatchMode):
-    """The bytes of results of operations, see `count_results`."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -153,12 +145,9 @@ class Results(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         results = func(*args, **(kwargs or {}))
-        self.num_bytes += sum(one.numel() * one.element_size() for one in tree_leaves(results) if _is_dense(one))
+        tensors = [one for one in tree_leaves(results) if isinstance(one, Tensor)]
+        self.num_bytes += sum(part.numel() * part.element_size() for one in tensors for part in _dense_parts(one))
         return results
-
-
-def _is_dense(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.layout == torch.strided
 
 
 def refuses_to_be_counted(error: BaseException) -> bool:

@@ -31,7 +31,6 @@ from hessian_callback.operators.loss import BatchLoss, LossModule
 from hessian_callback.operators.memory import (
     Results,
     SavedTensors,
-    count_results,
     count_saved_tensors,
     is_out_of_memory,
     refuses_to_be_counted,
@@ -128,7 +127,7 @@ class DoubleBackward(ProductEngine):
         except Exception as error:
             if not refuses_to_be_counted(error):
                 raise
-        return DoubleBackward._counted(loss, batch, count_results())
+        return DoubleBackward._counted(loss, batch, Results())
 
     @staticmethod
     def _counted(loss: BatchLoss, batch: Any, counting: AbstractContextManager[SavedTensors | Results]) -> int:

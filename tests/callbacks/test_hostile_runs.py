@@ -234,6 +234,18 @@ class PenalisedByClosure(Penalised):
         self.penalty = lambda inner=self.inner: inner().mean()  # type: ignore[method-assign]
 
 
+class WithConstant(Quiet):
+    """A constant in half precision, which a function encloses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        constant = torch.eye(5, dtype=torch.bfloat16)
+        self.turn = lambda x: x @ constant
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return super().training_step((self.turn(batch[0]), batch[1]), batch_idx)
+
+
 class PenalisedByOptimizer(Penalised):
     """A term of the parameters that the optimizer has."""
 
@@ -248,6 +260,12 @@ def test_functions_that_refer_to_a_module_in_half_precision(tmp_path: Any) -> No
         trainer(tmp_path, callback, precision="bf16-true").fit(seeded(make), loader(), loader(seed=1))
         spectra.append([m.spectrum.eigenvalues for m in callback.history])
     torch.testing.assert_close(spectra[1], spectra[0], rtol=1e-5, atol=0)
+
+
+def test_functions_that_enclose_constants_in_half_precision(tmp_path: Any) -> None:
+    callback = measure(on_error="raise")
+    trainer(tmp_path, callback, precision="bf16-true").fit(seeded(WithConstant), loader(), loader(seed=1))
+    assert all(entry.logged for entry in callback.history)
 
 
 def test_parameters_that_are_reached_past_the_copy_are_refused(tmp_path: Any) -> None:
