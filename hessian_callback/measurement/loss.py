@@ -123,8 +123,8 @@ class CheckedLoss:
         if unset:
             return NotReadyError(
                 f"{self.__name__} raised {one_line(error)}, {self._circumstances(model)}. It uses attributes that are "
-                f"None ({', '.join(unset)}). If a hook of training sets them, only later measurements succeed; set "
-                "them in __init__ or setup() instead"
+                f"None or empty ({', '.join(unset)}). If a hook of training sets them, only later measurements succeed; "
+                "set them in __init__ or setup() instead"
             )
         cause = ""
         if "Inference tensors cannot be saved" in str(error):
@@ -151,7 +151,10 @@ def _may_be_set_later(model: Any, error: Exception) -> bool:
 
 
 def _unset_attributes(model: Any, error: BaseException) -> list[str]:
-    """Return the attributes of a module that are ``None``, used where an error was raised, and named by its hooks."""
+    """Return the attributes of a module that are not set, used where an error was raised, and named by its hooks.
+
+    Not set is ``None``, and what is empty if an entry is missing.
+    """
     if not isinstance(model, nn.Module):
         return []
     used: set[str] = set()
@@ -166,7 +169,12 @@ def _unset_attributes(model: Any, error: BaseException) -> list[str]:
         if name.startswith("on_") and hasattr(function, "__code__")
     ]
     named = {name for names in hooks for name in names}
-    return [name for name, value in vars(model).items() if value is None and name in used and name in named]
+    missing = isinstance(error, LookupError)
+    return [
+        name
+        for name, value in vars(model).items()
+        if name in used & named and (value is None or (missing and isinstance(value, (dict, list)) and not value))
+    ]
 
 
 @contextmanager

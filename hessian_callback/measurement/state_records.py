@@ -731,14 +731,15 @@ _QUEUES = (
     multiprocessing.queues.SimpleQueue,
 )
 _PUTTING = frozenset(["put", "put_nowait"])
-_WRITING = frozenset(["write", "writelines", "truncate", "close", "writerow", "writerows", "writeheader"])
+_WRITING = frozenset(["write", "writelines", "writestr", "truncate", "close", "writerow", "writerows", "writeheader"])
 _CSV_WRITER = type(csv.writer(io.StringIO()))
 
 
 @cached
 def is_writer(kind: type) -> bool:
     """Whether a class writes what it is given to a file: to a table, or for TensorBoard."""
-    if issubclass(kind, (_CSV_WRITER, csv.DictWriter)):
+    # Temporary and encoded files, and archives, are no `io.IOBase`.
+    if issubclass(kind, (_CSV_WRITER, csv.DictWriter)) or root_of(kind) in ("tempfile", "codecs", "zipfile"):
         return True
     return any(base.__name__ == "SummaryWriter" and not is_of_the_user(base.__module__) for base in kind.__mro__)
 
@@ -751,9 +752,7 @@ def _takes(original: Any, name: str) -> bool:
     """Whether a method gives something to a stream that would stay there."""
     if isinstance(original, _QUEUES):
         return name in _PUTTING
-    if isinstance(original, io.IOBase) or issubclass(type(original), (_CSV_WRITER, csv.DictWriter)):
-        return name in _WRITING
-    return is_writer(type(original)) and (name.startswith("add_") or name == "close")
+    return name in _WRITING or (is_writer(type(original)) and name.startswith("add_"))
 
 
 _READING = frozenset(

@@ -161,6 +161,18 @@ def hooks() -> list[type]:
         def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
             self.on_train_start()
 
+    class EmptyBefore(Plain):
+        def __init__(self) -> None:
+            super().__init__()
+            self.constants: dict[str, float] = {}
+
+        @property
+        def temperature(self) -> float:
+            return self.constants["temperature"]
+
+        def on_train_start(self) -> None:
+            self.constants["temperature"] = 2.0
+
     def refusing_step(self: Any, batch: Any, batch_idx: int) -> Any:
         if self.temperature is None:
             raise ValueError("no temperature")
@@ -175,10 +187,10 @@ def hooks() -> list[type]:
             return self.loss(batch["x"], batch["y"])
         return functional.cross_entropy(self.net(batch["x"]) / self.temperature, batch["y"])
 
-    for kind in (TrainEpochStart, TrainBatchStart, NoneBefore, BeforeZeroGrad):
+    for kind in (TrainEpochStart, TrainBatchStart, NoneBefore, EmptyBefore, BeforeZeroGrad):
         kind.training_step = training_step  # type: ignore[method-assign]
     Refuses.training_step = refusing_step  # type: ignore[method-assign]
-    return [TrainEpochStart, TrainBatchStart, NoneBefore, Refuses, BeforeZeroGrad]
+    return [TrainEpochStart, TrainBatchStart, NoneBefore, Refuses, EmptyBefore, BeforeZeroGrad]
 
 
 @pytest.mark.parametrize("make", hooks(), ids=lambda kind: kind.__name__)

@@ -15,8 +15,10 @@ import queue
 import random
 import signal
 import sys
+import tempfile
 import threading
 import types
+import zipfile
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -375,6 +377,20 @@ def test_files_are_not_written_to(mode: str, tmp_path: Path) -> None:
     text = path.read_text()
     assert "measured" not in text
     assert text.endswith("kept\nkept as well\nalso kept\n")
+
+
+def test_temporary_files_and_archives_get_nothing(tmp_path: Path) -> None:
+    module = nn.Linear(1, 1)
+    with tempfile.NamedTemporaryFile("w+") as file, zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        module.file, module.archive = file, archive
+        file.write("before ")
+        with preserve_state(module):
+            module.file.write("measured ")
+            module.archive.writestr("measured", "x")
+        file.write("after")
+        file.seek(0)
+        assert file.read() == "before after"
+        assert archive.namelist() == []
 
 
 def test_tables_and_writers_for_tensorboard_get_nothing(tmp_path: Path) -> None:
