@@ -123,8 +123,8 @@ class CheckedLoss:
         if unset:
             return NotReadyError(
                 f"{self.__name__} raised {one_line(error)}, {self._circumstances(model)}. It uses attributes that are "
-                f"None or empty ({', '.join(unset)}). If a hook of training sets them, only later measurements succeed; "
-                "set them in __init__ or setup() instead"
+                f"None or empty ({', '.join(unset)}). If a hook of training sets them, only later measurements "
+                "succeed; set them in __init__ or setup() instead"
             )
         cause = ""
         if "Inference tensors cannot be saved" in str(error):
